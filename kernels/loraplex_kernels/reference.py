@@ -1,0 +1,133 @@
+"""Every operation in plain torch: the definition that the tests hold all other paths to.
+
+Slow and readable. One adapter, one sequence at a time; float32 inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_kernels.batch import AttentionBatch, LoRABatch
+
+
+def read_rows(
+    pool_layer: torch.Tensor, pages: torch.Tensor, chunk: int, shape: tuple[int, int], elems: int
+) -> torch.Tensor:
+    """Gather one LoRA matrix out of its pages.
+
+    Args:
+        pool_layer: `[P, page_elems]`.
+        pages: int32 `[n]`, the adapter's pages in order.
+        chunk: first chunk of the matrix.
+        shape: rows and row length of the matrix.
+        elems: elements of a chunk.
+
+    Returns:
+        The matrix `[rows, row_length]` in the pool's dtype.
+    """
+    page_elems = pool_layer.shape[1]
+    start = chunk * elems
+    stop = start + shape[0] * shape[1]
+    first, last = start // page_elems, -(-stop // page_elems)
+    flat = pool_layer[pages[first:last].long()].reshape(-1)
+    return flat[start - first * page_elems : stop - first * page_elems].view(shape)
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pool_layer: torch.Tensor,
+    batch: LoRABatch,
+    *,
+    layer: int,
+    projections: tuple[int, ...],
+    out_features: tuple[int, ...],
+) -> None:
+    """Add `B_g (A_g x_t)` to each row `t` of segment `g`, slice by slice, in place.
+
+    Args:
+        y: `[T, sum(out_features)]`, the base outputs of the site; changed in place.
+        x: `[T, in]`, the site's input.
+        pool_layer: `[P, page_elems]`, this layer of the pool.
+        batch: which rows use which adapter.
+        layer: index of the layer.
+        projections: indices (order q k v o gate up down) of the site's projections.
+        out_features: output width of each of them.
+    """
+    indptr = batch.seg_indptr.tolist()
+    for g in range(batch.num_segments):
+        rows = batch.row_ids[indptr[g] : indptr[g + 1]].long()
+        x_rows = x[rows].float()
+        column = 0
+        for projection, width in zip(projections, out_features, strict=True):
+            rank = int(batch.ranks[layer, g, projection])
+            if rank:
+                a_at = int(batch.a_chunks[layer, g, projection])
+                b_at = int(batch.b_chunks[layer, g, projection])
+                pages, elems = batch.page_table[g], batch.chunk_elems
+                a = read_rows(pool_layer, pages, a_at, (rank, x.shape[1]), elems).float()
+                b = read_rows(pool_layer, pages, b_at, (rank, width), elems).float()
+                delta = (x_rows @ a.T) @ b
+                y[rows, column : column + width] += delta.to(y.dtype)
+            column += width
+
+
+def write_kv(
+    kv: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: AttentionBatch
+) -> None:
+    """Store K and V of this step's tokens into their pages.
+
+    Args:
+        kv: `[P, 2, page_tokens, num_kv_heads, head_dim]`, a view of one layer of the pool.
+        key: `[T, num_kv_heads, head_dim]`, rotated.
+        value: `[T, num_kv_heads, head_dim]`.
+        batch: where each token goes.
+    """
+    kv[batch.slot_pages, 0, batch.slot_offsets] = key.to(kv.dtype)
+    kv[batch.slot_pages, 1, batch.slot_offsets] = value.to(kv.dtype)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention of each sequence's queries over its own pages, with grouped KV heads.
+
+    `softmax(scale * q k^T) v` over keys `j <= position(q)`, and `j > position(q) - window` where a
+    sliding window is given.
+
+    Args:
+        query: `[T, num_heads, head_dim]`, rotated.
+        kv: `[P, 2, page_tokens, num_kv_heads, head_dim]`, this step's K and V already written.
+        batch: queries, contexts and block tables.
+        scale: factor on the scores, usually `head_dim ** -0.5`.
+        window: tokens a query sees, itself included; None for all.
+
+    Returns:
+        `[T, num_heads, head_dim]` in the dtype of `query`.
+    """
+    out = torch.empty_like(query)
+    groups = query.shape[1] // kv.shape[3]
+    row = 0
+    for s, (num_queries, context) in enumerate(batch.seq_lens):
+        pages = batch.block_tables[s, : -(-context // kv.shape[2])].long()
+        key, value = (
+            kv[pages, i].flatten(0, 1)[:context].float().repeat_interleave(groups, dim=1)
+            for i in (0, 1)
+        )
+        q = query[row : row + num_queries].float()
+        scores = torch.einsum("qhd,khd->hqk", q, key) * scale
+        position = torch.arange(context - num_queries, context, device=q.device)[:, None]
+        index = torch.arange(context, device=q.device)[None, :]
+        hidden = index > position
+        if window is not None:
+            hidden |= index <= position - window
+        probs = F.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        out[row : row + num_queries] = torch.einsum("hqk,khd->qhd", probs, value).to(out.dtype)
+        row += num_queries
+    return out

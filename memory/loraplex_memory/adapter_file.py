@@ -1,0 +1,90 @@
+"""The canonical on-disk form of an adapter, the one form the engine reads.
+
+One safetensors file: for every layer and projection that carries LoRA, `{layer}.{projection}.A`
+`[R, in]` and `{layer}.{projection}.B` `[out, R]` in the trainer's dtype, and the scale (alpha / r,
+or alpha / sqrt(r)) of each pair as JSON in the header. Nothing here is specific to one trainer's
+format; converting to this form is the adapter catalogue's work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.errors import AdapterFileError
+from loraplex_memory.layout import PROJECTIONS, Projection
+
+FORMAT = "loraplex-adapter-1"
+
+#: (layer, projection)
+ModuleKey = tuple[int, Projection]
+
+
+@dataclass(frozen=True)
+class LoRAPair:
+    """One linear's update: `delta(x) = scale * B (A x)` with A `[R, in]` and B `[out, R]`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+AdapterWeights = Mapping[ModuleKey, LoRAPair]
+
+
+def ranks_of(weights: AdapterWeights, num_layers: int) -> AdapterRanks:
+    """Return the true rank of every module, 0 where there is none."""
+    return tuple(
+        tuple(weights[layer, p].rank if (layer, p) in weights else 0 for p in PROJECTIONS)
+        for layer in range(num_layers)
+    )
+
+
+def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
+    """Write `weights` to `path` in the canonical form, modules in a fixed order."""
+    tensors: dict[str, torch.Tensor] = {}
+    scales: dict[str, float] = {}
+    for (layer, projection), pair in sorted(weights.items()):
+        key = f"{layer}.{projection}"
+        tensors[f"{key}.A"] = pair.a.contiguous()
+        tensors[f"{key}.B"] = pair.b.contiguous()
+        scales[key] = pair.scale
+    save_file(tensors, path, metadata={"format": FORMAT, "scales": json.dumps(scales)})
+
+
+def read_adapter_file(path: Path) -> dict[ModuleKey, LoRAPair]:
+    """Read a canonical adapter file into host memory.
+
+    Raises:
+        AdapterFileError: the file is missing, truncated or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read_pairs(path, file)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise AdapterFileError(str(path), str(error)) from error
+
+
+def _read_pairs(path: Path, file: Any) -> dict[ModuleKey, LoRAPair]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise AdapterFileError(str(path), f"not a {FORMAT} file")
+    weights: dict[ModuleKey, LoRAPair] = {}
+    for key, scale in json.loads(metadata["scales"]).items():
+        layer, name = key.split(".")
+        projection = next(p for p in PROJECTIONS if p == name)
+        pair = LoRAPair(file.get_tensor(f"{key}.A"), file.get_tensor(f"{key}.B"), scale)
+        weights[int(layer), projection] = pair
+    return weights

@@ -1,0 +1,41 @@
+"""Laying an adapter's matrices out as pages, in host memory."""
+
+from __future__ import annotations
+
+import torch
+
+from loraplex_memory.adapter_file import AdapterWeights
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.layout import PROJECTIONS
+
+
+def pack_adapter(
+    weights: AdapterWeights, layout: AdapterLayout, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the adapter as pages `[L, layout.num_pages, page_elems]` of `dtype`.
+
+    The scale is folded into B in float32 before the one rounding to `dtype`.
+
+    Raises:
+        ValueError: a matrix is not of the shape that `layout` has room for.
+    """
+    pool = layout.pool
+    packed = torch.zeros(pool.geometry.num_layers, layout.num_pages * pool.page_elems, dtype=dtype)
+    for (layer, projection), pair in weights.items():
+        at = PROJECTIONS.index(projection)
+        rank = layout.ranks[layer][at]
+        expect_a = (rank, pool.geometry.in_features(projection))
+        expect_b = (pool.geometry.out_features(projection), rank)
+        if tuple(pair.a.shape) != expect_a or tuple(pair.b.shape) != expect_b:
+            raise ValueError(
+                f"layer {layer} {projection}: A {tuple(pair.a.shape)}, B {tuple(pair.b.shape)}; "
+                f"expected {expect_a} and {expect_b}"
+            )
+        rows = packed[layer]
+        _put(rows, layout.a_chunks[layer][at] * pool.chunk_elems, pair.a)
+        _put(rows, layout.b_chunks[layer][at] * pool.chunk_elems, (pair.b.float() * pair.scale).T)
+    return packed.view(pool.geometry.num_layers, layout.num_pages, pool.page_elems)
+
+
+def _put(row: torch.Tensor, start: int, matrix: torch.Tensor) -> None:
+    row[start : start + matrix.numel()].view(matrix.shape).copy_(matrix)

@@ -1,0 +1,61 @@
+"""The bytes of the pool: one tensor for KV cache and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loraplex_memory.layout import PoolLayout
+
+
+class PagePool:
+    """Owned by the engine process; `data` is `[L, P, page_elems]`, allocated once.
+
+    Who may write: the forward pass into pages of running sequences, the adapter loader into pages
+    of adapters that are still loading. The accounts (`PageAllocator`, `AdapterResidency`) keep the
+    two apart, so no lock is needed.
+    """
+
+    def __init__(
+        self,
+        layout: PoolLayout,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layout = layout
+        self.num_pages = num_pages
+        shape = (layout.geometry.num_layers, num_pages, layout.page_elems)
+        # Zeros, not empty: masked attention multiplies unwritten slots by 0, and 0 * NaN is NaN.
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.layout.page_bytes(self.data.element_size())
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """Return layer `layer`, `[P, page_elems]`, a view."""
+        return self.data[layer]
+
+    def kv(self, layer: int) -> torch.Tensor:
+        """Return the KV view `[P, 2, page_tokens, num_kv_heads, head_dim]` of one layer."""
+        geometry = self.layout.geometry
+        return self.data[layer].view(
+            self.num_pages, 2, self.layout.page_tokens, geometry.num_kv_heads, geometry.head_dim
+        )
+
+    def write(self, pages: Sequence[int], packed: torch.Tensor) -> None:
+        """Copy a packed adapter `[L, len(pages), page_elems]` into its pages."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        self.data.index_copy_(1, index, packed.to(device=self.device, dtype=self.dtype))

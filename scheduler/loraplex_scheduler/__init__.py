@@ -1,0 +1,1 @@
+"""What runs next: requests, budgets and plans. Pure Python: no tensors, no clock, no I/O."""

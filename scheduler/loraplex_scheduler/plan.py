@@ -1,0 +1,132 @@
+"""What crosses between the scheduler and those who compute: plans, results and events. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_scheduler.sampling import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """How a sequence ended; exactly one per sequence of an accepted request."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate, as the scheduler accepts it; `n` samples are `n` requests.
+
+    Attributes:
+        request_id: unique among live requests.
+        adapter: what to load before the first token; None for the base model.
+        arrival_s: on the clock that `schedule(now)` reads; decides the order of service.
+        deadline_s: past it the request ends as timed out; None for never.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterManifest | None = None
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterLoad:
+    """Fill these pages with this adapter, beside the step."""
+
+    adapter: AdapterManifest
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """The part of one sequence that a step computes.
+
+    Attributes:
+        token_ids: the tokens `[start, start + len(token_ids))`; those before have valid KV.
+        block_table: pages covering all of them.
+        is_sampled: the step reaches the sequence's last token, so its next one is drawn.
+        history: all token ids so far; only filled in when the sampling has penalties.
+        num_prompt: how many of them are the prompt.
+        position: position of the token to be drawn; keys the random draw with the seed.
+        banned_token_ids: never chosen now (end tokens before `min_tokens`).
+    """
+
+    request_id: str
+    adapter_id: str | None
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    is_sampled: bool
+    sampling: SamplingParams
+    history: tuple[int, ...]
+    num_prompt: int
+    position: int
+    banned_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision of one step. Sequences with one token come first (see AttentionBatch).
+
+    Attributes:
+        sequences: what to compute; empty when everything waits for a load.
+        loads: adapters to start loading; their sequences are in no plan until they are loaded.
+        adapter_pages: pages of every adapter that `sequences` name.
+        manifests: the same adapters' manifests.
+    """
+
+    sequences: tuple[SequenceStep, ...]
+    loads: tuple[AdapterLoad, ...]
+    adapter_pages: dict[str, tuple[int, ...]]
+    manifests: dict[str, AdapterManifest]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities (natural logarithm, of the distribution before penalties and filters)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One token per sampled sequence, by request id."""
+
+    tokens: dict[str, SampledToken]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One more token of a request; the last one carries the finish reason."""
+
+    request_id: str
+    token: SampledToken
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class EndEvent:
+    """A request ended without a token: cancelled, timed out or failed."""
+
+    request_id: str
+    finish_reason: FinishReason
+    message: str = ""
+
+
+Event = TokenEvent | EndEvent

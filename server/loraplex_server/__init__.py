@@ -1,0 +1,1 @@
+"""The serving process: HTTP, engine loop, base model, adapter catalogue."""

@@ -1,0 +1,1 @@
+"""The adapter catalogue: names, versions, validation, conversion, storage."""
