@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from loraplex_server.config import Config, ConfigError, load_config
+
+
+def write_toml(folder: Path, text: str) -> str:
+    path = folder / "loraplex.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_no_sources_give_the_defaults():
+    assert load_config([], {}) == Config()
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
+    path = write_toml(tmp_path, 'port = 1\nmax_running = 2\ndtype = "float32"\n')
+    env = {"LORAPLEX_PORT": "3", "LORAPLEX_MAX_RUNNING": "4"}
+    config = load_config(["--port", "5", "--config", path], env)
+    assert (config.port, config.max_running, config.dtype) == (5, 4, "float32")
+    assert config.max_step_tokens == Config().max_step_tokens
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path):
+    path = write_toml(tmp_path, "port = 1\n")
+    assert load_config([], {"LORAPLEX_CONFIG": path}).port == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "toml", "message"),
+    [
+        (["--prot=1"], {}, "", "--prot; did you mean --port"),
+        ([], {"LORAPLEX_PROT": "1"}, "", "LORAPLEX_PROT; did you mean LORAPLEX_PORT"),
+        ([], {}, "prot = 1", "prot; did you mean port"),
+        (["extra"], {}, "", "unknown argument extra"),
+        (["--port", "x"], {}, "", "--port must be a whole number"),
+        (["--port", "70000"], {}, "", "at most 65535"),
+        ([], {"LORAPLEX_DTYPE": "int4"}, "", "LORAPLEX_DTYPE must be one of auto, float32"),
+        ([], {}, "port = true", "key `port` of the configuration file must be"),
+        ([], {}, 'pool_bytes = "many"', "auto, or a size such as 512MiB"),
+        ([], {}, "request_timeout_s = 0", "number of seconds above 0"),
+        ([], {}, "port = ", "is not TOML"),
+        (["--port"], {}, "", "expected one argument"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, argv, env, toml, message):
+    argv = [*argv, "--config", write_toml(tmp_path, toml)] if toml else argv
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv, env)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(["--config", str(tmp_path / "none.toml")], {})
+
+
+def test_the_variables_of_the_sdk_are_left_alone():
+    env = {"LORAPLEX_BASE_URL": "http://x", "LORAPLEX_API_KEY": "k", "HOME": "/h"}
+    assert load_config([], env) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("4096", 4096), ("auto", None)],
+)
+def test_sizes_are_read_with_their_units(text, size):
+    assert load_config(["--pool-bytes", text], {}).pool_bytes == size
+
+
+def test_every_setting_has_a_flag_and_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--help"], {})
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for setting in fields(Config):
+        assert "--" + setting.name.replace("_", "-") in shown
+
+
+def test_the_data_folder_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert Config().data_dir == tmp_path / "loraplex"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert Config().data_dir == Path.home() / ".loraplex"
