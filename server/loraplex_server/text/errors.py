@@ -1,0 +1,29 @@
+"""Errors of the text package.
+
+TextError
+├── ChatTemplateMissing   the model has no chat template
+├── ChatTemplateFailed    the template refused the messages or its arguments
+└── UnknownToken          a token id lies outside the vocabulary
+"""
+
+from __future__ import annotations
+
+
+class TextError(Exception):
+    """Base of everything this package raises on purpose; `param` names the offending field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class ChatTemplateMissing(TextError):
+    """The model's tokenizer defines no chat template, so chat requests cannot be rendered."""
+
+
+class ChatTemplateFailed(TextError):
+    """The chat template raised an error for these messages or arguments."""
+
+
+class UnknownToken(TextError):
+    """A token id is negative or not below the size of the vocabulary."""

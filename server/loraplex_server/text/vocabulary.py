@@ -1,0 +1,146 @@
+"""The tokenizer as the server uses it: text to token ids and back.
+
+Invariant: nothing here changes the tokenizer, so one `Vocabulary` serves all threads. A fast
+tokenizer is driven through its Rust backend, which is both quicker and free of the clean-ups that
+rewrite text already sent.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from loraplex_server.text.errors import ChatTemplateFailed, ChatTemplateMissing, UnknownToken
+
+#: Token ids to text, whatever the ids are; incomplete UTF-8 becomes U+FFFD.
+Decode = Callable[[Sequence[int]], str]
+
+Message = Mapping[str, Any]
+
+_TOKEN_CACHE: Final = 65536
+
+
+class Vocabulary:
+    """A Hugging Face tokenizer's encoding, decoding and chat template; immutable, thread-safe."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Wrap `tokenizer`, a `PreTrainedTokenizerBase`; it is the wrapper's alone from now on."""
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            added = self._backend.get_added_tokens_decoder()
+            self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._template_args = frozenset(
+            inspect.signature(tokenizer.apply_chat_template).parameters
+        ) - {"kwargs"}
+        self._is_byte_level = "ByteLevel" in str(getattr(self._backend, "decoder", ""))
+        self._size = len(tokenizer)
+        self.token_bytes = lru_cache(_TOKEN_CACHE)(self._token_bytes)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `skip_special_tokens` leaves out."""
+        return self._special_ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`."""
+        if self._backend is not None:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            return list(encoding.ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def check(self, token_ids: Sequence[int], *, param: str) -> None:
+        """Raise UnknownToken, naming `param`, unless every id is in the vocabulary."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._size):
+            bad = next(i for i in token_ids if not 0 <= i < self._size)
+            raise UnknownToken(
+                f"token id {bad} is not in the vocabulary of {self._size} tokens", param=param
+            )
+
+    def decoder(self, *, skip_special_tokens: bool) -> Decode:
+        """Return the function that turns token ids into text."""
+        if self._backend is not None:
+            decode = self._backend.decode
+            return lambda ids: str(decode(ids, skip_special_tokens=skip_special_tokens))
+        decode = self._tokenizer.decode
+        return lambda ids: str(
+            decode(
+                ids,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def render_chat(
+        self, messages: Sequence[Message], template_args: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return the prompt of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ChatTemplateMissing, ChatTemplateFailed: as their names say.
+        """
+        from jinja2 import TemplateError
+
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ChatTemplateMissing(
+                "this model has no chat template; use /v1/completions", param="messages"
+            )
+        extra = dict(template_args or {})
+        if reserved := sorted(self._template_args & extra.keys()):
+            raise ChatTemplateFailed(
+                f"chat_template_kwargs may not set {', '.join(reserved)}",
+                param="chat_template_kwargs",
+            )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **extra,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+            raise ChatTemplateFailed(
+                f"the chat template refused the messages: {error}", param="messages"
+            ) from error
+        return str(rendered)
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as OpenAI's logprobs show it: its text, or `bytes:\\xe2\\x80`."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes one token stands for, also when they are no complete text."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):  # ids the model has but the tokenizer does not
+            return b""
+        if token_id not in self._special_ids:
+            if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in token):
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            if not self._is_byte_level and "\u2581" in token:
+                return token.replace("\u2581", " ").encode("utf-8")
+        return self.decoder(skip_special_tokens=False)([token_id]).encode("utf-8")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the inverse of GPT-2's map from bytes to printable characters."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    chars = {chr(byte): byte for byte in printable}
+    return chars | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR: Final[Mapping[str, int]] = _byte_alphabet()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from loraplex_server.text.errors import ChatTemplateFailed, ChatTemplateMissing, UnknownToken
+from loraplex_server.text.vocabulary import Vocabulary
+from tests.support.tiny_tokenizer import make_tokenizer
+
+
+def test_a_chat_is_rendered_up_to_the_answer(vocabulary):
+    rendered = vocabulary.render_chat([{"role": "user", "content": "hi"}], {"prefill": "Sure: "})
+    assert rendered == "<|start|>user\nhi<|end|>\n<|start|>assistant\nSure: "
+
+
+def test_the_template_refusing_the_messages_is_a_typed_error(vocabulary):
+    with pytest.raises(ChatTemplateFailed, match="no tools here"):
+        vocabulary.render_chat([{"role": "tool", "content": "hi"}])
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt"])
+def test_template_arguments_cannot_replace_the_template(vocabulary, name):
+    with pytest.raises(ChatTemplateFailed, match=name):
+        vocabulary.render_chat([{"role": "user", "content": "hi"}], {name: "x"})
+
+
+def test_a_model_without_template_says_so():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ChatTemplateMissing, match="/v1/completions"):
+        Vocabulary(tokenizer).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_ids_outside_the_vocabulary_are_refused(vocabulary):
+    vocabulary.check([0, len(vocabulary) - 1], param="prompt")
+    for bad in (-1, len(vocabulary)):
+        with pytest.raises(UnknownToken, match=str(bad)):
+            vocabulary.check([0, bad], param="prompt")
+
+
+def test_tokens_are_shown_as_text_or_bytes(vocabulary):
+    first, *_ = vocabulary.encode("é")
+    [world] = vocabulary.encode(" world")
+    assert vocabulary.token_text(first) == "bytes:\\xc3"
+    assert vocabulary.token_bytes(first) == b"\xc3"
+    assert vocabulary.token_text(world) == " world"
+    assert vocabulary.token_text(0) == "<|end|>"
