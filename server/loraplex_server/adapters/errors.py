@@ -1,0 +1,79 @@
+"""Errors of the adapter catalogue.
+
+AdapterError
+├── AdapterNotFound      no adapter has this name
+├── AdapterNameTaken     the name belongs to an adapter with other content
+├── InvalidAdapterName   the name cannot be used, whatever the adapter
+├── AdapterRefused       the adapter cannot be served exactly; every reason is listed
+├── InvalidUpload        the files received are not a readable PEFT folder or archive of one
+├── UploadTooLarge       more bytes than one upload may have
+└── StorageFailed        the data folder, its database or its disk does not work
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter is registered under `name` for the served base model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"no adapter is named {name!r}")
+
+
+class AdapterNameTaken(AdapterError):
+    """`name` is registered with other content, which stays as it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"the name {name!r} belongs to an adapter with other content; "
+            "delete that one first or choose another name"
+        )
+
+
+class InvalidAdapterName(AdapterError):
+    """`name` breaks a rule of adapter names; `reason` says which."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        super().__init__(f"adapter name {name[:140]!r}: {reason}")
+
+
+class AdapterRefused(AdapterError):
+    """Serving this adapter would not give what PEFT computes; `reasons` is the whole list."""
+
+    def __init__(self, reasons: tuple[str, ...], name: str | None = None) -> None:
+        self.reasons = reasons
+        self.name = name
+        label = f"adapter {name!r}" if name else "the adapter"
+        super().__init__(f"{label} is refused: " + "; ".join(reasons))
+
+
+class InvalidUpload(AdapterError):
+    """What was received is not an adapter folder; `reason` says what to send instead."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class UploadTooLarge(AdapterError):
+    """The upload, or what its archive unpacks to, passes `limit_bytes`."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        super().__init__(f"the upload is larger than the limit of {limit_bytes} bytes")
+
+
+class StorageFailed(AdapterError):
+    """Nothing was registered or lost: the storage refused an operation; `reason` says what to do."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
