@@ -1,0 +1,201 @@
+"""Compiling and calling `cpu_kernels.c`.
+
+The file is compiled once per machine (about a second) with the C compiler found there, for that
+machine's own instruction set, and kept in the user's cache folder. OpenMP symbols resolve to the
+runtime that torch has already loaded. Without a compiler `load_native` returns None and `cpu` takes
+torch's own operations: slower, same results within rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraplex_kernels.batch import AttentionBatch, LoRABatch
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_DTYPES = (torch.float32, torch.bfloat16)
+
+#: Query heads per KV head that the attention kernel has room for.
+MAX_GROUPS = 64
+
+
+def _fields(pointers: str, longs: str, others: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    fields: list[tuple[str, Any]] = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int64) for name in longs.split()]
+    return fields + others
+
+
+class _LoRAArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks projections out_features",
+        "T K N G page_table_width page_elems",
+        [
+            (name, ctypes.c_int32)
+            for name in ("num_projections", "chunk", "chunks_per_page", "is_bf16")
+        ],
+    )
+
+
+class _AttentionArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "out query kv context_lens block_tables",
+        "S block_table_width num_heads num_kv_heads head_dim page_tokens max_context window",
+        [("scale", ctypes.c_float), ("is_bf16", ctypes.c_int32)],
+    )
+
+
+class NativeKernels:
+    """The compiled kernels. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._add_lora = library.loraplex_add_lora
+        self._add_lora.argtypes = [ctypes.POINTER(_LoRAArgs)]
+        self._decode_attention = library.loraplex_decode_attention
+        self._decode_attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
+
+    @staticmethod
+    def takes(*tensors: torch.Tensor) -> bool:
+        """Whether the kernels can work on these: one dtype of theirs, contiguous."""
+        dtype = tensors[0].dtype
+        return dtype in _DTYPES and all(t.dtype is dtype and t.is_contiguous() for t in tensors)
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool_layer: torch.Tensor,
+        batch: LoRABatch,
+        *,
+        layer: int,
+        projections: tuple[int, ...],
+        out_features: tuple[int, ...],
+    ) -> None:
+        """See `reference.add_lora`; the sum is rounded to the dtype of `y` once, not twice."""
+        count = len(projections)
+        args = _LoRAArgs(
+            y=y.data_ptr(),
+            x=x.data_ptr(),
+            pool=pool_layer.data_ptr(),
+            row_ids=batch.row_ids.data_ptr(),
+            seg_indptr=batch.seg_indptr.data_ptr(),
+            page_table=batch.page_table.data_ptr(),
+            ranks=batch.ranks[layer].data_ptr(),
+            a_chunks=batch.a_chunks[layer].data_ptr(),
+            b_chunks=batch.b_chunks[layer].data_ptr(),
+            projections=ctypes.addressof(_int32s(projections)),
+            out_features=ctypes.addressof(_int32s(out_features)),
+            T=y.shape[0],
+            K=x.shape[1],
+            N=y.shape[1],
+            G=batch.num_segments,
+            page_table_width=batch.page_table.shape[1],
+            page_elems=pool_layer.shape[1],
+            num_projections=count,
+            chunk=batch.chunk_elems,
+            chunks_per_page=pool_layer.shape[1] // batch.chunk_elems,
+            is_bf16=y.dtype is torch.bfloat16,
+        )
+        if self._add_lora(ctypes.byref(args)):
+            raise MemoryError("no memory for the LoRA kernel's scratch")
+
+    def decode_attention(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Attend for the first `batch.num_decode` sequences, one query each.
+
+        Args:
+            out: `[D, num_heads, head_dim]`, filled in.
+            query: `[D, num_heads, head_dim]`.
+            kv: `[P, 2, page_tokens, num_kv_heads, head_dim]`.
+            batch: contexts and block tables.
+            scale: factor on the scores.
+            window: tokens a query sees, itself included; None for all.
+        """
+        args = _AttentionArgs(
+            out=out.data_ptr(),
+            query=query.data_ptr(),
+            kv=kv.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            S=query.shape[0],
+            block_table_width=batch.block_tables.shape[1],
+            num_heads=query.shape[1],
+            num_kv_heads=kv.shape[3],
+            head_dim=kv.shape[4],
+            page_tokens=kv.shape[2],
+            max_context=batch.max_context,
+            window=window or 0,
+            scale=scale,
+            is_bf16=query.dtype is torch.bfloat16,
+        )
+        if self._decode_attention(ctypes.byref(args)):
+            raise MemoryError("no memory for the attention kernel's scratch")
+
+
+@functools.cache
+def _int32s(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
+    # Kept alive by the cache: the kernels hold a bare pointer. One entry per site of a model.
+    return (ctypes.c_int32 * len(values))(*values)
+
+
+@functools.cache
+def load_native() -> NativeKernels | None:
+    """Return the compiled kernels, compiling them if need be; None when that is not possible."""
+    compiler = next((c for name in ("cc", "gcc", "clang") if (c := shutil.which(name))), None)
+    if compiler is None:
+        log.warning("no C compiler found: LoRA and attention run on torch operations, slower")
+        return None
+    try:
+        return NativeKernels(ctypes.CDLL(str(_compiled(compiler))))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the CPU kernels could not be compiled, torch takes over: %s", error)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the shared library, from the cache or freshly compiled."""
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    key.update(repr((compiler, _FLAGS, platform.machine(), _cpu_flags())).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
+    target = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    # Two processes may compile at once; the rename makes either result whole.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / target.name
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        built.replace(target)
+    return target
+
+
+def _cpu_flags() -> str:
+    """Return the processor's feature list: a cache shared between machines must tell them apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

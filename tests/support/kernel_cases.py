@@ -1,0 +1,81 @@
+"""Random pools, adapters and batches for kernel tests."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_kernels.batch import LoRABatch, PagedAdapter, build_lora_batch
+from loraplex_memory.adapter_file import LoRAPair
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
+from loraplex_memory.packing import pack_adapter
+from loraplex_memory.pool import PagePool
+
+SMOLLM2 = ModelGeometry(
+    num_layers=2,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+)
+
+
+@dataclass(frozen=True)
+class LoRACase:
+    """A pool holding adapters at scattered pages, and the batch that uses them."""
+
+    pool: PagePool
+    weights: list[dict[tuple[int, str], LoRAPair]]
+    batch: LoRABatch | None
+
+
+def make_weights(
+    geometry: ModelGeometry, ranks: list[list[int]], generator: torch.Generator
+) -> dict[tuple[int, str], LoRAPair]:
+    """Return random LoRA pairs of the given ranks (`[layer][projection]`)."""
+    weights = {}
+    for layer, row in enumerate(ranks):
+        for projection, rank in zip(PROJECTIONS, row, strict=True):
+            if rank:
+                a = torch.randn(rank, geometry.in_features(projection), generator=generator)
+                b = torch.randn(geometry.out_features(projection), rank, generator=generator)
+                weights[layer, projection] = LoRAPair(a / a.shape[1] ** 0.5, b, 0.5)
+    return weights
+
+
+def make_lora_case(
+    adapter_ranks: list[list[list[int]]],
+    rows: list[list[int]],
+    *,
+    geometry: ModelGeometry = SMOLLM2,
+    dtype: torch.dtype = torch.float32,
+    is_scattered: bool = True,
+    seed: int = 0,
+) -> LoRACase:
+    """Pack one adapter per entry of `adapter_ranks` into a pool and build their batch."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = PoolLayout(geometry)
+    layouts = [AdapterLayout(layout, tuple(map(tuple, ranks))) for ranks in adapter_ranks]
+    num_pages = sum(lay.num_pages for lay in layouts) + 3
+    pool = PagePool(layout, num_pages, dtype=dtype)
+    pool.data.fill_(float("nan"))  # a kernel that reads beyond an adapter shows it
+    free = list(range(num_pages))
+    if is_scattered:
+        random.Random(seed).shuffle(free)
+    paged, all_weights = [], []
+    for ranks, adapter_layout in zip(adapter_ranks, layouts, strict=True):
+        weights = make_weights(geometry, ranks, generator)
+        pages = [free.pop() for _ in range(adapter_layout.num_pages)]
+        packed = pack_adapter(weights, adapter_layout, dtype=dtype)
+        pool.write(pages, packed)
+        all_weights.append(weights)
+        paged.append(
+            PagedAdapter(
+                pages, adapter_layout.ranks, adapter_layout.a_chunks, adapter_layout.b_chunks
+            )
+        )
+    return LoRACase(pool, all_weights, build_lora_batch(paged, rows, layout.chunk_elems))
