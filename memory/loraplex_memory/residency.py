@@ -58,8 +58,12 @@ class AdapterResidency:
         """Ids ready to serve, least recently used first."""
         return [i for i, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
 
-    def num_loading(self) -> int:
-        return sum(e.state is ResidencyState.LOADING for e in self._entries.values())
+    def loading_ids(self) -> list[str]:
+        return [i for i, e in self._entries.items() if e.state is ResidencyState.LOADING]
+
+    def num_pins(self) -> int:
+        """Running sequences that hold an adapter, over all adapters."""
+        return sum(e.pins for e in self._entries.values())
 
     def begin_load(self, adapter_id: str, num_pages: int) -> tuple[int, ...]:
         """Take pages for an absent adapter and return them.

@@ -1,19 +1,21 @@
-"""What crosses between the scheduler and those who compute: plans, results and events. Data only."""
+"""What crosses between scheduler and those who compute: plans, results, events. Data only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.sampling import SamplingParams
 
 
 class FinishReason(StrEnum):
-    """How a sequence ended; exactly one per sequence of an accepted request."""
+    """How a request ended; exactly one per request. `REFUSED`: it could never have run here."""
 
     STOP = "stop"
     LENGTH = "length"
+    REFUSED = "refused"
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
     FAILED = "failed"
@@ -43,6 +45,15 @@ class AdapterLoad:
     """Fill these pages with this adapter, beside the step."""
 
     adapter: AdapterManifest
+    layout: AdapterLayout
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """Where an adapter of this step lies; valid for this step only."""
+
+    layout: AdapterLayout
     pages: tuple[int, ...]
 
 
@@ -80,14 +91,12 @@ class Plan:
     Attributes:
         sequences: what to compute; empty when everything waits for a load.
         loads: adapters to start loading; their sequences are in no plan until they are loaded.
-        adapter_pages: pages of every adapter that `sequences` name.
-        manifests: the same adapters' manifests.
+        adapters: every adapter that `sequences` name, by id.
     """
 
     sequences: tuple[SequenceStep, ...]
     loads: tuple[AdapterLoad, ...]
-    adapter_pages: dict[str, tuple[int, ...]]
-    manifests: dict[str, AdapterManifest]
+    adapters: dict[str, PlannedAdapter]
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class EndEvent:
-    """A request ended without a token: cancelled, timed out or failed."""
+    """A request ended without a token: refused, cancelled, timed out or failed."""
 
     request_id: str
     finish_reason: FinishReason

@@ -54,7 +54,7 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(name, value, -2 <= value <= 2, "between -2 and 2")
-        _check("min_tokens", self.min_tokens, 0 <= self.min_tokens, "at least 0")
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "<= max_tokens")
         _check("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= 20, "between 0 and 20")
         for bias in self.logit_bias.values():

@@ -1,0 +1,391 @@
+"""Who runs next, on which pages, with which adapters loaded.
+
+One step is `schedule` (decide), the runner (compute), `commit` (book the result). Service is first
+come, first served; tokens already running go before new ones; when pages run out the newest running
+sequence gives its pages back and recomputes later.
+
+Why this always makes progress: a request that could not fit an empty pool is refused by `add`; the
+oldest running sequence may take pages from every idle adapter and from every younger sequence; so
+it finishes, and then the next one is the oldest.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.allocator import PageAllocator, PageUse
+from loraplex_memory.layout import PoolLayout
+from loraplex_memory.page_table import PageTable
+from loraplex_memory.residency import AdapterResidency, ResidencyState
+from loraplex_scheduler.errors import RequestRefused
+from loraplex_scheduler.plan import (
+    AdapterLoad,
+    EndEvent,
+    Event,
+    FinishReason,
+    Plan,
+    PlannedAdapter,
+    Request,
+    SequenceStep,
+    StepResult,
+    TokenEvent,
+)
+from loraplex_scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Bounds of one engine.
+
+    Attributes:
+        max_step_tokens: tokens computed in one step, over all sequences.
+        max_running: sequences that hold KV pages at once.
+        max_model_len: tokens of one sequence, prompt and output.
+        max_loading: adapters being loaded at once.
+        eos_token_ids: tokens that end a sequence of this model.
+    """
+
+    max_step_tokens: int
+    max_running: int
+    max_model_len: int
+    max_loading: int = 4
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.max_running > self.max_step_tokens:
+            raise ValueError(
+                f"max_running {self.max_running} exceeds max_step_tokens {self.max_step_tokens}: "
+                "a step must have room for one token of every running sequence"
+            )
+
+
+class Scheduler:
+    """Owned by the engine step (one thread). Drives the accounts; touches no tensor.
+
+    Always true between calls: a sequence is either waiting (no pages, no pin) or running (pages for
+    all its tokens so far, its adapter resident and pinned).
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        layout: PoolLayout,
+        allocator: PageAllocator,
+        residency: AdapterResidency,
+    ) -> None:
+        self.limits = limits
+        self._layout = layout
+        self._allocator = allocator
+        self._residency = residency
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._by_id: dict[str, Sequence] = {}
+        # Offsets depend on content alone, so sequences of one adapter share them while they live.
+        self._layouts: WeakValueDictionary[str, AdapterLayout] = WeakValueDictionary()
+        self._next_order = 0
+        self.num_preemptions = 0
+        self.num_evictions = 0
+
+    # ---- state that others read ------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def running_adapters(self) -> set[str]:
+        return {s.adapter_id for s in self._running if s.adapter_id}
+
+    def waiting_adapters(self) -> set[str]:
+        return {s.adapter_id for s in self._waiting if s.adapter_id}
+
+    # ---- requests come and go --------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestRefused: it could not run even alone; nothing was queued.
+        """
+        if request.request_id in self._by_id:
+            raise RequestRefused(reason=f"request id {request.request_id} is in use")
+        adapter_layout = self._adapter_layout(request.adapter)
+        self._refuse_impossible(request, adapter_layout)
+        table = PageTable(self._allocator, self._layout.page_tokens)
+        sequence = Sequence(request, self._next_order, table, adapter_layout)
+        self._next_order += 1
+        self._by_id[request.request_id] = sequence
+        insort(self._waiting, sequence, key=_service_order)
+        if sequence.adapter_id:
+            self._residency.keep(sequence.adapter_id)
+
+    def abort(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.CANCELLED,
+        message: str = "",
+    ) -> list[Event]:
+        """End a request now, between steps; no event when it has ended already."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return []
+        self._end(sequence)
+        return [EndEvent(request_id, reason, message)]
+
+    def expire(self, now: float) -> list[Event]:
+        """End every request whose deadline has passed."""
+        late = [
+            request_id
+            for request_id, sequence in self._by_id.items()
+            if (deadline := sequence.request.deadline_s) is not None and deadline <= now
+        ]
+        message = "the request did not finish before its deadline"
+        return [e for i in late for e in self.abort(i, FinishReason.TIMED_OUT, message)]
+
+    def finish_load(self, adapter_id: str) -> None:
+        """The adapter's weights are in its pages; its sequences may run."""
+        self._residency.finish_load(adapter_id)
+
+    def fail_load(self, adapter_id: str, message: str) -> list[Event]:
+        """The adapter cannot be loaded: its waiting requests fail, everyone else goes on."""
+        self._residency.fail_load(adapter_id)
+        waiting = [s.request_id for s in self._waiting if s.adapter_id == adapter_id]
+        return [e for i in waiting for e in self.abort(i, FinishReason.FAILED, message)]
+
+    def discard_adapter(self, adapter_id: str) -> None:
+        """Free the adapter's pages as soon as no live request names it."""
+        if all(s.adapter_id != adapter_id for s in self._by_id.values()):
+            self._residency.discard(adapter_id)
+
+    # ---- the step --------------------------------------------------------------------------
+
+    def schedule(self) -> Plan:
+        """Decide one step. The pages and pins of the plan are taken when this returns."""
+        steps = self._continue_running()
+        budget = self.limits.max_step_tokens - sum(len(s.token_ids) for s in steps.values())
+        loads = self._admit_waiting(steps, budget)
+        # Single-token spans first: attention treats them as one dense block (AttentionBatch).
+        ordered = sorted(steps.values(), key=lambda step: len(step.token_ids) != 1)
+        return Plan(
+            sequences=tuple(ordered), loads=tuple(loads), adapters=self._planned_adapters(ordered)
+        )
+
+    def commit(self, plan: Plan, result: StepResult) -> list[Event]:
+        """Book what a plan computed; sequences that ended meanwhile are passed over."""
+        events: list[Event] = []
+        for step in plan.sequences:
+            sequence = self._by_id.get(step.request_id)
+            if sequence is None or sequence.num_computed != step.start:
+                continue
+            sequence.num_computed += len(step.token_ids)
+            if step.is_sampled:
+                token = result.tokens[step.request_id]
+                sequence.token_ids.append(token.token_id)
+                reason = sequence.finish_reason(
+                    self.limits.eos_token_ids, self.limits.max_model_len
+                )
+                if reason is not None:
+                    self._end(sequence)
+                events.append(TokenEvent(step.request_id, token, reason))
+        return events
+
+    def check(self) -> None:
+        """Raise AssertionError if any account is off; cheap enough for tests to call each step."""
+        self._allocator.check()
+        self._residency.check()
+        live = {s.request_id for s in self._waiting} | {s.request_id for s in self._running}
+        assert live == set(self._by_id), "a request is lost"
+        assert len(live) == len(self._waiting) + len(self._running), "a request is doubled"
+        assert all(not s.table.pages for s in self._waiting), "a waiting sequence holds pages"
+        pages = [page for s in self._running for page in s.table.pages]
+        assert len(pages) == len(set(pages)), "two sequences hold the same page"
+        assert len(pages) == self._allocator.num_held(PageUse.KV), "KV pages leaked"
+        for sequence in self._running:
+            assert sequence.table.capacity >= sequence.num_computed, "tokens without a page"
+            if sequence.adapter_id:
+                assert self._residency.is_resident(sequence.adapter_id), "adapter gone"
+        pins = [s.adapter_id for s in self._running if s.adapter_id]
+        assert self._residency.num_pins() == len(pins), "pins and running sequences disagree"
+
+    # ---- deciding --------------------------------------------------------------------------
+
+    def _continue_running(self) -> dict[str, SequenceStep]:
+        """Plan the running sequences, decodes before longer catch-ups, each by age."""
+        steps: dict[str, SequenceStep] = {}
+        budget = self.limits.max_step_tokens
+        for sequence in sorted(self._running, key=lambda s: s.num_pending > 1):
+            num_tokens = min(sequence.num_pending, budget)
+            if num_tokens == 0 or not sequence.table.pages:  # preempted in this very loop
+                continue
+            if not self._grow(sequence, sequence.num_computed + num_tokens, steps):
+                continue
+            steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
+            budget = self.limits.max_step_tokens - sum(len(s.token_ids) for s in steps.values())
+        return steps
+
+    def _grow(self, sequence: Sequence, num_tokens: int, steps: dict[str, SequenceStep]) -> bool:
+        """Find pages for a running sequence: idle adapters first, then younger sequences.
+
+        Returns False when it must sit this step out: it was the youngest and gave way, or pages
+        are held by adapters that are still loading.
+        """
+        while (missing := sequence.table.pages_missing(num_tokens)) > self._allocator.num_free:
+            if self._evict(missing - self._allocator.num_free):
+                continue
+            victim = max(self._running, key=_service_order)
+            if victim is sequence and len(self._running) == 1:
+                return False
+            self._preempt(victim)
+            steps.pop(victim.request_id, None)
+            if victim is sequence:
+                return False
+        sequence.table.grow(num_tokens)
+        return True
+
+    def _admit_waiting(self, steps: dict[str, SequenceStep], budget: int) -> list[AdapterLoad]:
+        """Admit waiting sequences in order; start the loads that the next ones need.
+
+        A sequence whose adapter is loading is passed over, so that others do not wait for its disk;
+        one that lacks pages is not, so that it is not starved by smaller ones behind it.
+        """
+        loads: list[AdapterLoad] = []
+        wanted: set[str] = set()
+        for sequence in list(self._waiting):
+            if budget == 0 or len(self._running) >= self.limits.max_running:
+                break
+            if sequence.adapter_id and not self._residency.is_resident(sequence.adapter_id):
+                if not self._await_adapter(sequence, wanted, loads):
+                    break
+                continue
+            if not self._admit(sequence, wanted):
+                break
+            num_tokens = min(sequence.num_pending, budget)
+            steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
+            budget -= num_tokens
+        return loads
+
+    def _await_adapter(
+        self, sequence: Sequence, wanted: set[str], loads: list[AdapterLoad]
+    ) -> bool:
+        """See to it that the sequence's adapter is on its way; False when there is no room yet."""
+        manifest, layout = sequence.request.adapter, sequence.adapter_layout
+        assert manifest is not None
+        assert layout is not None
+        wanted.add(manifest.adapter_id)
+        if self._residency.state(manifest.adapter_id) is ResidencyState.LOADING:
+            return True
+        if len(self._residency.loading_ids()) >= self.limits.max_loading:
+            return True
+        if not self._make_free(layout.num_pages, wanted):
+            return False
+        pages = self._residency.begin_load(manifest.adapter_id, layout.num_pages)
+        loads.append(AdapterLoad(manifest, layout, pages))
+        return True
+
+    def _admit(self, sequence: Sequence, wanted: Collection[str]) -> bool:
+        """Give a waiting sequence pages for all its tokens and pin its adapter, or refuse."""
+        missing = sequence.table.pages_missing(len(sequence.token_ids))
+        # One spare page per running sequence, or the next few tokens would preempt the newcomer.
+        reserve = len(self._running)
+        spared = {*wanted, sequence.adapter_id} if sequence.adapter_id else wanted
+        if not self._make_free(missing + reserve, spared):
+            return False
+        sequence.table.grow(len(sequence.token_ids))
+        if sequence.adapter_id:
+            self._residency.pin(sequence.adapter_id)
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_service_order)
+        return True
+
+    def _make_free(self, num_pages: int, spared: Collection[str]) -> bool:
+        """Evict idle adapters until `num_pages` are free, or change nothing and return False."""
+        missing = num_pages - self._allocator.num_free
+        if missing <= 0:
+            return True
+        if self._residency.num_evictable_pages(spared) < missing:
+            return False
+        self._evict(missing, spared)
+        return True
+
+    def _evict(self, num_pages: int, spared: Collection[str] = ()) -> bool:
+        evicted = self._residency.evict_idle(num_pages, spared)
+        self.num_evictions += len(evicted)
+        return bool(evicted)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.num_computed = 0
+        insort(self._waiting, sequence, key=_service_order)
+        self.num_preemptions += 1
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._by_id[sequence.request_id]
+        if sequence.table.pages:
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a running sequence out: pages back, adapter unpinned."""
+        sequence.table.release()
+        self._running.remove(sequence)
+        if sequence.adapter_id:
+            self._residency.unpin(sequence.adapter_id)
+
+    # ---- small answers ---------------------------------------------------------------------
+
+    def _planned_adapters(self, steps: list[SequenceStep]) -> dict[str, PlannedAdapter]:
+        planned: dict[str, PlannedAdapter] = {}
+        for step in steps:
+            if step.adapter_id and step.adapter_id not in planned:
+                layout = self._layouts[step.adapter_id]
+                planned[step.adapter_id] = PlannedAdapter(
+                    layout, self._residency.pages(step.adapter_id)
+                )
+        return planned
+
+    def _adapter_layout(self, manifest: AdapterManifest | None) -> AdapterLayout | None:
+        if manifest is None:
+            return None
+        layout = self._layouts.get(manifest.adapter_id)
+        if layout is None:
+            layout = AdapterLayout(self._layout, manifest.ranks)
+            self._layouts[manifest.adapter_id] = layout
+        return layout
+
+    def _refuse_impossible(self, request: Request, adapter_layout: AdapterLayout | None) -> None:
+        num_prompt, most = len(request.prompt_token_ids), self.limits.max_model_len
+        if num_prompt == 0:
+            raise RequestRefused(reason="the prompt is empty", param="prompt")
+        if num_prompt >= most:
+            raise RequestRefused(
+                reason=f"the prompt has {num_prompt} tokens; with at least one token of output "
+                f"it must stay within {most}",
+                param="prompt",
+            )
+        num_tokens = min(num_prompt + request.sampling.max_tokens, most)
+        num_adapter = adapter_layout.num_pages if adapter_layout else 0
+        need = self._layout.pages_for_tokens(num_tokens) + num_adapter
+        if need > self._allocator.num_pages:
+            raise RequestRefused(
+                reason=f"the request may need {need} pages ({num_tokens} tokens, {num_adapter} "
+                f"pages of adapter) and the pool has {self._allocator.num_pages}: "
+                "lower max_tokens or serve with a larger pool",
+                param="max_tokens",
+            )
+
+
+def _service_order(sequence: Sequence) -> tuple[float, int]:
+    return sequence.request.arrival_s, sequence.order
