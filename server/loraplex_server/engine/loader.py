@@ -1,0 +1,79 @@
+"""Loading adapters beside the step: one thread reads, packs and copies; the step only polls.
+
+The loader writes pages that belong to adapters in state `loading`, which no plan names, so the
+running batch never waits for a disk and no lock guards the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_memory.adapter_file import read_adapter_file
+from loraplex_memory.packing import pack_adapter
+from loraplex_memory.pool import PagePool
+from loraplex_scheduler.plan import AdapterLoad
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """`error` is None when the adapter is in its pages."""
+
+    adapter_id: str
+    error: str | None = None
+
+
+class AdapterLoader:
+    """Owned by the engine step, which submits and polls; the work happens in one thread.
+
+    Args:
+        pool: takes the packed adapters.
+        on_done: called in the loader's thread after each load, to wake a sleeping engine.
+    """
+
+    def __init__(self, pool: PagePool, on_done: Callable[[], None] = lambda: None) -> None:
+        self._pool = pool
+        self._on_done = on_done
+        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        self.num_loads = 0
+        self.num_failures = 0
+
+    def submit(self, load: AdapterLoad) -> None:
+        """Start a load; its result appears in `poll`."""
+        self._thread.submit(self._run, load)
+
+    def poll(self, timeout_s: float = 0.0) -> list[LoadResult]:
+        """Return the loads that ended; wait up to `timeout_s` for the first one."""
+        results: list[LoadResult] = []
+        try:
+            results.append(self._results.get(block=timeout_s > 0, timeout=timeout_s or None))
+            while True:
+                results.append(self._results.get_nowait())
+        except queue.Empty:
+            pass
+        self.num_loads += sum(result.error is None for result in results)
+        self.num_failures += sum(result.error is not None for result in results)
+        return results
+
+    def close(self) -> None:
+        """Finish the load under way, drop the queued ones."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, load: AdapterLoad) -> None:
+        adapter_id = load.adapter.adapter_id
+        try:
+            weights = read_adapter_file(Path(load.adapter.path))
+            self._pool.write(load.pages, pack_adapter(weights, load.layout, dtype=self._pool.dtype))
+            result = LoadResult(adapter_id)
+        except Exception as error:  # noqa: BLE001  (a thread's top frame: becomes a failed load)
+            log.warning("adapter %s could not be loaded: %s", adapter_id, error)
+            result = LoadResult(adapter_id, f"the adapter could not be loaded: {error}")
+        self._results.put(result)
+        self._on_done()

@@ -1,0 +1,107 @@
+"""The engine process: commands in, events out, until the other end is gone.
+
+The main thread steps the core; a second thread receives commands, so that the pipe is always
+drained. Should the API process die, the pipe closes and this process ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+from loraplex_scheduler.plan import Event
+from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.messages import (
+    Cancel,
+    Command,
+    DiscardAdapter,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepOutput,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
+
+#: How long to sleep at most when nothing can be computed; deadlines are looked at this often.
+IDLE_S = 0.25
+
+
+class CoreFactory(Protocol):
+    """Builds the core inside the engine process; `wake` is for the loader's thread."""
+
+    def __call__(self, wake: Callable[[], None]) -> EngineCore: ...
+
+
+def run_engine(connection: Connection, build_core: CoreFactory) -> None:
+    """Run the engine until `Shutdown` or until the connection closes. A process's entry point."""
+    # Ctrl-C reaches the whole terminal; the API process decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+    try:
+        core = build_core(lambda: inbox.put(None))
+    except Exception as error:
+        log.exception("the engine could not start")
+        connection.send(StartFailed(f"{type(error).__name__}: {error}"))
+        return
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    connection.send(Ready(core.info))
+    try:
+        _serve(core, connection, inbox)
+    except (BrokenPipeError, ConnectionResetError):
+        log.warning("the API process is gone")
+    finally:
+        core.close()
+
+
+def _serve(
+    core: EngineCore, connection: Connection, inbox: queue.SimpleQueue[Command | None]
+) -> None:
+    while True:
+        events: list[Event] = []
+        for command in _drain(core, inbox):
+            if isinstance(command, Shutdown):
+                return
+            events += _apply(core, command)
+        if core.has_work:
+            events += core.step()
+        connection.send(StepOutput(tuple(events), core.stats()))
+
+
+def _drain(core: EngineCore, inbox: queue.SimpleQueue[Command | None]) -> list[Command]:
+    """Take all commands; sleep when there is nothing to compute, until something happens."""
+    commands: list[Command] = []
+    must_wait = not core.has_work or core.is_waiting_for_loads
+    timeout = IDLE_S if core.has_work else None
+    try:
+        if must_wait and (command := inbox.get(timeout=timeout)) is not None:
+            commands.append(command)
+        while True:
+            if (command := inbox.get_nowait()) is not None:
+                commands.append(command)
+    except queue.Empty:
+        return commands
+
+
+def _apply(core: EngineCore, command: Command) -> list[Event]:
+    if isinstance(command, Submit):
+        return [event for request in command.requests for event in core.add(request)]
+    if isinstance(command, Cancel):
+        return [event for request_id in command.request_ids for event in core.abort(request_id)]
+    if isinstance(command, DiscardAdapter):
+        core.discard_adapter(command.adapter_id)
+    return []
+
+
+def _receive(connection: Connection, inbox: queue.SimpleQueue[Command | None]) -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        inbox.put(Shutdown())
