@@ -1,0 +1,243 @@
+"""What the scheduler decides, case by case."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraplex_memory.allocator import PageUse
+from loraplex_scheduler.errors import InvalidSampling, RequestRefused
+from loraplex_scheduler.plan import EndEvent, FinishReason, TokenEvent
+from loraplex_scheduler.sampling import SamplingParams
+from tests.support.scheduling import (
+    EOS,
+    finish_loads,
+    make_manifest,
+    make_request,
+    make_scheduler,
+    result_of,
+)
+
+
+def run(scheduler, *, token_id=9, max_steps=200):
+    """Drive to the end; return all events."""
+    events = []
+    for _ in range(max_steps):
+        if not scheduler.has_work:
+            return events
+        plan = scheduler.schedule()
+        scheduler.check()
+        events += scheduler.commit(plan, result_of(plan, token_id))
+        finish_loads(scheduler, plan)
+        scheduler.check()
+    raise AssertionError("the scheduler makes no progress")
+
+
+def tokens_of(events, request_id):
+    return [e for e in events if isinstance(e, TokenEvent) and e.request_id == request_id]
+
+
+def test_a_request_ends_after_max_tokens():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("r", max_tokens=3))
+    events = run(scheduler)
+    assert [e.finish_reason for e in events] == [None, None, FinishReason.LENGTH]
+    assert scheduler.num_running == scheduler.num_waiting == 0
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_request("r", num_prompt=19, max_tokens=1))
+    spans = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        spans += [(s.start, len(s.token_ids), s.is_sampled) for s in plan.sequences]
+        scheduler.commit(plan, result_of(plan))
+    assert spans == [(0, 8, False), (8, 8, False), (16, 3, True)]
+
+
+def test_decodes_are_not_held_up_by_a_long_prompt():
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_request("old", num_prompt=30, max_tokens=2))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, result_of(plan))
+    scheduler.add(make_request("young", num_prompt=2, max_tokens=9, arrival_s=1.0))
+    planned = []
+    for _ in range(5):
+        plan = scheduler.schedule()
+        planned.append({s.request_id: len(s.token_ids) for s in plan.sequences})
+        assert sum(len(s.token_ids) for s in plan.sequences) <= 8
+        scheduler.commit(plan, result_of(plan))
+    running_together = [p for p in planned if "young" in p and "old" in p]
+    assert running_together
+    assert all(p["young"] >= 1 for p in running_together)
+
+
+def test_service_is_in_order_of_arrival():
+    scheduler = make_scheduler(max_running=1)
+    for name, arrival in (("late", 2.0), ("early", 1.0)):
+        scheduler.add(make_request(name, max_tokens=1, arrival_s=arrival))
+    assert [e.request_id for e in run(scheduler)] == ["early", "late"]
+
+
+def test_when_pages_run_out_the_youngest_recomputes_and_nothing_is_lost():
+    scheduler = make_scheduler(num_pages=8, max_step_tokens=64)
+    for i in range(3):
+        scheduler.add(make_request(f"r{i}", num_prompt=4, max_tokens=16, arrival_s=i))
+    events = run(scheduler)
+    assert scheduler.num_preemptions > 0
+    for i in range(3):
+        assert len(tokens_of(events, f"r{i}")) == 16
+    ends = [e.request_id for e in events if e.finish_reason]
+    assert ends[0] == "r0"
+
+
+def test_a_request_waits_for_its_adapter_and_others_do_not():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("slow", adapter=make_manifest("a")))
+    scheduler.add(make_request("fast", arrival_s=1.0))
+    plan = scheduler.schedule()
+    assert [load.adapter.adapter_id for load in plan.loads] == ["a"]
+    assert [s.request_id for s in plan.sequences] == ["fast"]
+    scheduler.commit(plan, result_of(plan))
+    again = scheduler.schedule()
+    assert again.loads == ()
+    scheduler.commit(again, result_of(again))
+    scheduler.finish_load("a")
+    plan = scheduler.schedule()
+    assert {s.request_id for s in plan.sequences} == {"slow", "fast"}
+    assert plan.adapters["a"].pages
+
+
+def test_an_idle_adapter_leaves_only_when_the_space_is_needed():
+    adapter = make_manifest("a", rank=8)
+    scheduler = make_scheduler(num_pages=16, max_step_tokens=64)
+    scheduler.add(make_request("r", adapter=adapter, max_tokens=1))
+    run(scheduler)
+    assert scheduler._residency.is_resident("a")
+    assert scheduler._allocator.num_held(PageUse.ADAPTER) > 8
+    scheduler.add(make_request("big", num_prompt=40, max_tokens=8))
+    run(scheduler)
+    assert not scheduler._residency.is_resident("a")
+    assert scheduler.num_evictions == 1
+
+
+def test_loading_for_the_queue_does_not_evict_what_an_earlier_request_waits_for():
+    scheduler = make_scheduler(num_pages=20, max_running=1, max_step_tokens=16)
+    pages = {}
+    for i in range(3):
+        manifest = make_manifest(f"a{i}", rank=8)
+        scheduler.add(make_request(f"r{i}", adapter=manifest, arrival_s=i))
+    plan = scheduler.schedule()
+    for load in plan.loads:
+        pages[load.adapter.adapter_id] = load.pages
+    assert list(pages) == ["a0"]  # a1 does not fit beside it and may not push it out
+    run_events = []
+    finish_loads(scheduler, plan)
+    run_events = run(scheduler)
+    assert len([e for e in run_events if e.finish_reason]) == 3
+
+
+def test_a_failed_load_fails_its_requests_and_nobody_else():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("broken", adapter=make_manifest("a")))
+    scheduler.add(make_request("fine"))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, result_of(plan))
+    events = scheduler.fail_load("a", "the file is gone")
+    assert events == [EndEvent("broken", FinishReason.FAILED, "the file is gone")]
+    assert len(tokens_of(run(scheduler), "fine")) == 3
+    scheduler.check()
+
+
+def test_abort_works_while_waiting_loading_running_and_after_the_end():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("loading", adapter=make_manifest("a")))
+    scheduler.add(make_request("running", arrival_s=1.0))
+    plan = scheduler.schedule()
+    for name in ("loading", "running"):
+        (event,) = scheduler.abort(name)
+        assert event.finish_reason is FinishReason.CANCELLED
+        scheduler.check()
+    assert scheduler.commit(plan, result_of(plan)) == []
+    assert scheduler.abort("running") == []
+    scheduler.finish_load("a")
+    scheduler.check()
+
+
+def test_a_request_past_its_deadline_ends_as_timed_out():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("r", deadline_s=5.0))
+    assert scheduler.expire(4.9) == []
+    (event,) = scheduler.expire(5.0)
+    assert event.finish_reason is FinishReason.TIMED_OUT
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (make_request("r", num_prompt=0), "empty"),
+        (make_request("r", num_prompt=64), "within 64"),
+        (make_request("r", num_prompt=60, adapter=make_manifest("a", rank=32)), "larger pool"),
+    ],
+)
+def test_a_request_that_could_never_run_is_refused(request_, words):
+    scheduler = make_scheduler(num_pages=20)
+    with pytest.raises(RequestRefused, match=words):
+        scheduler.add(request_)
+    assert not scheduler.has_work
+
+
+def test_end_tokens_stop_unless_they_are_ignored_or_too_early():
+    for kwargs, expected in (
+        ({}, (1, FinishReason.STOP)),
+        ({"ignore_eos": True}, (4, FinishReason.LENGTH)),
+        ({"stop_token_ids": frozenset({EOS}), "ignore_eos": True}, (1, FinishReason.STOP)),
+    ):
+        scheduler = make_scheduler()
+        scheduler.add(make_request("r", **kwargs))
+        events = run(scheduler, token_id=EOS)
+        assert (len(events), events[-1].finish_reason) == expected
+
+
+def test_end_tokens_are_banned_until_min_tokens():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("r", min_tokens=2, stop_token_ids=frozenset({7})))
+    banned = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        banned += [s.banned_token_ids for s in plan.sequences]
+        scheduler.commit(plan, result_of(plan))
+    assert banned == [{EOS, 7}, {EOS, 7}, frozenset(), frozenset()]
+
+
+def test_a_deleted_adapter_leaves_when_nobody_uses_it():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("r", adapter=make_manifest("a")))
+    finish_loads(scheduler, scheduler.schedule())
+    scheduler.discard_adapter("a")
+    assert scheduler._residency.is_resident("a")
+    run(scheduler)
+    scheduler.discard_adapter("a")
+    assert scheduler._residency.state("a") is None
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("min_tokens", 99),
+        ("logprobs", 21),
+    ],
+)
+def test_sampling_out_of_range_is_refused_by_name(param, value):
+    with pytest.raises(InvalidSampling) as caught:
+        SamplingParams(**{param: value})
+    assert caught.value.param == param

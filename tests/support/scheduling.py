@@ -1,0 +1,78 @@
+"""Schedulers over small pools, and a runner that computes nothing but obeys the contract."""
+
+from __future__ import annotations
+
+from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.allocator import PageAllocator
+from loraplex_memory.layout import ModelGeometry, PoolLayout
+from loraplex_memory.residency import AdapterResidency
+from loraplex_scheduler.plan import Plan, Request, SampledToken, StepResult
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_scheduler.scheduler import Scheduler, SchedulerLimits
+
+TINY = ModelGeometry(
+    num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64
+)
+EOS = 0
+
+
+def ranks(rank: int) -> AdapterRanks:
+    """Return `rank` on q, k, v and o of every layer of TINY."""
+    return ((rank,) * 4 + (0,) * 3,) * TINY.num_layers
+
+
+def make_manifest(name: str, rank: int = 4) -> AdapterManifest:
+    return AdapterManifest(adapter_id=name, path=f"/nowhere/{name}", ranks=ranks(rank))
+
+
+def make_request(
+    request_id: str,
+    *,
+    num_prompt: int = 4,
+    max_tokens: int = 4,
+    adapter: AdapterManifest | None = None,
+    arrival_s: float = 0.0,
+    deadline_s: float | None = None,
+    **sampling: object,
+) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(range(1, num_prompt + 1)),
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        adapter=adapter,
+        arrival_s=arrival_s,
+        deadline_s=deadline_s,
+    )
+
+
+def make_scheduler(
+    num_pages: int = 64,
+    *,
+    page_tokens: int = 4,
+    max_step_tokens: int = 16,
+    max_running: int = 8,
+    max_model_len: int = 64,
+    max_loading: int = 4,
+) -> Scheduler:
+    allocator = PageAllocator(num_pages)
+    limits = SchedulerLimits(
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        max_model_len=max_model_len,
+        max_loading=max_loading,
+        eos_token_ids=frozenset({EOS}),
+    )
+    layout = PoolLayout(TINY, page_tokens)
+    return Scheduler(limits, layout, allocator, AdapterResidency(allocator))
+
+
+def result_of(plan: Plan, token_id: int = 9) -> StepResult:
+    """Return `token_id` for every sampled sequence of the plan."""
+    sampled = [step.request_id for step in plan.sequences if step.is_sampled]
+    return StepResult({request_id: SampledToken(token_id) for request_id in sampled})
+
+
+def finish_loads(scheduler: Scheduler, plan: Plan) -> None:
+    for load in plan.loads:
+        scheduler.finish_load(load.adapter.adapter_id)
