@@ -3,5 +3,8 @@
     upload  ->  peft_format  ->  identity  ->  blobs  +  catalog
     quarantine  strict reader    content id    files     names, leases
 
-`peft_config` and `peft_pattern` read the configuration; `archive` unpacks; `errors` is the tree.
+An upload arrives in `upload` (an archive goes through `archive`). `peft_format` reads it with
+`peft_config` (fields: `peft_fields`; patterns: `peft_pattern`; targets: `peft_targets`) and
+`peft_keys`, and collects every fault in `ledger`. `catalog` owns the rest: `data_dir`,
+`catalog_tables`, `blobs`, `holds` and `lease`.
 """

@@ -72,7 +72,7 @@ class UploadTooLarge(AdapterError):
 
 
 class StorageFailed(AdapterError):
-    """Nothing was registered or lost: the storage refused an operation; `reason` says what to do."""
+    """The storage refused an operation; nothing was registered, and `reason` says what to do."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
