@@ -1,1 +1,1 @@
-"""The transformer, its weights, and the sampler."""
+"""The base model: where its files are, what it computes, its weights, and the sampler."""

@@ -1,0 +1,116 @@
+"""Every family against transformers: logits of prefill, chunked prefill and decode, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.server.model.paged_run import PagedRun
+from tests.support.tiny_models import (
+    LLAMA3_ROPE,
+    LONG_ROPE,
+    VOCAB,
+    YARN_ROPE,
+    tiny_config,
+    tiny_reference,
+    transformer_of,
+)
+
+LENGTH = 40
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
+    "llama-head-dim": ("llama", {"head_dim": 16}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
+    ),
+    "llama-yarn-rope": ("llama", {"rope_parameters": YARN_ROPE}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 7}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied-yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-bias": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen3-layer-types": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 6}),
+    "phi3-partial-rotary": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.fixture(params=CASES, name="reference")
+def _reference(request):
+    family, options = CASES[request.param]
+    return tiny_reference(tiny_config(family, **options))
+
+
+def tokens_of(seed: int, length: int = LENGTH) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def reference_logits(reference, tokens: list[int]) -> torch.Tensor:
+    return reference(torch.tensor([tokens])).logits[0]
+
+
+def assert_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def short_regime(reference) -> int | None:
+    """Return a `max_model_len` within the short regime of longrope."""
+    rope = reference.config.rope_parameters
+    return 64 if rope["rope_type"] == "longrope" else None
+
+
+def test_prefill_gives_the_logits_of_transformers(reference):
+    run = PagedRun(transformer_of(reference, max_model_len=short_regime(reference)))
+    tokens = tokens_of(1)
+    assert_logits(run.step({"a": tokens})["a"], reference_logits(reference, tokens))
+
+
+def test_chunks_and_single_tokens_give_the_logits_of_one_prefill(reference):
+    run = PagedRun(transformer_of(reference, max_model_len=short_regime(reference)))
+    tokens = tokens_of(2)
+    bounds = [0, 5, 6, 7, 20, 21, 22, 23, 34, *range(35, LENGTH + 1)]
+    parts = [
+        run.step({"a": tokens[start:stop]})["a"]
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    ]
+    assert_logits(torch.cat(parts), reference_logits(reference, tokens))
+
+
+def test_sequences_in_one_step_do_not_see_each_other(reference):
+    run = PagedRun(transformer_of(reference, max_model_len=short_regime(reference)))
+    sequences = {name: tokens_of(seed) for seed, name in enumerate("abcd")}
+    run.step({name: tokens[:-3] for name, tokens in sequences.items() if name != "d"})
+    mixed = {name: tokens[-3:-2] for name, tokens in sequences.items() if name != "d"}
+    logits = run.step({**mixed, "d": sequences["d"]})
+    for name, tokens in sequences.items():
+        seen = tokens if name == "d" else tokens[:-2]
+        expected = reference_logits(reference, seen)[-len(logits[name]) :]
+        assert_logits(logits[name], expected)

@@ -1,0 +1,118 @@
+"""Tiny random models of every family, with the transformers model as the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from loraplex_server.model.spec import ModelSpec
+from loraplex_server.model.transformer import Transformer
+from loraplex_server.model.weights import fill_weights, random_weights
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+#: For a head of 8 elements, all rotated; twice as long regimes after 64 positions.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.5, 5.0, 9.0],
+}
+
+
+def tiny_config(family: str = "llama", **options: Any) -> Any:
+    """Return the transformers config of a tiny model; `options` override its fields."""
+    classes = {
+        "llama": (LlamaConfig, "LlamaForCausalLM"),
+        "mistral": (MistralConfig, "MistralForCausalLM"),
+        "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
+        "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
+        "phi3": (Phi3Config, "Phi3ForCausalLM"),
+    }
+    config_class, architecture = classes[family]
+    return config_class(**{**SIZES, "architectures": [architecture], **options})
+
+
+def tiny_spec(family: str = "llama", **options: Any) -> ModelSpec:
+    """Return the spec of `tiny_config(family, **options)`."""
+    return ModelSpec.from_config(tiny_config(family, **options), base_name=f"tiny-{family}")
+
+
+def tiny_reference(config: Any, *, seed: int = 0) -> Any:
+    """Return the transformers model of a config, every parameter random, in float32.
+
+    Weights are large enough for logits that differ clearly; biases and norms are random too, as
+    transformers would start them at 0 and 1, which hides a forgotten one.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = name.endswith("norm.weight")
+            parameter.copy_(1.0 + 0.2 * noise if is_norm else 0.2 * noise)
+    return model
+
+
+def transformer_of(
+    reference: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int | None = None,
+) -> Transformer:
+    """Return our model with the parameters of a transformers model."""
+    spec = ModelSpec.from_config(reference.config, base_name="tiny")
+    state = reference.state_dict()
+    weights = fill_weights(spec, state.items(), dtype=dtype)
+    return Transformer(spec, weights, max_model_len=max_model_len)
+
+
+def tiny_transformer(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+) -> Transformer:
+    """Return our model with random weights, without building a transformers one."""
+    spec = tiny_spec(family, **options)
+    weights = fill_weights(spec, random_weights(spec, seed, dtype).items(), dtype=dtype)
+    return Transformer(spec, weights)
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **options: Any) -> Any:
+    """Write a tiny model as a Hugging Face folder and return the transformers model."""
+    reference = tiny_reference(tiny_config(family, **options), seed=seed)
+    reference.save_pretrained(folder)
+    return reference
