@@ -173,6 +173,9 @@ class Config:
     max_queued: int = _setting(
         _integer(0), 1024, "service", "answer 429 when more sequences wait than this"
     )
+    shutdown_grace_s: int = _setting(
+        _integer(0), 20, "service", "let running requests finish so long when stopping", "S"
+    )
     log_level: str = _setting(
         _choice("debug", "info", "warning", "error"), "info", "service", "how much to log", "LEVEL"
     )

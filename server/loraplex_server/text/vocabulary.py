@@ -25,8 +25,12 @@ _TOKEN_CACHE: Final = 65536
 class Vocabulary:
     """A Hugging Face tokenizer's encoding, decoding and chat template; immutable, thread-safe."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Wrap `tokenizer`, a `PreTrainedTokenizerBase`; it is the wrapper's alone from now on."""
+    def __init__(self, tokenizer: Any, *, size: int | None = None) -> None:
+        """Wrap `tokenizer`, a `PreTrainedTokenizerBase`; it is the wrapper's alone from now on.
+
+        Args:
+            size: token ids the model has; the tokenizer may know more or fewer.
+        """
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
@@ -39,7 +43,7 @@ class Vocabulary:
             inspect.signature(tokenizer.apply_chat_template).parameters
         ) - {"kwargs"}
         self._is_byte_level = "ByteLevel" in str(getattr(self._backend, "decoder", ""))
-        self._size = len(tokenizer)
+        self._size = len(tokenizer) if size is None else size
         self.token_bytes = lru_cache(_TOKEN_CACHE)(self._token_bytes)
 
     def __len__(self) -> int:
