@@ -1,0 +1,68 @@
+"""From logits to tokens: the order of steps, the greedy fast path, and the log probabilities.
+
+1. Log probabilities are taken of the raw logits, before any edit or filter (as vLLM reports them).
+2. Bans, bias and penalties: `logit_edits.py`.
+3. Greedy rows take the argmax, the lowest id of equals. The others draw: `draw.py`.
+
+A row's token and its log probabilities depend on its own logits, parameters and position only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from loraplex_scheduler.plan import SampledToken, SequenceStep, TokenLogprobs
+from loraplex_server.model.draw import draw_tokens
+from loraplex_server.model.logit_edits import edit_logits
+
+#: Most that `SamplingParams.logprobs` allows. Always so many are selected, so that which of equal
+#: ones are listed does not depend on what other rows ask for.
+_MAX_LOGPROBS: Final = 20
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledToken]:
+    """Choose the next token of each row.
+
+    Args:
+        logits: float32 `[N, V]`; not changed.
+        rows: one per row of `logits`. All token ids they name (bias, bans, history) are below `V`;
+            the door checks that.
+
+    Returns:
+        One token per row, with log probabilities where the row asks for them.
+    """
+    if not rows:
+        return []
+    assert logits.shape[0] == len(rows), "one row of logits per sequence"
+    edited = edit_logits(logits, rows)
+    tokens = edited.argmax(-1)
+    drawn = [i for i, row in enumerate(rows) if not row.sampling.is_greedy]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        tokens[index] = draw_tokens(edited[index], [rows[i] for i in drawn])
+    reports = _logprobs(logits, rows, tokens)
+    return [SampledToken(token, reports.get(i)) for i, token in enumerate(tokens.tolist())]
+
+
+def _logprobs(
+    logits: torch.Tensor, rows: Sequence[SequenceStep], tokens: torch.Tensor
+) -> dict[int, TokenLogprobs]:
+    """Return the log probabilities of the rows that ask, by row index."""
+    asked = {
+        i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None
+    }
+    if not asked:
+        return {}
+    index = torch.tensor(list(asked), device=logits.device)
+    logprobs = logits[index].log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[index, None]).squeeze(1).tolist()
+    top = logprobs.topk(min(_MAX_LOGPROBS, logits.shape[1]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return {
+        i: TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for (i, count), logprob, (ids, values) in zip(asked.items(), chosen, pairs, strict=True)
+    }
