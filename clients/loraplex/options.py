@@ -1,0 +1,63 @@
+"""The request fields of completions and chat, as keyword arguments a type checker knows.
+
+None means "not given": the server's default holds. The server refuses unknown fields by name;
+`extra_body` sends a field that this version of the SDK does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
+
+from loraplex.types import ChatMessage
+
+Prompt: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Messages: TypeAlias = Iterable[Mapping[str, Any] | ChatMessage]
+
+
+class StreamOptions(TypedDict, total=False):
+    """What a stream carries besides text."""
+
+    include_usage: bool
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields that completions and chat share.
+
+    Those beyond OpenAI's are top_k, min_p, repetition_penalty, min_tokens, stop_token_ids and
+    ignore_eos.
+    """
+
+    max_tokens: int | None
+    min_tokens: int | None
+    n: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[str, float] | Mapping[int, float] | None
+    stream_options: StreamOptions | None
+    user: str | None
+    extra_body: Mapping[str, Any] | None
+
+
+class CompletionOptions(SamplingOptions, total=False):
+    """The fields of POST /v1/completions besides model, prompt and stream."""
+
+    echo: bool | None
+    logprobs: int | None
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """The fields of POST /v1/chat/completions besides model, messages and stream."""
+
+    logprobs: bool | None
+    top_logprobs: int | None
+    max_completion_tokens: int | None

@@ -1,0 +1,248 @@
+"""What the server answers, as pydantic models.
+
+Fields the SDK does not know are kept (`extra="allow"`), and what a server may leave out is
+optional, so an older SDK reads a newer server. Closed sets of words (states, finish reasons) are
+plain strings for the same reason.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ApiModel(BaseModel):
+    """Base of every response."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+
+class Usage(ApiModel):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+    prompt_tokens_details: dict[str, Any] | None = None
+
+
+class Answer(ApiModel):
+    """What completions, chat completions and the chunks of both have in common."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    usage: Usage | None = None
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The text of the first choice (of a chunk: what it adds to the first choice)."""
+
+
+class CompletionLogprobs(ApiModel):
+    """Log-probabilities of a completion: parallel lists with one entry per token."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class CompletionChoice(ApiModel):
+    """One answer of a completion, or what one chunk adds to it.
+
+    Attributes:
+        finish_reason: "stop" or "length"; None while the answer goes on.
+    """
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: CompletionLogprobs | None = None
+
+
+class Completion(Answer):
+    """The answer of POST /v1/completions, and, with partial choices, a chunk of its stream."""
+
+    choices: list[CompletionChoice]
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice, or what this chunk adds to it."""
+        return next((choice.text for choice in self.choices if choice.index == 0), "")
+
+
+class CompletionChunk(Completion):
+    """One event of a completion stream; `usage` comes with the last, which has no choices."""
+
+
+class TopLogprob(ApiModel):
+    """One token that could have been chosen."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    """One chosen token, with the likeliest others."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class ChatLogprobs(ApiModel):
+    """Log-probabilities of a chat answer."""
+
+    content: list[TokenLogprob] | None = None
+
+
+class ChatMessage(ApiModel):
+    """One turn of a conversation. An answer's message can go back into `messages` as it is."""
+
+    role: str
+    content: str | None = None
+
+
+class ChatChoice(ApiModel):
+    """One answer of a chat completion. `finish_reason` is "stop" or "length"."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Answer):
+    """The answer of POST /v1/chat/completions."""
+
+    choices: list[ChatChoice]
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return next((choice.message.content or "" for choice in self.choices), "")
+
+
+class ChatDelta(ApiModel):
+    """What one chunk adds to a message; `role` comes with the first."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(ApiModel):
+    """What one chunk adds to one answer."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletionChunk(Answer):
+    """One event of a chat stream; `usage` comes with the last, which has no choices."""
+
+    choices: list[ChatChunkChoice]
+
+    @property
+    def text(self) -> str:
+        """What this chunk adds to the text of the first choice."""
+        return next((c.delta.content or "" for c in self.choices if c.index == 0), "")
+
+
+class Model(ApiModel):
+    """A name that requests can put in `model`.
+
+    Attributes:
+        parent: The base model's id when this is an adapter, None when it is the base.
+        root: Where the weights come from; an adapter's content id.
+    """
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = ""
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class ModelList(ApiModel):
+    """The answer of GET /v1/models."""
+
+    data: list[Model]
+
+
+class Adapter(ApiModel):
+    """One registered adapter.
+
+    Attributes:
+        id: "sha256:<hex>" of its canonical tensors and config: the same content, the same id.
+        base_model: The base model it was trained on, by the id the server serves it under.
+        rank_max: The largest rank of any of its projections.
+        size_bytes: Of its files on disk.
+        pool_pages: Pages it takes in the memory pool while it is resident.
+        created: Unix time in seconds.
+        state: "registered" (on disk), "loading" or "resident" (in the pool).
+    """
+
+    object: str = "adapter"
+    name: str
+    id: str
+    base_model: str
+    rank_max: int
+    target_modules: list[str]
+    size_bytes: int
+    pool_pages: int
+    created: int
+    state: str
+
+
+class AdapterPage(ApiModel):
+    """One page of GET /v1/adapters; `last` is the cursor of the next."""
+
+    data: list[Adapter]
+    has_more: bool = False
+    last: str | None = None
+
+
+class AdapterDeleted(ApiModel):
+    """The answer of DELETE /v1/adapters/{name}. `id` is the content that the name held."""
+
+    name: str
+    id: str
+    deleted: bool
+
+
+class ResidentAdapter(ApiModel):
+    """An adapter in the pool. `name` is None when its last name was deleted while in use."""
+
+    id: str
+    name: str | None
+    pages: int
+
+
+class Pool(ApiModel):
+    """How the pages of the memory pool are used: `kv + adapters + free == num_pages`."""
+
+    num_pages: int
+    page_bytes: int
+    kv: int
+    adapters: int
+    free: int
+    resident_adapters: list[ResidentAdapter] = []
+
+
+class Health(ApiModel):
+    """Whether the server can answer. `status` is "ok", or says what it is doing instead."""
+
+    status: str
+
+    @property
+    def is_ok(self) -> bool:
+        """True when requests will be served."""
+        return self.status == "ok"
