@@ -1,0 +1,1 @@
+"""The `loraplex` command. Needs the extra `loraplex[cli]`: typer and rich."""

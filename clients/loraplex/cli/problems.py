@@ -1,0 +1,57 @@
+"""What to do about each error, in one line."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from loraplex.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    ConflictError,
+    InternalServerError,
+    LoraplexError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
+    UnprocessableEntityError,
+)
+
+_ADVICE: dict[type[LoraplexError], str] = {
+    AuthenticationError: "give a key with --api-key or LORAPLEX_API_KEY",
+    PermissionDeniedError: "use a key that allows this (--api-key or LORAPLEX_API_KEY)",
+    NotFoundError: "`loraplex models` lists what the server knows",
+    ConflictError: "choose another --name, or remove the old one: `loraplex adapters rm NAME`",
+    PayloadTooLargeError: "push a smaller adapter, or raise the server's upload limit",
+    UnprocessableEntityError: "nothing was kept; correct it and push it again",
+    RateLimitError: "wait a little and try again",
+    InternalServerError: "try again, and look at the server's log",
+}
+
+
+def explain(error: LoraplexError) -> str:
+    """Return one line: what happened, and what to do next."""
+    if isinstance(error, APIConnectionError):
+        return _unreachable(error)
+    parts = [" ".join(str(error).split()).rstrip(".")]
+    if isinstance(error, InternalServerError) and error.retry_after_s is not None:
+        parts.append(f"try again in {error.retry_after_s:.0f} s")
+    elif type(error) in _ADVICE:
+        parts.append(_ADVICE[type(error)])
+    line = "; ".join(parts)
+    if isinstance(error, APIStatusError) and error.request_id:
+        line += f" (request {error.request_id})"
+    return line
+
+
+def _unreachable(error: APIConnectionError) -> str:
+    url = urlsplit(error.url)
+    server = f"{url.scheme}://{url.netloc}"
+    if isinstance(error, APITimeoutError):
+        return f"{server} did not answer in time; see whether it is busy: curl {server}/health"
+    return (
+        f"cannot reach a server at {server} ({error.problem}); start one with `loraplex serve`, "
+        "or say where it is with --base-url or LORAPLEX_BASE_URL"
+    )

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from loraplex import LoraplexError, errors
+from loraplex.cli.app import app
+from loraplex.cli.problems import explain
+from loraplex.errors import ErrorDetail
+from tests.clients.tiny_loraplex import TinyLoraplex
+from tests.support.http_server import Reply, serve
+
+
+@pytest.fixture
+def tiny():
+    return TinyLoraplex()
+
+
+@pytest.fixture
+def server(tiny):
+    with serve(tiny.answer) as running:
+        yield running
+
+
+@pytest.fixture
+def loraplex(server):
+    """Run the command line against the tiny server."""
+
+    def run(*args: str, stdin: str = "", env: dict | None = None):
+        return CliRunner().invoke(app, ["--base-url", server.url, *args], input=stdin, env=env)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "sql-writer"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 1000)
+    return folder
+
+
+def test_an_adapter_is_pushed_under_its_folders_name(loraplex, tiny, folder):
+    result = loraplex("adapters", "push", str(folder))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "pushed sql-writer: rank 8, 1.0 kB, on q_proj, v_proj\n"
+    assert result.stderr == "try it: loraplex chat --model sql-writer\n"
+    assert tiny.adapters["sql-writer"]["files"] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_an_adapter_is_pushed_under_a_given_name(loraplex, tiny, folder):
+    assert loraplex("adapters", "push", str(folder), "--name", "team/sql").exit_code == 0
+    assert list(tiny.adapters) == ["team/sql"]
+
+
+def test_a_refused_adapter_is_one_line_with_every_reason(loraplex, tiny, folder):
+    error = {"message": "adapter refused", "reasons": ["use_dora is on", "rank 512 > 256"]}
+    tiny.failing["POST", "/v1/adapters"] = Reply({"error": error}, 422)
+    result = loraplex("adapters", "push", str(folder))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        "error: adapter refused: use_dora is on; rank 512 > 256; "
+        "nothing was kept; correct it and push it again\n"
+    )
+
+
+def test_pushing_what_is_no_adapter_says_what_is_missing(loraplex, tmp_path):
+    result = loraplex("adapters", "push", str(tmp_path))
+    assert result.exit_code == 1
+    assert "has no adapter_config.json and no adapter_model.safetensors" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_adapters_are_listed_as_lines_for_programs(loraplex, tiny):
+    tiny.add("a", state="resident")
+    tiny.add("b" * 90)
+    lines = loraplex("adapters", "list").stdout.splitlines()
+    assert lines[0].split("\t") == ["name", "state", "rank", "size", "pages", "created"]
+    assert lines[1].split("\t")[:5] == ["a", "resident", "8", "1.5 MB", "3"]
+    assert lines[2].startswith("b" * 90 + "\t")
+
+
+def test_adapters_and_models_are_written_as_json(loraplex, tiny):
+    tiny.add("a", unknown_field=1)
+    assert json.loads(loraplex("adapters", "list", "--json").stdout)[0]["unknown_field"] == 1
+    assert json.loads(loraplex("adapters", "show", "a", "--json").stdout)["name"] == "a"
+    assert json.loads(loraplex("models", "--json").stdout)[1]["parent"] == "base"
+
+
+def test_one_adapter_is_shown(loraplex, tiny):
+    tiny.add("team/sql")
+    shown = loraplex("adapters", "show", "team/sql").stdout
+    assert "modules       q_proj, v_proj\n" in shown
+    assert "id            sha256:00\n" in shown
+
+
+def test_an_unknown_adapter_is_an_error_with_its_request_id(loraplex):
+    result = loraplex("adapters", "show", "nothing")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: no such thing; `loraplex models` lists what the server knows (request req-9)\n"
+    )
+
+
+def test_removing_asks_first(loraplex, tiny):
+    tiny.add("a")
+    assert loraplex("adapters", "rm", "a", stdin="n\n").exit_code == 1
+    assert loraplex("adapters", "rm", "a").exit_code == 1  # nobody there to answer
+    assert list(tiny.adapters) == ["a"]
+    assert loraplex("adapters", "rm", "a", stdin="y\n").stdout.endswith("removed a\n")
+    tiny.add("b")
+    assert loraplex("adapters", "rm", "b", "--yes").exit_code == 0
+    assert not tiny.adapters
+
+
+def test_models_are_listed(loraplex, tiny):
+    tiny.add("sql")
+    assert loraplex("models").stdout == "name\tbase\nbase\t-\nsql\tbase\n"
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(loraplex, tiny):
+    tiny.add("a\x1b[2Jb")
+    assert "\x1b" not in loraplex("models").stdout
+
+
+def test_a_server_that_is_not_there_is_one_line_saying_how_to_start_it():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        result = CliRunner().invoke(app, ["--base-url", url, "models"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: cannot reach a server at {url} (")
+    assert "`loraplex serve`" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_server_and_the_key_come_from_the_environment(server):
+    env = {"LORAPLEX_BASE_URL": server.url, "LORAPLEX_API_KEY": "secret"}
+    assert CliRunner().invoke(app, ["models"], env=env).exit_code == 0
+    assert server.requests[0].headers["authorization"] == "Bearer secret"
+
+
+def test_a_bad_base_url_is_one_line():
+    result = CliRunner().invoke(app, ["--base-url", "localhost", "models"])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+
+
+def test_the_version_is_shown():
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith("loraplex ")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--port", "80", "-x", "--", "y"], []])
+def test_serve_becomes_the_server_with_every_argument(args, monkeypatch):
+    seen: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: seen.append((path, argv)))
+    assert CliRunner().invoke(app, ["serve", *args]).exit_code == 0
+    assert seen == [(sys.executable, [sys.executable, "-m", "loraplex_server", *args])]
+
+
+def test_every_status_error_has_advice_in_one_line():
+    detail = ErrorDetail("it\nfailed", code="x")
+    for status in (400, 401, 403, 404, 409, 413, 418, 422, 429, 500):
+        line = explain(errors.error_type(status)(status, detail))
+        assert line.startswith("it failed")
+        assert "\n" not in line
+        assert (";" in line) == (status not in (400, 418))
+    waiting = errors.InternalServerError(503, detail, retry_after_s=5.0)
+    assert explain(waiting) == "it failed; try again in 5 s"
+    assert "busy" in explain(errors.APITimeoutError("http://h:1/v1/models", "timed out"))
+    assert explain(LoraplexError("other.")) == "other"
