@@ -3,6 +3,7 @@
 TextError
 ├── ChatTemplateMissing   the model has no chat template
 ├── ChatTemplateFailed    the template refused the messages or its arguments
+├── InvalidText           a text is not Unicode (it has lone surrogates)
 └── UnknownToken          a token id lies outside the vocabulary
 """
 
@@ -23,6 +24,10 @@ class ChatTemplateMissing(TextError):
 
 class ChatTemplateFailed(TextError):
     """The chat template raised an error for these messages or arguments."""
+
+
+class InvalidText(TextError):
+    """A text is not Unicode: JSON can write half of a surrogate pair, no tokenizer can read it."""
 
 
 class UnknownToken(TextError):

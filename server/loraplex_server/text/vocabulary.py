@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-from loraplex_server.text.errors import ChatTemplateFailed, ChatTemplateMissing, UnknownToken
+from loraplex_server.text.errors import (
+    ChatTemplateFailed,
+    ChatTemplateMissing,
+    InvalidText,
+    UnknownToken,
+)
 
 #: Token ids to text, whatever the ids are; incomplete UTF-8 becomes U+FFFD.
 Decode = Callable[[Sequence[int]], str]
@@ -20,6 +25,14 @@ Decode = Callable[[Sequence[int]], str]
 Message = Mapping[str, Any]
 
 _TOKEN_CACHE: Final = 65536
+
+
+def check_text(text: str) -> None:
+    """Raise InvalidText unless `text` is Unicode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidText(f"the text has a lone surrogate at {error.start}") from None
 
 
 class Vocabulary:
@@ -55,7 +68,8 @@ class Vocabulary:
         return self._special_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`."""
+        """Return the token ids of `text`; raises InvalidText."""
+        check_text(text)
         if self._backend is not None:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
             return list(encoding.ids)

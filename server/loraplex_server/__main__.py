@@ -1,0 +1,122 @@
+"""`python -m loraplex_server`: settings in, a running server out, stopped cleanly by a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraplex_server.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from loraplex_server.api.services import Services
+    from loraplex_server.engine.handle import EngineHandle
+
+log = logging.getLogger("loraplex_server")
+
+_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line for the person who started it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until a signal and return the exit code."""
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as error:
+        return _fail(error, code=2)
+    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    try:
+        with _bind(config) as listener:
+            asyncio.run(_serve(config, listener))
+    except StartError as error:
+        return _fail(error, code=1)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stderr.write(f"loraplex serve: {error}\n")
+    return code
+
+
+def _bind(config: Config) -> socket.socket:
+    """Take the port at once: finding it busy after loading a model would be late."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
+    return listener
+
+
+async def _serve(config: Config, listener: socket.socket) -> None:
+    """Build everything, serve until a signal, and take it down in order."""
+    from loraplex_server.adapters.errors import AdapterError
+    from loraplex_server.api.server import Server
+    from loraplex_server.build import build_engine_handle
+    from loraplex_server.engine.errors import EngineError
+    from loraplex_server.model.errors import ModelError
+
+    stopping = asyncio.current_task()
+    assert stopping is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.cancel)
+    engine = build_engine_handle(config)
+    try:
+        services = await _start(config, engine)
+        try:
+            await Server(services).serve_until_signal(listener)
+        finally:
+            await engine.stop()
+            await asyncio.to_thread(services.catalog.close)
+    except (AdapterError, EngineError, ModelError) as error:
+        raise StartError(str(error)) from error
+    finally:
+        await engine.stop()
+
+
+async def _start(config: Config, engine: EngineHandle) -> Services:
+    """Start the engine, and load beside it what the API needs."""
+    from loraplex_server.api.services import Services, build_catalog, build_vocabulary
+    from loraplex_server.build import resolve_facts
+
+    loop = asyncio.get_running_loop()
+
+    def discard(adapter_id: str) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(engine.discard_adapter, adapter_id)
+
+    facts = await asyncio.to_thread(resolve_facts, config)
+    catalog = await asyncio.to_thread(build_catalog, config, facts, discard)
+    log.info("loading %s", facts.base_name)
+    try:
+        vocabulary, _ = await asyncio.gather(
+            asyncio.to_thread(build_vocabulary, facts), engine.start()
+        )
+    except BaseException:
+        catalog.close()
+        raise
+    return Services(config, engine, catalog, vocabulary, base_names=(facts.base_name,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

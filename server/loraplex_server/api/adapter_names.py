@@ -1,0 +1,34 @@
+"""What the adapters that the engine knows by id are called by those who ask for them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_MAX_IDS: Final = 65536
+
+
+class AdapterNames:
+    """Names by adapter id, as requests have used them; for people and routers to read.
+
+    Only a request brings an adapter into the pool, so every resident one is here.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, None]] = {}
+
+    def remember(self, adapter_id: str, name: str) -> None:
+        """A request resolved `name` to `adapter_id`."""
+        self._names.setdefault(adapter_id, {})[name] = None
+        if len(self._names) > _MAX_IDS:
+            del self._names[next(iter(self._names))]
+
+    def forget(self, adapter_id: str, name: str) -> None:
+        """`name` no longer stands for `adapter_id`."""
+        names = self._names.get(adapter_id, {})
+        names.pop(name, None)
+        if not names:
+            self._names.pop(adapter_id, None)
+
+    def of(self, adapter_id: str) -> tuple[str, ...]:
+        """Return the names of an adapter; none if it has been deleted."""
+        return tuple(self._names.get(adapter_id, ()))

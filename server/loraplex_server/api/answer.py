@@ -1,0 +1,178 @@
+"""A generation as an HTTP answer, complete or streamed, and what happens when the client goes.
+
+The first news of the engine is awaited before the status line is sent, so that a request that was
+refused or failed at once gets its proper status also when it asked for a stream. A client that
+disconnects makes the engine cancel; the answer then ends with the engine's terminal events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex_scheduler.errors import RequestRefused
+from loraplex_scheduler.plan import FinishReason, SampledToken
+from loraplex_server.api.errors import (
+    GenerationFailed,
+    RequestTimedOut,
+    ServerStopping,
+    error_body,
+)
+from loraplex_server.api.generation import Generation
+from loraplex_server.engine.errors import EngineUnavailable
+from loraplex_server.text.assembler import TextDelta
+
+_DONE: Final = b"data: [DONE]\n\n"
+_STREAM_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the stream otherwise
+]
+
+
+@dataclass
+class Written:
+    """One sequence, complete."""
+
+    text: str = ""
+    tokens: list[SampledToken] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        """Append what the delta brought."""
+        self.text += delta.text
+        self.tokens += delta.tokens
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason.value
+            self.stop_reason = delta.stop_reason
+
+
+class AnswerFormat(Protocol):
+    """Writes one kind of answer; made for one request."""
+
+    def complete(self, sequences: list[Written], num_tokens: int) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        ...
+
+    def stream_head(self) -> bytes:
+        """Return the events before any text."""
+        ...
+
+    def stream_delta(self, index: int, delta: TextDelta) -> bytes:
+        """Return the event for a delta; empty when it has nothing to show."""
+        ...
+
+    def stream_tail(self, num_tokens: int) -> bytes:
+        """Return the events after all sequences have finished."""
+        ...
+
+
+class GenerationAnswer(Response):
+    """Sends one generation; a Response by its interface only, as it awaits the engine."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        answer_format: AnswerFormat,
+        *,
+        is_stream: bool,
+        is_engine_ready: Callable[[], bool],
+    ) -> None:
+        self._generation = generation
+        self._format = answer_format
+        self._is_stream = is_stream
+        self._is_engine_ready = is_engine_ready
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._abandon_when_gone(receive))
+        try:
+            first = await self._generation.take()
+            self._raise_failure(first)
+            if self._generation.is_abandoned:
+                return
+            if self._is_stream:
+                await self._send_stream(first, send)
+            else:
+                await self._send_complete(first, send)
+        except _ClientGone:
+            return
+        finally:
+            watcher.cancel()
+            self._generation.close()
+
+    async def _abandon_when_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._generation.abandon()
+
+    async def _send_complete(self, deltas: list[tuple[int, TextDelta]], send: Send) -> None:
+        sequences = [Written() for _ in range(self._generation.num_sequences)]
+        while deltas:
+            for index, delta in deltas:
+                sequences[index].add(delta)
+            deltas = await self._generation.take()
+            self._raise_failure(deltas)
+        body = self._format.complete(sequences, self._generation.num_tokens)
+        raw = json.dumps(body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": raw})
+
+    async def _send_stream(self, deltas: list[tuple[int, TextDelta]], send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        chunk = self._format.stream_head()
+        try:
+            while deltas:
+                self._raise_failure(deltas)
+                chunk += b"".join([self._format.stream_delta(i, delta) for i, delta in deltas])
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunk = b""
+                deltas = await self._generation.take()
+            chunk = self._format.stream_tail(self._generation.num_tokens)
+        except _FAILURES as error:
+            chunk += b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": chunk + _DONE})
+
+    def _raise_failure(self, deltas: list[tuple[int, TextDelta]]) -> None:
+        """Raise what ended a sequence other than its own end, for the whole answer."""
+        for _, delta in deltas:
+            reason = delta.finish_reason
+            if reason is None or reason in _SUCCESSFUL:
+                continue
+            if self._generation.is_abandoned:
+                raise _ClientGone
+            raise self._failure(reason, delta.message)
+
+    def _failure(self, reason: FinishReason, message: str) -> Exception:
+        if reason is FinishReason.REFUSED:
+            return RequestRefused(reason=message)
+        if reason is FinishReason.TIMED_OUT:
+            return RequestTimedOut(message or "the request took longer than the server allows")
+        if reason is FinishReason.CANCELLED:
+            return ServerStopping(message or "the server is shutting down")
+        if not self._is_engine_ready():
+            return EngineUnavailable(reason=message, retry_after_s=5.0)
+        return GenerationFailed(message or "the engine could not complete the request")
+
+
+class _ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+_SUCCESSFUL: Final = frozenset({FinishReason.STOP, FinishReason.LENGTH})
+_FAILURES: Final = (
+    RequestRefused,
+    RequestTimedOut,
+    ServerStopping,
+    EngineUnavailable,
+    GenerationFailed,
+)

@@ -1,0 +1,81 @@
+"""The HTTP application: every endpoint, built over one set of services."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Final
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from loraplex_server.api.adapter_names import AdapterNames
+from loraplex_server.api.adapters import adapters_router
+from loraplex_server.api.chat import chat_router
+from loraplex_server.api.completions import completions_router
+from loraplex_server.api.engine_metrics import EngineCollector
+from loraplex_server.api.envelope import Envelope
+from loraplex_server.api.errors import install_error_handlers
+from loraplex_server.api.front import Front, unix_time
+from loraplex_server.api.generation import Generations
+from loraplex_server.api.models import models_router
+from loraplex_server.api.ops import ops_router
+from loraplex_server.api.request_metrics import RequestMetrics
+from loraplex_server.api.services import Services
+
+_DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names the adapter."
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the application; its state lives in it and in `services`, nowhere else."""
+    registry = CollectorRegistry()
+    names = AdapterNames()
+    base_name = services.base_names[0]
+    registry.register(EngineCollector(services.engine, names, base_name))
+    app = FastAPI(title="loraplex", version=version("loraplex"), description=_DESCRIPTION)
+    app.add_middleware(Envelope)
+    install_error_handlers(app)
+    front = Front(
+        engine=services.engine,
+        catalog=services.catalog,
+        vocabulary=services.vocabulary,
+        generations=_generations(services, RequestMetrics(registry)),
+        adapter_names=names,
+        base_names=services.base_names,
+    )
+    app.include_router(completions_router(front))
+    app.include_router(chat_router(front))
+    app.include_router(
+        models_router(
+            engine=services.engine,
+            catalog=services.catalog,
+            adapter_names=names,
+            base_names=services.base_names,
+            created=unix_time(),
+        )
+    )
+    app.include_router(
+        adapters_router(
+            engine=services.engine,
+            catalog=services.catalog,
+            adapter_names=names,
+            max_upload_bytes=services.config.max_upload_bytes,
+        )
+    )
+    app.include_router(
+        ops_router(
+            engine=services.engine, adapter_names=names, registry=registry, base_name=base_name
+        )
+    )
+    return app
+
+
+def _generations(services: Services, metrics: RequestMetrics) -> Generations:
+    config = services.config
+    return Generations(
+        engine=services.engine,
+        vocabulary=services.vocabulary,
+        metrics=metrics,
+        max_sequences=config.max_running + config.max_queued,
+        timeout_s=config.request_timeout_s,
+        clock=services.clock,
+    )

@@ -1,0 +1,238 @@
+"""What an exception looks like over HTTP: one table, and the OpenAI shape of every error body.
+
+ApiError
+├── InvalidRequest           a field is unknown, missing, of a wrong type or not supported
+├── ModelNotFound            `model` names neither the base model nor an adapter
+├── ContextLengthExceeded    prompt and answer do not fit the model
+├── QueueFull                more requests wait than the server accepts
+├── RequestTimedOut          no complete answer within `request_timeout_s`
+├── ServerStopping           the server ended the request because it shuts down
+└── GenerationFailed         the engine could not complete the request
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loraplex_memory.errors import MemoryAccountError
+from loraplex_scheduler.errors import InvalidSampling, RequestRefused
+from loraplex_server.adapters import errors as adapters
+from loraplex_server.api.envelope import REQUEST_ID_HEADER, REQUEST_ID_KEY
+from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
+from loraplex_server.model.errors import ModelError
+from loraplex_server.text import errors as text
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """Base of the errors that only HTTP knows; `param` names the offending field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class InvalidRequest(ApiError):
+    """A field is unknown, missing, of a wrong type or not supported."""
+
+
+class ModelNotFound(ApiError):
+    """`model` names neither the base model nor an adapter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param="model"
+        )
+
+
+class ContextLengthExceeded(ApiError):
+    """Prompt and answer do not fit the model; the message has the numbers."""
+
+
+class QueueFull(ApiError):
+    """More requests wait than the server accepts."""
+
+    retry_after_s: Final = 1.0
+
+
+class RequestTimedOut(ApiError):
+    """No complete answer within the time a request may take."""
+
+
+class ServerStopping(ApiError):
+    """The server ended the request because it shuts down."""
+
+    retry_after_s: Final = 5.0
+
+
+class GenerationFailed(ApiError):
+    """The engine could not complete the request."""
+
+
+@dataclass(frozen=True)
+class ErrorShape:
+    """How one exception type is answered.
+
+    Attributes:
+        is_final: tell clients not to retry, although they retry this status by habit.
+        is_internal: the message is for the log, not for the client.
+    """
+
+    status: int
+    type: str
+    code: str
+    is_final: bool = False
+    is_internal: bool = False
+
+
+_INVALID: Final = "invalid_request_error"
+_LIMIT: Final = "rate_limit_error"
+_SERVER: Final = "server_error"
+_INTERNAL: Final = ErrorShape(500, _SERVER, "internal_error", is_internal=True)
+
+#: The nearest class in an exception's line of descent decides.
+ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
+    InvalidRequest: ErrorShape(400, _INVALID, "invalid_request"),
+    ModelNotFound: ErrorShape(404, _INVALID, "model_not_found"),
+    ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
+    QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
+    RequestTimedOut: ErrorShape(504, _SERVER, "request_timeout", is_final=True),
+    ServerStopping: ErrorShape(503, _SERVER, "server_stopping"),
+    GenerationFailed: ErrorShape(500, _SERVER, "generation_failed"),
+    text.ChatTemplateMissing: ErrorShape(400, _INVALID, "no_chat_template"),
+    text.ChatTemplateFailed: ErrorShape(400, _INVALID, "chat_template_failed"),
+    text.InvalidText: ErrorShape(400, _INVALID, "invalid_text"),
+    text.UnknownToken: ErrorShape(400, _INVALID, "unknown_token"),
+    InvalidSampling: ErrorShape(400, _INVALID, "invalid_value"),
+    RequestRefused: ErrorShape(400, _INVALID, "request_refused"),
+    EngineUnavailable: ErrorShape(503, _SERVER, "engine_unavailable"),
+    EngineConfigError: _INTERNAL,
+    adapters.AdapterNotFound: ErrorShape(404, _INVALID, "adapter_not_found"),
+    adapters.AdapterNameTaken: ErrorShape(409, _INVALID, "adapter_name_taken", is_final=True),
+    adapters.InvalidAdapterName: ErrorShape(400, _INVALID, "invalid_adapter_name"),
+    adapters.AdapterRefused: ErrorShape(422, _INVALID, "adapter_refused"),
+    adapters.InvalidUpload: ErrorShape(400, _INVALID, "invalid_upload"),
+    adapters.UploadTooLarge: ErrorShape(413, _INVALID, "upload_too_large"),
+    adapters.StorageFailed: ErrorShape(503, _SERVER, "storage_failed"),
+    MemoryAccountError: _INTERNAL,
+    ModelError: _INTERNAL,
+}
+
+_HTTP_CODES: Final[Mapping[int, str]] = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+}
+
+
+def shape_of(kind: type[Exception]) -> ErrorShape:
+    """Return how exceptions of this type are answered."""
+    for ancestor in kind.__mro__:
+        if ancestor in ERROR_TABLE:
+            return ERROR_TABLE[ancestor]
+    return _INTERNAL
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """Return the OpenAI error object, also for an error inside a stream."""
+    shape = shape_of(type(error))
+    message = "internal error; the server's log has the details" if shape.is_internal else None
+    body: dict[str, Any] = {
+        "message": message or str(error),
+        "type": shape.type,
+        "param": getattr(error, "param", None),
+        "code": shape.code,
+    }
+    if isinstance(error, adapters.AdapterRefused):
+        body["reasons"] = list(error.reasons)
+    return {"error": body}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Return the complete answer to a request that failed with `error`."""
+    shape = shape_of(type(error))
+    headers = {}
+    if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+    if shape.is_final:
+        headers["x-should-retry"] = "false"
+    return JSONResponse(error_body(error), status_code=shape.status, headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of the table, and every other one, in the OpenAI shape."""
+    for kind in ERROR_TABLE:
+        app.add_exception_handler(kind, _handle)
+    app.add_exception_handler(RequestValidationError, _handle_validation)
+    app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(Exception, _handle_unexpected)
+
+
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    if shape_of(type(error)).is_internal:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(error)
+
+
+async def _handle_unexpected(request: Request, error: Exception) -> JSONResponse:
+    """Answer outside of all middleware; the server logs the traceback."""
+    response = error_response(error)
+    response.headers[REQUEST_ID_HEADER] = str(request.scope.get(REQUEST_ID_KEY, ""))
+    return response
+
+
+async def _handle_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {
+        "message": message,
+        "type": _INVALID if error.status_code < 500 else _SERVER,
+        "param": None,
+        "code": _HTTP_CODES.get(error.status_code, "invalid_request"),
+    }
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+async def _handle_validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return error_response(_explain(first, request.headers.get("content-type")))
+
+
+def _explain(problem: Mapping[str, Any], content_type: str | None) -> InvalidRequest:
+    """Say in one sentence what pydantic found wrong first, naming the field."""
+    location = list(problem["loc"])
+    kind = str(problem["type"])
+    if kind == "json_invalid":
+        reason = problem["ctx"]["error"]
+        return InvalidRequest(f"the body is not valid JSON: {reason} at byte {location[-1]}")
+    param = str(problem.get("ctx", {}).get("param") or _path(location[1:]))
+    if not param:
+        if kind == "missing":
+            return InvalidRequest("the body is empty; send a JSON object")
+        if "json" not in (content_type or ""):
+            return InvalidRequest(
+                f"content-type must be application/json, not {content_type or 'missing'}"
+            )
+        return InvalidRequest("the body must be a JSON object")
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"unknown field `{param}`", param=param)
+    if kind == "missing":
+        return InvalidRequest(f"`{param}` is required", param=param)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return InvalidRequest(f"`{param}`: {message}", param=param)
+
+
+def _path(location: list[Any]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".")

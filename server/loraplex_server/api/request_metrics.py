@@ -1,0 +1,77 @@
+"""Counters and histograms of requests, filled in as their answers are written."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from loraplex_scheduler.plan import FinishReason
+
+# Bucket borders in seconds, as vLLM has them, so that its dashboards fit.
+_TTFT_S: Final = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_INTER_TOKEN_S: Final = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_E2E_S: Final = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+class RequestMetrics:
+    """What the API process alone can measure; one per registry, used from the event loop."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._finished = Counter(
+            "loraplex_requests_finished",
+            "Sequences that ended, by how they ended.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "loraplex_requests_rejected",
+            "Requests refused because too many were waiting.",
+            registry=registry,
+        )
+        self._first_token_s = Histogram(
+            "loraplex_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            buckets=_TTFT_S,
+            registry=registry,
+        )
+        self._inter_token_s = Histogram(
+            "loraplex_inter_token_latency_seconds",
+            "Between two deliveries of tokens of one sequence.",
+            buckets=_INTER_TOKEN_S,
+            registry=registry,
+        )
+        self._e2e_s = Histogram(
+            "loraplex_e2e_request_latency_seconds",
+            "From the request's arrival to its end.",
+            buckets=_E2E_S,
+            registry=registry,
+        )
+        for reason in FinishReason:  # so that every outcome is on the page from the start
+            self._finished.labels(reason.value)
+
+    def reject(self) -> None:
+        """A request found the queue full."""
+        self._rejected.inc()
+
+    def first_token(self, since_arrival_s: float) -> None:
+        """A sequence got its first token."""
+        self._first_token_s.observe(since_arrival_s)
+
+    def next_tokens(self, since_last_s: float) -> None:
+        """A sequence got more tokens."""
+        self._inter_token_s.observe(since_last_s)
+
+    def finish(self, outcome: FinishReason, since_arrival_s: float) -> None:
+        """A sequence ended; called exactly once for each that was accepted."""
+        self._finished.labels(outcome.value).inc()
+        self._e2e_s.observe(since_arrival_s)

@@ -1,0 +1,103 @@
+"""From a request's fields to the sampling parameters of each of its sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+from typing import Final, TypeVar
+
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.api.errors import ContextLengthExceeded
+from loraplex_server.api.schemas import GenerationBody
+from loraplex_server.text.assembler import TextOptions
+from loraplex_server.text.vocabulary import Vocabulary
+
+_T = TypeVar("_T")
+_SEED_MASK: Final = 2**64 - 1
+
+
+def base_sampling(
+    body: GenerationBody, vocabulary: Vocabulary, *, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """Return what all sequences of a request share; its seed is the request's, or a random one.
+
+    Raises:
+        InvalidSampling, UnknownToken: naming the field.
+    """
+    stop_token_ids = body.stop_token_ids or []
+    vocabulary.check(stop_token_ids, param="stop_token_ids")
+    vocabulary.check(list(body.logit_bias), param="logit_bias")
+    seed = secrets.randbits(64) if body.seed is None else body.seed & _SEED_MASK
+    top_k = body.top_k if body.top_k not in (None, -1) else 0  # -1 is vLLM's "off"
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_k=min(_or(top_k, 0), len(vocabulary)),
+        top_p=_or(body.top_p, 1.0),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=body.logit_bias,
+        seed=seed,
+        stop_token_ids=frozenset(stop_token_ids),
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
+        logprobs=logprobs,
+    )
+
+
+def text_options(body: GenerationBody) -> TextOptions:
+    """Return how the request wants its tokens written down."""
+    return TextOptions(
+        stop=tuple(body.stop),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        min_tokens=body.min_tokens or 0,
+    )
+
+
+def sequence_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Return the parameters of sequence `index` of a request.
+
+    Sequence 0 draws with the request's seed, sequence i with the first eight bytes of
+    BLAKE2b(seed as 8 little-endian bytes, then i likewise): no two samples are alike, and one seed
+    reproduces them all.
+    """
+    if index == 0:
+        return sampling
+    message = sampling.seed.to_bytes(8, "little") + index.to_bytes(8, "little")
+    digest = hashlib.blake2b(message, digest_size=8).digest()
+    return dataclasses.replace(sampling, seed=int.from_bytes(digest, "little"))
+
+
+def answer_len(
+    *, requested: int | None, default: int | None, longest_prompt: int, max_model_len: int
+) -> int:
+    """Return the most tokens to generate: as requested, or as many as fit up to the default.
+
+    Raises:
+        ContextLengthExceeded: the prompt, or the prompt and what was requested, do not fit.
+    """
+    room = max_model_len - longest_prompt
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {max_model_len} tokens, but the prompt alone "
+            f"has {longest_prompt}; at least one more is needed for the answer.",
+            param="prompt",
+        )
+    if requested is None:
+        return room if default is None else min(default, room)
+    if requested > room:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {max_model_len} tokens, but "
+            f"{longest_prompt + requested} were requested: {longest_prompt} in the prompt and "
+            f"{requested} for the answer.",
+            param="max_tokens",
+        )
+    return requested
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,277 @@
+"""The JSON bodies of completions and chat completions, as pydantic checks them.
+
+Types are strict, unknown fields are refused by name, and a field of OpenAI's or vLLM's API that is
+not implemented is refused unless it has a value that asks for nothing (`_NO_OP`): nothing is ever
+accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, LiteralString
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from loraplex_server.text.errors import InvalidText
+from loraplex_server.text.vocabulary import check_text
+
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARS: Final = 1024
+MAX_SAMPLES: Final = 128
+MAX_PROMPTS: Final = 1024
+
+_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1.0,),
+    "metadata": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+_UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_UNSUPPORTED,
+    "best_of": (1,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+_UNSUPPORTED_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_UNSUPPORTED,
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+#: What our own answers carry, so that they can be sent back as part of a conversation.
+_UNSUPPORTED_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "reasoning": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+
+
+def _invalid(message: LiteralString, param: str | None = None) -> PydanticCustomError:
+    return PydanticCustomError("invalid", message, {"param": param} if param else None)
+
+
+class _Body(BaseModel):
+    """Strict types, no unknown fields, no-op values of unsupported ones."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_no_ops(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name not in cls.unsupported:
+                kept[name] = value
+            elif value is not None and value not in cls.unsupported[name]:
+                raise PydanticCustomError(
+                    "unsupported", "this server does not support it", {"param": name}
+                )
+        return kept
+
+
+class StreamOptions(_Body):
+    """What a stream carries besides the text."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False,),
+    }
+
+    include_usage: bool | None = None
+
+
+def _check_unicode(value: str) -> str:
+    try:
+        check_text(value)
+    except InvalidText as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _check_stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise _invalid("must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise _invalid(f"at most {MAX_STOP_STRINGS} stop strings")
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise _invalid(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+    return stops
+
+
+def _check_logit_bias(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _invalid("must be an object of token ids and numbers")
+    biases = {}
+    for key, bias in value.items():
+        if not (str(key).isascii() and str(key).isdigit() and len(str(key)) < 10):
+            raise _invalid("its keys must be token ids")
+        biases[int(key)] = bias
+    return biases
+
+
+class GenerationBody(_Body):
+    """The fields that completions and chat completions share; None is the default of each."""
+
+    model: Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_check_logit_bias)] = Field(
+        default_factory=dict
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_check_stop)] = Field(default_factory=list)
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise _invalid("only allowed with `stream: true`", "stream_options")
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        """The stream ends with a chunk that carries the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _check_prompt(value: Any) -> Any:
+    if isinstance(value, str) or _is_token_list(value):
+        return [value]
+    if isinstance(value, list) and 1 <= len(value) <= MAX_PROMPTS:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(_is_token_list(item) for item in value):
+            return value
+    raise _invalid(
+        "must be a string, a list of strings, a list of token ids or a list of such lists, "
+        f"none of them empty, at most {MAX_PROMPTS} prompts"
+    )
+
+
+class CompletionBody(GenerationBody):
+    """The body of `POST /v1/completions`; `prompt` is always a list after validation."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_COMPLETION
+
+    prompt: Annotated[
+        list[Any],
+        BeforeValidator(_check_prompt, json_schema_input_type=str | list[str | int | list[int]]),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionBody:
+        if self.echo and self.logprobs is not None:
+            raise _invalid("not supported together with `logprobs`", "echo")
+        return self
+
+
+class TextPart(_Body):
+    """One part of a message; this server reads text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _check_content(value: Any) -> Any:
+    if not isinstance(value, str | list) or value == []:
+        raise _invalid("must be a string or a list of text parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ChatMessage(_Body):
+    """One turn of a conversation."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(_check_content, json_schema_input_type=str | list[TextPart]),
+    ]
+
+    def for_template(self) -> dict[str, str]:
+        """Return the message as chat templates know it: one text, and `developer` is `system`."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class ChatBody(GenerationBody):
+    """The body of `POST /v1/chat/completions`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_CHAT
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _invalid("only allowed with `logprobs: true`", "top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise _invalid("not together with `max_completion_tokens`", "max_tokens")
+        return self

@@ -1,0 +1,62 @@
+"""What the HTTP application needs, and how it is built from the settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.record import AdapterLimits
+from loraplex_server.build import ModelFacts
+from loraplex_server.config import Config
+from loraplex_server.engine.handle import EngineHandle
+from loraplex_server.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts that outlive a request; made once, handed to `create_app`.
+
+    Attributes:
+        base_names: what requests may call the base model; the first is shown.
+        clock: the one the engine reads too, in seconds.
+    """
+
+    config: Config
+    engine: EngineHandle
+    catalog: AdapterCatalog
+    vocabulary: Vocabulary
+    base_names: tuple[str, ...]
+    clock: Callable[[], float] = time.monotonic
+
+
+def build_catalog(
+    config: Config, facts: ModelFacts, on_discard: Callable[[str], None]
+) -> AdapterCatalog:
+    """Open the catalogue of the data folder; `on_discard` is called from any thread.
+
+    Raises:
+        StorageFailed: the data folder cannot be used.
+    """
+    aliases = {facts.source.name, str(facts.source.path), config.model or ""}
+    return AdapterCatalog(
+        data_dir=config.data_dir,
+        pool_layout=facts.layout,
+        base_name=facts.base_name,
+        base_aliases=tuple(sorted(aliases - {facts.base_name, ""})),
+        base_id=facts.source.name,
+        limits=AdapterLimits(
+            max_rank=config.max_adapter_rank, max_upload_bytes=config.max_upload_bytes
+        ),
+        on_discard=on_discard,
+    )
+
+
+def build_vocabulary(facts: ModelFacts) -> Vocabulary:
+    """Load the tokenizer, which takes seconds.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    return Vocabulary(facts.source.load_tokenizer(), size=facts.spec.vocab_size)

@@ -1,0 +1,163 @@
+"""A multipart upload, from the socket to the quarantine folder, one chunk in memory at a time.
+
+Starlette's own form parser would collect the files first and know their size too late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from loraplex_server.adapters.errors import InvalidUpload
+from loraplex_server.adapters.upload import PartWriter, UploadStaging
+from loraplex_server.api.errors import InvalidRequest
+
+_MAX_VALUE_BYTES: Final = 1024
+_MAX_PARTS: Final = 16
+_FILE_FIELDS: Final = frozenset({"files", "archive"})
+_VALUE_FIELDS: Final = frozenset({"name", "check_base"})
+
+
+@dataclass(frozen=True)
+class UploadForm:
+    """The fields of an upload that are not files."""
+
+    name: str
+    check_base: bool
+
+
+def boundary_of(content_type: str) -> bytes:
+    """Return the multipart boundary; raises InvalidRequest where there is none."""
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequest(
+            "content-type must be multipart/form-data with a boundary, "
+            f"not {content_type or 'missing'}"
+        )
+    return boundary
+
+
+class UploadReceiver:
+    """Writes the file parts of one body to `staging`; used by one thread at a time."""
+
+    def __init__(
+        self, boundary: bytes, staging: UploadStaging, check_name: Callable[[str], None]
+    ) -> None:
+        """Prepare to receive; `check_name` refuses a bad name before its files arrive."""
+        self._staging = staging
+        self._check_name = check_name
+        self._values: dict[str, str] = {}
+        self._num_parts = 0
+        self._is_complete = False
+        self._headers: dict[bytes, bytes] = {}
+        self._header_name = self._header_value = b""
+        self._field = ""
+        self._value = bytearray()
+        self._writer: PartWriter | None = None
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_header_field": self._add_header_name,
+                    "on_header_value": self._add_header_value,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._open_part,
+                    "on_part_data": self._add_data,
+                    "on_part_end": self._end_part,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise InvalidUpload(f"the multipart boundary is unusable: {error}") from error
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body.
+
+        Raises:
+            InvalidUpload, InvalidRequest, InvalidAdapterName, UploadTooLarge, StorageFailed
+        """
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise InvalidUpload(f"the multipart body is malformed: {error}") from error
+
+    def finish(self) -> UploadForm:
+        """Return the form at the end of the body; raises as `feed` does."""
+        if not self._is_complete:
+            raise InvalidUpload("the multipart body ends before its closing boundary")
+        if "name" not in self._values:
+            raise InvalidRequest("`name` is required", param="name")
+        check_base = self._values.get("check_base", "true")
+        if check_base not in ("true", "false"):
+            raise InvalidRequest("`check_base` must be true or false", param="check_base")
+        return UploadForm(self._values["name"], check_base == "true")
+
+    def close(self) -> None:
+        """Close the file being received, if any. Idempotent."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _begin_part(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > _MAX_PARTS:
+            raise InvalidUpload(f"more than {_MAX_PARTS} parts")
+        self._headers.clear()
+        self._value.clear()
+
+    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _open_part(self) -> None:
+        disposition = self._headers.get(b"content-disposition", b"").decode("latin-1")
+        _, options = parse_options_header(disposition)
+        field = self._field = _decode(options.get(b"name", b""))
+        if field in _FILE_FIELDS:
+            filename = _decode(options.get(b"filename", b""))
+            if not filename:
+                raise InvalidUpload(f"the part `{field}` has no filename")
+            self._writer = self._staging.open_part(filename)
+        elif field not in _VALUE_FIELDS:
+            raise InvalidRequest(f"unknown field `{field}`", param=field)
+        elif field in self._values:
+            raise InvalidRequest(f"`{field}` is given twice", param=field)
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if self._writer is not None:
+            self._writer.write(data[start:end])
+            return
+        self._value += data[start:end]
+        if len(self._value) > _MAX_VALUE_BYTES:
+            raise InvalidRequest(f"`{self._field}` is too long", param=self._field)
+
+    def _end_part(self) -> None:
+        if self._writer is not None:
+            self.close()
+            return
+        value = self._values[self._field] = _decode(bytes(self._value))
+        if self._field == "name":
+            self._check_name(value)
+
+    def _end(self) -> None:
+        self._is_complete = True
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidUpload("a field or filename is not UTF-8") from None

@@ -1,0 +1,148 @@
+"""An engine without a model, for tests of what surrounds one.
+
+It answers a request with the prompt's own tokens, then the end token, one token per request and
+step of `step_s`. `reply` replaces the echo. It keeps the contract of `EngineHandle`: every request
+gets exactly one terminal event, a cancelled one on the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from loraplex_scheduler.plan import (
+    EndEvent,
+    Event,
+    FinishReason,
+    Request,
+    SampledToken,
+    TokenEvent,
+    TokenLogprobs,
+)
+from loraplex_server.engine.errors import EngineUnavailable
+from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats
+
+END_TOKEN = 0
+
+INFO = EngineInfo(
+    max_model_len=256,
+    num_pages=64,
+    page_tokens=16,
+    page_bytes=4096,
+    num_layers=2,
+    dtype="float32",
+    device="cpu",
+)
+
+
+class FakeStream:
+    def __init__(self, engine: FakeEngine, request_ids: Sequence[str]) -> None:
+        self._engine = engine
+        self._open = set(request_ids)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def push(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while self._open:
+            event = await self._events.get()
+            if event.finish_reason is not None:
+                self._open.discard(event.request_id)
+            yield event
+
+    def cancel(self, request_ids: Sequence[str] | None = None) -> None:
+        self._engine.cancelled.update(self._open if request_ids is None else request_ids)
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+
+class FakeEngine:
+    """Implements `EngineHandle`; used from one event loop, read from the test's thread."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as new; no request may be running."""
+        self.state = EngineState.READY
+        self.stats = EngineStats(pages_free=INFO.num_pages)
+        self.num_restarts = 0
+        self.step_s = 0.0
+        self.reply: Callable[[Request], Sequence[int]] = lambda request: request.prompt_token_ids
+        #: How a request ends at once, instead of being answered.
+        self.end_with: EndEvent | None = None
+        #: Ends every request after so many tokens, with `end_with`.
+        self.end_after = 0
+        self.submitted: list[Request] = []
+        self.cancelled: set[str] = set()
+        self.ended: dict[str, FinishReason] = {}
+        self.discarded: list[str] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        return INFO
+
+    @property
+    def num_running(self) -> int:
+        return len(self.submitted) - len(self.ended)
+
+    async def start(self) -> None:
+        self.state = EngineState.READY
+
+    async def stop(self) -> None:
+        self.state = EngineState.STOPPED
+        self.cancelled.update(request.request_id for request in self.submitted)
+
+    def submit(self, requests: Sequence[Request]) -> FakeStream:
+        if self.state is not EngineState.READY:
+            raise EngineUnavailable(reason=f"the engine is {self.state.value}", retry_after_s=5.0)
+        self.submitted += requests
+        stream = FakeStream(self, [request.request_id for request in requests])
+        for request in requests:
+            task = asyncio.create_task(self._answer(request, stream))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return stream
+
+    def discard_adapter(self, adapter_id: str) -> None:
+        self.discarded.append(adapter_id)
+
+    async def _answer(self, request: Request, stream: FakeStream) -> None:
+        for num_sent, event in enumerate(self._events(request)):
+            await asyncio.sleep(self.step_s)
+            if request.request_id in self.cancelled:
+                event = EndEvent(request.request_id, FinishReason.CANCELLED)
+            elif self.end_with is not None and num_sent >= self.end_after:
+                event = EndEvent(
+                    request.request_id, self.end_with.finish_reason, self.end_with.message
+                )
+            if event.finish_reason is not None:
+                self.ended[request.request_id] = event.finish_reason
+            stream.push(event)
+            if event.finish_reason is not None:
+                return
+
+    def _events(self, request: Request) -> list[TokenEvent]:
+        token_ids = [*self.reply(request)]
+        if not request.sampling.ignore_eos:
+            token_ids.append(END_TOKEN)
+        token_ids = (token_ids * request.sampling.max_tokens)[: request.sampling.max_tokens]
+        events = []
+        for num_sent, token_id in enumerate(token_ids, start=1):
+            token = SampledToken(token_id, self._logprobs(request, token_id))
+            if token_id == END_TOKEN and not request.sampling.ignore_eos:
+                return [*events, TokenEvent(request.request_id, token, FinishReason.STOP)]
+            is_last = num_sent == request.sampling.max_tokens
+            reason = FinishReason.LENGTH if is_last else None
+            events.append(TokenEvent(request.request_id, token, reason))
+        return events
+
+    def _logprobs(self, request: Request, token_id: int) -> TokenLogprobs | None:
+        num_top = request.sampling.logprobs
+        if num_top is None:
+            return None
+        top = [(token_id, -0.5), (1 + token_id % 2, float("-inf"))]
+        return TokenLogprobs(-0.5, tuple(top[:num_top]))
