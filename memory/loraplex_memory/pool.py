@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from loraplex_memory.layout import PoolLayout
@@ -28,8 +30,7 @@ class PagePool:
         self.layout = layout
         self.num_pages = num_pages
         shape = (layout.geometry.num_layers, num_pages, layout.page_elems)
-        # Zeros, not empty: masked attention multiplies unwritten slots by 0, and 0 * NaN is NaN.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = _zeros(shape, dtype, torch.device(device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,3 +60,12 @@ class PagePool:
         """Copy a packed adapter `[L, len(pages), page_elems]` into its pages."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         self.data.index_copy_(1, index, packed.to(device=self.device, dtype=self.dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros: masked attention multiplies unwritten slots by 0, and 0 * NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages, committed on first write; torch.zeros writes them all.
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

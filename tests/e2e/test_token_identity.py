@@ -1,0 +1,107 @@
+"""Greedy tokens in float32 are those of transformers + PEFT, whatever happens on the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.layout import PoolLayout
+from tests.e2e.conftest import ADAPTERS
+from tests.support.engine import drive, greedy_request, make_core
+
+pytestmark = pytest.mark.model
+
+MODELS = (None, *ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def cases(chat_prompts):
+    """(id, adapter, prompt): two conversations per model, the base gets one of each kind."""
+    found = [(f"base-{a}", None, chat_prompts[a][0]) for a in ADAPTERS]
+    found += [(f"{a}-{i}", a, chat_prompts[a][i]) for a in ADAPTERS for i in (0, 1)]
+    return found
+
+
+@pytest.fixture
+def judge(reference, cases, capsys):
+    """Return a function that judges all outputs and prints how many ties were excused."""
+
+    def run(outputs, label):
+        num_tokens = num_excused = 0
+        for case_id, adapter, prompt in cases:
+            if case_id in outputs:
+                verdict = reference.judge(adapter, prompt, outputs[case_id])
+                assert verdict.wrong_at is None, f"{label}: {case_id} differs: {verdict}"
+                num_tokens += verdict.num_tokens
+                num_excused += verdict.num_excused
+        with capsys.disabled():
+            print(f"\n  {label}: {num_tokens} tokens identical, {num_excused} ties excused")
+        assert num_tokens > 0
+
+    return run
+
+
+def requests_for(cases, manifests, **kwargs):
+    return [
+        greedy_request(case_id, prompt, manifests[adapter] if adapter else None, **kwargs)
+        for case_id, adapter, prompt in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixed(model, cases, manifests):
+    """All cases in one mixed batch, whole prompts at once."""
+    core = make_core(model, max_step_tokens=2048)
+    outputs = drive(core, requests_for(cases, manifests))
+    core.close()
+    return outputs
+
+
+def test_mixed_batch_of_base_and_all_adapters(mixed, judge):
+    judge(mixed, "mixed batch")
+
+
+@pytest.mark.parametrize("adapter", MODELS)
+def test_alone(model, cases, manifests, judge, mixed, adapter):
+    mine = [case for case in cases if case[1] == adapter][:1]
+    core = make_core(model)
+    outputs = drive(core, requests_for(mine, manifests))
+    core.close()
+    judge(outputs, f"{adapter or 'base'} alone")
+
+
+def test_chunked_prefill(model, cases, manifests, judge):
+    core = make_core(model, max_step_tokens=23, max_running=16)
+    outputs = drive(core, requests_for(cases, manifests))
+    core.close()
+    judge(outputs, "chunks of at most 23 tokens")
+
+
+def test_after_preemption(model, cases, manifests, judge):
+    layout = PoolLayout(model.spec.geometry)
+    adapters = sum(AdapterLayout(layout, m.ranks).num_pages for m in manifests.values())
+    prompts = sum(layout.pages_for_tokens(len(prompt)) for _, _, prompt in cases)
+    # Room for every prompt and a page each: the answers take three, so somebody must give way.
+    core = make_core(model, num_pages=adapters + prompts + len(cases), max_step_tokens=1024)
+    outputs = drive(core, requests_for(cases, manifests, max_tokens=48, ignore_eos=True))
+    core.close()
+    assert core.scheduler.num_preemptions > 0
+    judge(outputs, f"{core.scheduler.num_preemptions} preemptions")
+
+
+def test_after_eviction_and_reload(model, cases, manifests, judge):
+    layout = PoolLayout(model.spec.geometry)
+    largest = max(AdapterLayout(layout, m.ranks).num_pages for m in manifests.values())
+    longest = max(layout.pages_for_tokens(len(prompt) + 24) for _, _, prompt in cases)
+    core = make_core(model, num_pages=largest + 2 * longest, max_model_len=256)
+    scheduler = core.scheduler
+    outputs = {}
+    for _ in range(2):
+        for adapter in ADAPTERS:
+            mine = [case for case in cases if case[1] == adapter]
+            again = drive(core, requests_for(mine, manifests))
+            assert all(outputs.get(i, tokens) == tokens for i, tokens in again.items())
+            outputs |= again
+    assert scheduler.num_evictions >= len(ADAPTERS)
+    core.close()
+    judge(outputs, f"{scheduler.num_evictions} evictions")

@@ -1,0 +1,67 @@
+"""Engine cores over one loaded model, and a driver that checks the accounts after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.layout import PoolLayout
+from loraplex_memory.pool import PagePool
+from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_scheduler.scheduler import SchedulerLimits
+from loraplex_server.build import assemble_core
+from loraplex_server.engine.core import EngineCore
+from loraplex_server.model.transformer import Transformer
+
+
+def make_core(
+    model: Transformer,
+    *,
+    num_pages: int = 512,
+    max_step_tokens: int = 256,
+    max_running: int = 32,
+    max_model_len: int = 512,
+) -> EngineCore:
+    """Return a core with a pool of its own over the given model."""
+    limits = SchedulerLimits(
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        max_model_len=max_model_len,
+        eos_token_ids=model.spec.eos_token_ids,
+    )
+    pool = PagePool(PoolLayout(model.spec.geometry), num_pages, dtype=model.dtype)
+    return assemble_core(model, pool, limits)
+
+
+def greedy_request(
+    request_id: str,
+    prompt: Sequence[int],
+    adapter: AdapterManifest | None = None,
+    *,
+    max_tokens: int = 24,
+    ignore_eos: bool = False,
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
+    return Request(request_id, tuple(prompt), sampling, adapter)
+
+
+def drive(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """Run all requests to their end; return their tokens. Every one must finish normally."""
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    open_ids = set(tokens)
+    events = [event for request in requests for event in core.add(request)]
+    for _ in range(20_000):
+        for event in events:
+            assert event.request_id in open_ids, "an event after the terminal one"
+            assert not isinstance(event, EndEvent), event
+            assert isinstance(event, TokenEvent)
+            tokens[event.request_id].append(event.token.token_id)
+            if event.finish_reason is not None:
+                open_ids.remove(event.request_id)
+        if not core.has_work:
+            break
+        events = core.step(load_timeout_s=5.0)
+        core.check()
+    assert not open_ids
+    return tokens
