@@ -1,0 +1,196 @@
+"""The engine without a server: prompts in, completions out, in this process.
+
+with Engine() as engine:
+    engine.add_adapter("pirate", "clients/examples/pirate")
+    for answer in engine.generate(["Hello!"] * 2, adapters=[None, "pirate"]):
+        print(answer.text)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_scheduler.plan import Event, FinishReason, Request, SampledToken
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.build import build_core, resolve_facts
+from loraplex_server.config import Config
+from loraplex_server.text.assembler import TextAssembler, TextOptions
+from loraplex_server.text.vocabulary import Message, Vocabulary
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt. `message` says why when `finish_reason` is a failure."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason
+    message: str = ""
+
+
+class Engine:
+    """Used from one thread. Adapters live as long as the engine; nothing outlives it on disk."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        """Load the model of `config` (default: the embedded model, all settings at default).
+
+        Raises:
+            ModelError, EngineConfigError: as their messages say.
+        """
+        config = config or Config()
+        facts = resolve_facts(config)
+        self._core = build_core(config)
+        self.vocabulary = Vocabulary(facts.source.load_tokenizer())
+        self._cleanup = ExitStack()
+        self._cleanup.callback(self._core.close)
+        folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-"))
+        self._catalog = AdapterCatalog(
+            data_dir=Path(folder), pool_layout=facts.layout, base_name=facts.base_name
+        )
+        self._cleanup.callback(self._catalog.close)
+        self._manifests: dict[str, AdapterManifest] = {}
+        self._num_requests = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the loader's thread and remove the adapters' files. Idempotent."""
+        self._cleanup.close()
+
+    def add_adapter(
+        self, name: str, folder: str | Path, *, check_base: bool = True
+    ) -> AdapterRecord:
+        """Validate a PEFT folder and make it available as `name`.
+
+        Raises:
+            AdapterError: it is refused, with every reason.
+        """
+        record, _ = self._catalog.register(name, Path(folder), check_base=check_base)
+        lease = self._catalog.acquire(name)
+        self._cleanup.callback(lease.release)
+        self._manifests[name] = lease.manifest
+        return record
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        text: TextOptions | None = None,
+    ) -> list[Completion]:
+        """Generate for all prompts together, in one mixed batch.
+
+        Args:
+            prompts: texts or token ids.
+            adapters: one name (or None for the base) per prompt; default: the base for all.
+            sampling: for all, or one per prompt; default: greedy, 128 tokens. Equal
+                prompts with equal seeds get equal answers, whatever runs beside them.
+            text: stop strings and how tokens are written down.
+        """
+        adapters = adapters or [None] * len(prompts)
+        if sampling is None or isinstance(sampling, SamplingParams):
+            default = SamplingParams(max_tokens=128, temperature=0.0)
+            sampling = [sampling or default] * len(prompts)
+        pending = [
+            _Pending(self._request(prompt, adapter, params), self.vocabulary, text)
+            for prompt, adapter, params in zip(prompts, adapters, sampling, strict=True)
+        ]
+        self._drive({p.request.request_id: p for p in pending})
+        return [p.completion() for p in pending]
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        text: TextOptions | None = None,
+    ) -> list[Completion]:
+        """Answer conversations written with the model's chat template; see `generate`."""
+        prompts = [
+            self.vocabulary.encode(self.vocabulary.render_chat(c), add_special_tokens=False)
+            for c in conversations
+        ]
+        return self.generate(prompts, adapters=adapters, sampling=sampling, text=text)
+
+    def _request(self, prompt: Prompt, adapter: str | None, sampling: SamplingParams) -> Request:
+        ids = self.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
+        self._num_requests += 1
+        return Request(
+            request_id=f"offline-{self._num_requests}",
+            prompt_token_ids=tuple(ids),
+            sampling=sampling,
+            adapter=self._manifests[adapter] if adapter is not None else None,
+            arrival_s=time.monotonic(),
+        )
+
+    def _drive(self, pending: dict[str, _Pending]) -> None:
+        events = [event for p in pending.values() for event in self._core.add(p.request)]
+        while True:
+            for event in events:
+                # A stop string ends the text here first; the engine's own last event follows.
+                if (target := pending.get(event.request_id)) is not None:
+                    target.push(event)
+            for request_id, p in list(pending.items()):
+                if p.is_finished:
+                    self._core.abort(request_id)
+                    del pending[request_id]
+            if not self._core.has_work:
+                return
+            events = self._core.step(load_timeout_s=1.0)
+
+
+class _Pending:
+    """One prompt on its way."""
+
+    def __init__(
+        self, request: Request, vocabulary: Vocabulary, options: TextOptions | None
+    ) -> None:
+        self.request = request
+        self._assembler = TextAssembler(
+            vocabulary,
+            options or TextOptions(),
+            prompt_ids=request.prompt_token_ids,
+            stop_token_ids=request.sampling.stop_token_ids,
+        )
+        self._text: list[str] = []
+        self._tokens: list[SampledToken] = []
+        self._finish_reason = FinishReason.FAILED
+        self._message = ""
+
+    @property
+    def is_finished(self) -> bool:
+        return self._assembler.is_finished
+
+    def push(self, event: Event) -> None:
+        delta = self._assembler.push([event])
+        self._text.append(delta.text)
+        self._tokens += delta.tokens
+        if delta.finish_reason is not None:
+            self._finish_reason, self._message = delta.finish_reason, delta.message
+
+    def completion(self) -> Completion:
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(token.token_id for token in self._tokens),
+            tokens=tuple(self._tokens),
+            finish_reason=self._finish_reason,
+            message=self._message,
+        )
