@@ -128,10 +128,13 @@ class AsyncAdapters:
         path: str | os.PathLike[str],
         *,
         name: str | None = None,
+        check_base: bool = True,
         on_progress: Progress | None = None,
     ) -> Adapter:
         """Upload an adapter. Pushing the same content under the same name again is no error."""
-        return await self._client.send(calls.push_adapter(Path(path), name, on_progress))
+        return await self._client.send(
+            calls.push_adapter(Path(path), name, check_base, on_progress)
+        )
 
     async def list(self, *, page_size: int = 100) -> AsyncIterator[Adapter]:
         """Iterate over every adapter, fetching pages as they are needed."""

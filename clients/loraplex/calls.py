@@ -102,11 +102,16 @@ def retrieve_model(model_id: str) -> Call[Model]:
     return Call("GET", f"/v1/models/{_segment(model_id)}", Model)
 
 
-def push_adapter(path: Path, name: str | None, on_progress: Progress | None) -> Call[Adapter]:
+def push_adapter(
+    path: Path, name: str | None, check_base: bool, on_progress: Progress | None
+) -> Call[Adapter]:
     """POST /v1/adapters. Looks at the files now, reads them when it is sent."""
     parts = find_parts(path)
-    name = _checked_name(default_name(path) if name is None else name)
-    upload = MultipartBody(name, parts, on_progress)
+    # The name comes first: a server can refuse it before it reads the files.
+    fields = {"name": _checked_name(default_name(path) if name is None else name)}
+    if not check_base:
+        fields["check_base"] = "false"
+    upload = MultipartBody(fields, parts, on_progress)
     return Call("POST", "/v1/adapters", Adapter, upload=upload, is_repeatable=False)
 
 

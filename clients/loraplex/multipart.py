@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from loraplex.adapter_files import FilePart
@@ -21,7 +21,7 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 
 class MultipartBody:
-    """One adapter upload: `name` first, then the files. Can be sent any number of times.
+    """One adapter upload: the fields in order, then the files. Can be sent any number of times.
 
     Attributes:
         content_type: Of the request; holds the boundary.
@@ -29,16 +29,19 @@ class MultipartBody:
     """
 
     def __init__(
-        self, name: str, parts: Sequence[FilePart], on_progress: Progress | None = None
+        self,
+        fields: Mapping[str, str],
+        parts: Sequence[FilePart],
+        on_progress: Progress | None = None,
     ) -> None:
         boundary = f"loraplex-{secrets.token_hex(16)}"
         self._parts = [(_part_head(boundary, part), part) for part in parts]
-        self._name_part = _name_part(boundary, name)
+        self._start = b"".join(_field_part(boundary, *field) for field in fields.items())
         self._end = f"--{boundary}--\r\n".encode()
         self._on_progress = on_progress or (lambda sent_bytes, total_bytes: None)
         self.content_type = f"multipart/form-data; boundary={boundary}"
         self.content_length = (
-            len(self._name_part)
+            len(self._start)
             + sum(len(head) + part.size_bytes + len(b"\r\n") for head, part in self._parts)
             + len(self._end)
         )
@@ -65,7 +68,7 @@ class MultipartBody:
             self._on_progress(sent_bytes, self.content_length)
 
     def _blocks(self) -> Iterator[bytes]:
-        yield self._name_part
+        yield self._start
         for head, part in self._parts:
             yield head
             yield from _read_blocks(part)
@@ -73,9 +76,9 @@ class MultipartBody:
         yield self._end
 
 
-def _name_part(boundary: str, name: str) -> bytes:
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n'
-    return f"{head}{name}\r\n".encode()
+def _field_part(boundary: str, field: str, value: str) -> bytes:
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n'
+    return f"{head}{value}\r\n".encode()
 
 
 def _part_head(boundary: str, part: FilePart) -> bytes:

@@ -24,8 +24,8 @@ class StreamOptions(TypedDict, total=False):
 class SamplingOptions(TypedDict, total=False):
     """The fields that completions and chat share.
 
-    Those beyond OpenAI's are top_k, min_p, repetition_penalty, min_tokens, stop_token_ids and
-    ignore_eos.
+    Those beyond OpenAI's have the names and meanings of vLLM's: top_k, min_p, repetition_penalty,
+    min_tokens, stop_token_ids, include_stop_str_in_output, ignore_eos and *_special_tokens.
     """
 
     max_tokens: int | None
@@ -38,7 +38,10 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
     ignore_eos: bool | None
+    add_special_tokens: bool | None
+    skip_special_tokens: bool | None
     presence_penalty: float | None
     frequency_penalty: float | None
     repetition_penalty: float | None
@@ -61,3 +64,4 @@ class ChatOptions(SamplingOptions, total=False):
     logprobs: bool | None
     top_logprobs: int | None
     max_completion_tokens: int | None
+    chat_template_kwargs: Mapping[str, Any] | None

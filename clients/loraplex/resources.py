@@ -146,6 +146,7 @@ class Adapters:
         path: str | os.PathLike[str],
         *,
         name: str | None = None,
+        check_base: bool = True,
         on_progress: Progress | None = None,
     ) -> Adapter:
         """Upload an adapter. Pushing the same content under the same name again is no error.
@@ -153,6 +154,8 @@ class Adapters:
         Args:
             path: A PEFT folder, or a .zip, .tar, .tar.gz or .tgz of one.
             name: What requests will call it; default: the folder's or the archive's name.
+            check_base: Refuse an adapter whose config names another base than the server's; turn it
+                off when that is the same model under another name.
             on_progress: Called with (bytes sent, bytes in total).
 
         Raises:
@@ -160,7 +163,7 @@ class Adapters:
             ConflictError: The name holds other content.
             UnprocessableEntityError: The server cannot serve it exactly; `reasons` says why.
         """
-        return self._client.send(calls.push_adapter(Path(path), name, on_progress))
+        return self._client.send(calls.push_adapter(Path(path), name, check_base, on_progress))
 
     def list(self, *, page_size: int = 100) -> Iterator[Adapter]:
         """Iterate over every adapter, fetching pages as they are needed."""

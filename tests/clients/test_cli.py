@@ -62,16 +62,29 @@ def test_an_adapter_is_pushed_under_a_given_name(loraplex, tiny, folder):
     assert list(tiny.adapters) == ["team/sql"]
 
 
-def test_a_refused_adapter_is_one_line_with_every_reason(loraplex, tiny, folder):
+def test_a_refused_adapter_is_shown_with_every_reason(loraplex, tiny, folder):
     error = {"message": "adapter refused", "reasons": ["use_dora is on", "rank 512 > 256"]}
     tiny.failing["POST", "/v1/adapters"] = Reply({"error": error}, 422)
     result = loraplex("adapters", "push", str(folder))
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == (
-        "error: adapter refused: use_dora is on; rank 512 > 256; "
-        "nothing was kept; correct it and push it again\n"
+        "error: adapter refused; nothing was kept; correct it and push it again\n"
+        "  - use_dora is on\n"
+        "  - rank 512 > 256\n"
     )
+
+
+def test_one_reason_stays_in_the_line():
+    for message in ("refused", "refused: it holds NaN"):
+        detail = ErrorDetail(message, reasons=("it holds NaN",))
+        line = explain(errors.UnprocessableEntityError(422, detail))
+        assert line.startswith("refused: it holds NaN; nothing was kept")
+
+
+def test_the_base_check_can_be_skipped(loraplex, server, folder):
+    assert loraplex("adapters", "push", str(folder), "--skip-base-check").exit_code == 0
+    assert b'name="check_base"\r\n\r\nfalse\r\n' in server.requests[0].body
 
 
 def test_pushing_what_is_no_adapter_says_what_is_missing(loraplex, tmp_path):

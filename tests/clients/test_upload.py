@@ -108,6 +108,13 @@ async def test_a_folder_is_sent_name_first_and_file_by_file(folder, on_client):
     assert max(map(len, blocks)) <= BLOCK_BYTES < len(WEIGHTS)
 
 
+async def test_the_base_check_can_be_turned_off(folder, on_client):
+    transport = Recording(created())
+    await on_client(transport, lambda c: c.adapters.push(folder, check_base=False))
+    fields = parse(transport.headers[0], b"".join(transport.blocks[0]))[:2]
+    assert fields == [("name", None, b"sql-writer"), ("check_base", None, b"false")]
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tgz"])
 async def test_an_archive_is_sent_as_it_is(suffix, tmp_path, on_client):
     path = tmp_path / f'a "b"{suffix}'
@@ -180,7 +187,7 @@ async def test_a_file_that_shrinks_while_it_is_sent_is_reported(folder, on_clien
 
 
 def test_a_file_that_grows_is_sent_as_long_as_promised(folder):
-    body = MultipartBody("n", find_parts(folder))
+    body = MultipartBody({"name": "n"}, find_parts(folder))
     with (folder / "adapter_model.safetensors").open("ab") as file:
         file.write(b"more")
     assert sum(map(len, body.stream())) == body.content_length

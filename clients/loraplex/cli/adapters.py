@@ -31,6 +31,13 @@ def push(
     name: Annotated[
         str | None, typer.Option(help="What requests will call it; default: the folder's name.")
     ] = None,
+    skip_base_check: Annotated[
+        bool,
+        typer.Option(
+            "--skip-base-check",
+            help="Take an adapter whose config names another base: it is the same, renamed.",
+        ),
+    ] = False,
 ) -> None:
     """Upload an adapter; requests can use it at once."""
     name = default_name(path) if name is None else name
@@ -41,7 +48,9 @@ def push(
             label = f"{name}: checking" if sent_bytes == total_bytes else name
             progress.update(task, completed=sent_bytes, total=total_bytes, description=label)
 
-        adapter = client.adapters.push(path, name=name, on_progress=show)
+        adapter = client.adapters.push(
+            path, name=name, check_base=not skip_base_check, on_progress=show
+        )
     write(stdout(), f"pushed {adapter.name}: {_summary(adapter)}")
     write(stderr(), f"try it: loraplex chat --model {shlex.quote(adapter.name)}", style="dim")
 

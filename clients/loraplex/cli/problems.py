@@ -1,4 +1,4 @@
-"""What to do about each error, in one line."""
+"""What to do about each error, in one line; the reasons of a refusal are listed under it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADVICE: dict[type[LoraplexError], str] = {
     AuthenticationError: "give a key with --api-key or LORAPLEX_API_KEY",
     PermissionDeniedError: "use a key that allows this (--api-key or LORAPLEX_API_KEY)",
     NotFoundError: "`loraplex models` lists what the server knows",
-    ConflictError: "choose another --name, or remove the old one: `loraplex adapters rm NAME`",
+    ConflictError: "`loraplex adapters rm NAME` frees a name",
     PayloadTooLargeError: "push a smaller adapter, or raise the server's upload limit",
     UnprocessableEntityError: "nothing was kept; correct it and push it again",
     RateLimitError: "wait a little and try again",
@@ -32,10 +32,19 @@ _ADVICE: dict[type[LoraplexError], str] = {
 
 
 def explain(error: LoraplexError) -> str:
-    """Return one line: what happened, and what to do next."""
+    """Return what happened and what to do next."""
     if isinstance(error, APIConnectionError):
         return _unreachable(error)
-    parts = [" ".join(str(error).split()).rstrip(".")]
+    reasons = list(error.reasons) if isinstance(error, APIStatusError) else []
+    if len(reasons) < 2:
+        return _line(error, str(error))
+    told = f"{error}".replace("; ".join(reasons), "").rstrip(": ")
+    bullets = [f"  - {' '.join(reason.split())}" for reason in reasons]
+    return "\n".join([_line(error, told), *bullets])
+
+
+def _line(error: LoraplexError, told: str) -> str:
+    parts = [" ".join(told.split()).rstrip(".")]
     if isinstance(error, InternalServerError) and error.retry_after_s is not None:
         parts.append(f"try again in {error.retry_after_s:.0f} s")
     elif type(error) in _ADVICE:
