@@ -97,9 +97,11 @@ class _GuardedFile(io.RawIOBase):
         self._counts_skips = counts_skips
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > _MAX_READ_BYTES:
+        # zipfile reads the rest of the file when it looks for the directory's end: a few kB.
+        at_most = _MAX_READ_BYTES + 1
+        chunk = self._file.read(at_most if size is None or size < 0 else min(size, at_most))
+        if len(chunk) > _MAX_READ_BYTES:
             raise InvalidUpload("the archive has a header or directory of unreasonable size")
-        chunk = self._file.read(size)
         self._spend(len(chunk))
         return chunk
 

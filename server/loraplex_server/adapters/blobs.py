@@ -65,9 +65,6 @@ class BlobStore:
         path.stat()
         return path
 
-    def size_bytes(self, adapter_id: str) -> int:
-        return int(self._fs.size(self._path(adapter_id)))
-
     def delete(self, adapter_id: str) -> None:
         """Remove the content here and in the cache; absent is fine."""
         with contextlib.suppress(FileNotFoundError):

@@ -41,7 +41,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "runtime_config": "how PEFT runs it",
     "lora_dropout": "training only",
     "eva_config": "initialisation only, and EVA leaves the base as it is",
-    "velora_config": "another backward pass; the forward pass is plain LoRA",
     "loftq_config": "read only with init_lora_weights='loftq', which is refused",
     "corda_config": "read only with init_lora_weights='corda', which is refused",
     "lora_ga_config": "read only with init_lora_weights='lora_ga', which is refused",
@@ -70,6 +69,7 @@ UNSUPPORTED: Final[Mapping[str, str]] = {
     "use_bdlora": "block-diagonal LoRA is not supported yet; retrain as plain LoRA",
     "arrow_config": "routing between adapters is not supported; upload the adapters one by one",
     "kasa_config": "KaSA changes the base weights and is not supported yet; retrain as plain LoRA",
+    "velora_config": "VeLoRA's own tensors are not read yet; retrain as plain LoRA",
     "monteclora_config": "Monteclora samples around the weights and is not supported; "
     "retrain without it",
     # Fields of PEFT releases before 0.4.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +10,7 @@ from loraplex_server.adapters.errors import InvalidUpload
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 
 #: What `torch.save` writes: a zip since PyTorch 1.6, a bare pickle before.
-_PICKLE_STARTS: Final = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 CONVERT_PICKLE: Final = (
     "pickle files can run code and are never read; convert on the training machine: "
@@ -32,9 +31,10 @@ def check_safetensors_start(path: Path, *, max_header_bytes: int) -> None:
             start = file.read(10)
     except FileNotFoundError as error:
         raise InvalidUpload(f"{WEIGHTS_NAME} is missing") from error
-    if start.startswith(_PICKLE_STARTS) or (start.startswith(b"PK") and zipfile.is_zipfile(path)):
-        raise InvalidUpload(f"{WEIGHTS_NAME} is a pickle file of torch.save; {CONVERT_PICKLE}")
+    # The header's JSON comes right behind its length, which itself may look like anything.
     if len(start) < 10 or start[8:9] != b"{":
+        if start.startswith(_PICKLE_STARTS):
+            raise InvalidUpload(f"{WEIGHTS_NAME} is a pickle file of torch.save; {CONVERT_PICKLE}")
         raise InvalidUpload(f"{WEIGHTS_NAME} is not a safetensors file, or is cut off")
     header_bytes = int.from_bytes(start[:8], "little")
     if header_bytes > max_header_bytes:

@@ -1,0 +1,73 @@
+"""The content store, in a local folder and in a remote store (fsspec's memory file system)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loraplex_server.adapters.blobs import BlobStore
+
+ID, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+
+
+@pytest.fixture(params=["local", "remote"])
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], BlobStore]:
+    url = str(tmp_path / "blobs") if request.param == "local" else f"memory://{uuid.uuid4()}/blobs"
+    return lambda: BlobStore(url, cache_dir=tmp_path / "cache")
+
+
+def make_file(folder: Path, content: bytes = b"weights") -> Path:
+    path = folder / "new.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+def test_what_was_put_is_a_local_file_also_after_reopening(open_store, tmp_path: Path):
+    open_store().put(ID, make_file(tmp_path))
+    store = open_store()
+    assert store.local_path(ID).read_bytes() == b"weights"
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_putting_again_replaces(open_store, tmp_path: Path):
+    store = open_store()
+    store.put(ID, make_file(tmp_path, b"damaged"))
+    store.put(ID, make_file(tmp_path))
+    assert store.local_path(ID).read_bytes() == b"weights"
+
+
+def test_absent_content_is_a_missing_file_and_deleting_it_is_fine(open_store):
+    store = open_store()
+    with pytest.raises(FileNotFoundError):
+        store.local_path(ID)
+    store.delete(ID)
+
+
+def test_delete_removes_the_content_and_its_copy(open_store, tmp_path: Path):
+    store = open_store()
+    store.put(ID, make_file(tmp_path))
+    path = store.local_path(ID)
+    store.delete(ID)
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError):
+        store.local_path(ID)
+
+
+def test_sweep_deletes_what_nobody_refers_to(open_store, tmp_path: Path):
+    store = open_store()
+    store.put(ID, make_file(tmp_path))
+    store.put(OTHER, make_file(tmp_path))
+    assert store.sweep(keep={ID}) == [OTHER]
+    assert store.local_path(ID).exists()
+    assert store.sweep(keep={ID}) == []
+
+
+def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):
+    store = BlobStore(str(tmp_path), cache_dir=tmp_path / "cache")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "x.safetensors.part").write_text("half")
+    assert store.sweep(keep=()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
