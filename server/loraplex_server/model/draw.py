@@ -25,8 +25,9 @@ from loraplex_scheduler.sampling import SamplingParams
 #: Below it, a temperature acts like it: the quotients stay finite, the choice is the argmax.
 MIN_TEMPERATURE: Final = 1e-5
 
-#: Candidates in which the nucleus of top-p is looked for before all of the vocabulary is sorted.
-_NUCLEUS_CANDIDATES: Final = 512
+#: How many of the likeliest tokens are ordered in search of the nucleus of top-p, in turn, before
+#: the whole vocabulary is: it is small nearly always, and ordering all is 50 times the cost.
+_NUCLEUS_CANDIDATES: Final = (64, 2048)
 
 _MASK64: Final = (1 << 64) - 1
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -58,13 +59,8 @@ def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> to
     scaled /= logits.new_tensor(temperature)[:, None]
     _mask_top_k(scaled, [p.top_k for p in params])
     probs = scaled.softmax(-1)
-    floor = probs.amax(-1, keepdim=True) * logits.new_tensor([p.min_p for p in params])[:, None]
-    nucleus = [i for i, p in enumerate(params) if p.top_p < 1.0]
-    if nucleus:
-        top_p = [params[i].top_p for i in nucleus]
-        index = torch.tensor(nucleus, device=logits.device)
-        floor[index] = torch.maximum(floor[index], _nucleus_floor(probs[index], top_p))
-    return probs.masked_fill_(probs < floor, 0.0)
+    _mask_unlikely(probs, params)
+    return probs
 
 
 def _mask_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
@@ -80,6 +76,19 @@ def _mask_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
     scaled.masked_fill_(scaled < smallest_kept, float("-inf"))
 
 
+def _mask_unlikely(probs: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+    """Set what top-p or min-p excludes to 0, in place."""
+    nucleus = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    if not nucleus and all(p.min_p == 0.0 for p in params):
+        return
+    floor = probs.amax(-1, keepdim=True) * probs.new_tensor([p.min_p for p in params])[:, None]
+    if nucleus:
+        top_p = [params[i].top_p for i in nucleus]
+        index = torch.tensor(nucleus, device=probs.device)
+        floor[index] = torch.maximum(floor[index], _nucleus_floor(probs[index], top_p))
+    probs.masked_fill_(probs < floor, 0.0)
+
+
 def _nucleus_floor(probs: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
     """Return the smallest probability inside each nucleus, `[M, 1]`.
 
@@ -87,12 +96,14 @@ def _nucleus_floor(probs: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
     (Holtzman et al., arXiv 1904.09751, section 3.1): a token is in while those before it have less.
     """
     wanted = torch.tensor(top_p, dtype=torch.float64, device=probs.device)[:, None]
-    ordered = probs.topk(min(_NUCLEUS_CANDIDATES, probs.shape[1])).values
-    floor, is_reached = _floor_of_run(ordered, wanted)
-    if not bool(is_reached.all()):
-        wide = (~is_reached).nonzero().squeeze(1)
-        everything = probs[wide].sort(dim=-1, descending=True).values
-        floor[wide] = _floor_of_run(everything, wanted[wide])[0]
+    floor = torch.empty(probs.shape[0], 1, dtype=probs.dtype, device=probs.device)
+    left = torch.arange(probs.shape[0], device=probs.device)
+    for size in (*_NUCLEUS_CANDIDATES, probs.shape[1]):
+        ordered = probs[left].topk(min(size, probs.shape[1])).values
+        floor[left], is_reached = _floor_of_run(ordered, wanted[left])
+        left = left[~is_reached]
+        if not len(left):
+            break
     return floor
 
 

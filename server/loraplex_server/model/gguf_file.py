@@ -1,8 +1,8 @@
-"""Reading a GGUF file: its config through transformers, its tensors dequantised one at a time.
+"""A model in a GGUF file: its config, and its tensors dequantised one at a time.
 
-transformers would load the tensors too, but it builds a whole model around them (five times the
-start-up time of this) and skips tensors and metadata that it does not know. Here each of them is
-applied or refused. The tensors are those transformers gives (a test compares).
+transformers could load both, but it builds a whole second model on the way (several times the
+start-up time of this), and it skips the tensors and the metadata that it does not know. Here each
+of them is applied or refused. Config and tensors are those transformers gives; tests compare.
 """
 
 from __future__ import annotations
@@ -12,11 +12,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex_server.model.errors import CheckpointError, UnsupportedModel
+from loraplex_server.model.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD
+
+_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "phi3")
+
+#: Metadata of an architecture that carries over into the field of a transformers config.
+_REQUIRED: Final = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OPTIONAL: Final = {"attention.head_count_kv": "num_key_value_heads"}
+_DEFAULT_ROPE_THETA: Final = 10000.0
 
 _NAMES: Final = {
     "token_embd.weight": EMBEDDING,
@@ -38,92 +54,122 @@ _LAYER_NAMES: Final = {
     "ffn_down": "mlp.down_proj",
 }
 
-#: Metadata of an architecture that transformers turns into its config.
-_APPLIED: Final = frozenset(
-    {
-        "context_length",
-        "block_count",
-        "feed_forward_length",
-        "embedding_length",
-        "rope.freq_base",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.layer_norm_rms_epsilon",
-        "vocab_size",
-    }
-)
-
 
 def read_gguf_config(path: Path) -> Any:
-    """Return the transformers config of a GGUF file, its metadata checked key by key.
+    """Return a transformers config with what the file says, every key of it checked.
 
     Raises:
-        UnsupportedModel: an architecture, or metadata that changes the computation and is not
-            carried over into the config.
+        UnsupportedModel: an architecture that is not computed, or metadata of it that is neither
+            carried over into the config nor without effect.
         CheckpointError: not a readable GGUF file.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        if "not supported" in str(error):
-            raise UnsupportedModel(
-                field="general.architecture", value=path.name, reason=str(error)
-            ) from error
-        raise CheckpointError(path=str(path), reason=f"not a GGUF model: {error}") from error
-    metadata = _architecture_metadata(path)
-    # The window is the one option that transformers leaves at its class default.
-    if hasattr(config, "sliding_window"):
-        config.sliding_window = metadata.pop("attention.sliding_window", None) or None
-    _check_metadata(metadata, config)
-    return config
+    header = read_gguf_header(path)
+    if header.architecture not in _ARCHITECTURES:
+        raise UnsupportedModel(
+            field="general.architecture",
+            value=header.architecture,
+            reason=f"supported in a GGUF file are {', '.join(_ARCHITECTURES)}",
+        )
+    return CONFIG_MAPPING[header.architecture](**_config_fields(header, path))
 
 
-def _architecture_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata under the architecture's prefix, without the prefix."""
-    fields = _reader(path).fields
-    prefix = fields["general.architecture"].contents() + "."
+def _config_fields(header: GGUFHeader, path: Path) -> dict[str, Any]:
+    metadata = header.architecture_metadata
+    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    absent = [f"{header.architecture}.{key}" for key in _REQUIRED if key not in metadata]
+    if embedding is None or absent:
+        missing = absent or ["token_embd.weight"]
+        raise CheckpointError(path=str(path), reason=f"not a GGUF model: no {', '.join(missing)}")
+    names = {**_REQUIRED, **_OPTIONAL}
+    fields = {names[key]: metadata.pop(key) for key in names if key in metadata}
+    head_dim = metadata.pop("attention.key_length", None)
+    head_dim = head_dim or fields["hidden_size"] // fields["num_attention_heads"]
+    theta = metadata.pop("rope.freq_base", _DEFAULT_ROPE_THETA)
+    fields |= {
+        "head_dim": head_dim,
+        "vocab_size": embedding.shape[0],
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": all(t.name != "output.weight" for t in header.tensors),
+        **_token_ids(header),
+    }
+    if header.architecture == "phi3":
+        fields["sliding_window"] = metadata.pop("attention.sliding_window", None) or None
+    _check_left_over(metadata, fields)
+    return fields
+
+
+def _token_ids(header: GGUFHeader) -> dict[str, Any]:
+    """Return the special tokens; the end of a turn ends a sequence too, as in llama.cpp."""
+    ids = {
+        name: header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for name in ("bos", "padding", "eos", "eot")
+    }
+    ends = {end for end in (ids["eos"], ids["eot"]) if end is not None}
     return {
-        name.removeprefix(prefix): entry.contents()
-        for name, entry in fields.items()
-        if name.startswith(prefix)
+        "bos_token_id": ids["bos"],
+        "pad_token_id": ids["padding"],
+        "eos_token_id": sorted(ends) or None,
     }
 
 
-def _check_metadata(metadata: dict[str, Any], config: Any) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _check_left_over(metadata: dict[str, Any], fields: dict[str, Any]) -> None:
     neutral = {
-        "rope.dimension_count": (head_dim,),
-        "attention.key_length": (head_dim,),
-        "attention.value_length": (head_dim,),
-        "rope.scaling.type": ("none",),
-        "rope.scaling.original_context_length": (config.max_position_embeddings,),
-        "expert_count": (0,),
-        "expert_used_count": (0,),
+        "vocab_size": fields["vocab_size"],
+        "rope.dimension_count": fields["head_dim"],
+        "attention.value_length": fields["head_dim"],
+        "rope.scaling.type": "none",
+        "rope.scaling.original_context_length": fields["max_position_embeddings"],
+        "expert_count": 0,
+        "expert_used_count": 0,
     }
-    for name in sorted(metadata.keys() - _APPLIED):
-        if metadata[name] not in neutral.get(name, ()):
+    for name, value in sorted(metadata.items()):
+        if name not in neutral or value != neutral[name]:
             raise UnsupportedModel(
-                field=name, value=metadata[name], reason="GGUF metadata that is not implemented"
+                field=name, value=value, reason="GGUF metadata that is not implemented"
             )
 
 
 def read_gguf_tensors(path: Path, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor as float32 under its checkpoint name; unknown names pass unchanged."""
-    from gguf import dequantize
+    """Yield every tensor as float32 under its checkpoint name; unknown names pass unchanged.
 
-    reader = _reader(path)
+    Raises:
+        CheckpointError: the file is truncated or has a quantisation that `gguf` does not know.
+    """
+    header = read_gguf_header(path)
+    data = np.memmap(path, mode="r", dtype=np.uint8)
     # llama.cpp stores q and k of this architecture with rotation pairs side by side.
-    is_interleaved = reader.fields["general.architecture"].contents() == "llama"
-    for tensor in reader.tensors:
+    is_interleaved = header.architecture == "llama"
+    for tensor in header.tensors:
         name = _checkpoint_name(tensor.name, spec)
-        value = dequantize(tensor.data, tensor.tensor_type)
+        value = _dequantize(data, tensor, path)
         if is_interleaved and ".q_proj." in name:
             value = _to_half_rotation(value, spec.geometry.num_heads)
         elif is_interleaved and ".k_proj." in name:
             value = _to_half_rotation(value, spec.geometry.num_kv_heads)
         yield name, torch.tensor(value, dtype=torch.float32)
+
+
+def _dequantize(
+    data: npt.NDArray[np.uint8], tensor: GGUFTensor, path: Path
+) -> npt.NDArray[np.float32]:
+    """Return one tensor as float32; its last dimension is stored in blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        kind = GGMLQuantizationType(tensor.ggml_type)
+        block_elems, block_bytes = GGML_QUANT_SIZES[kind]
+        *rows, width = tensor.shape
+        row_bytes = width // block_elems * block_bytes
+        stop = tensor.start + int(np.prod(rows, dtype=np.int64)) * row_bytes
+        stored = data[tensor.start : stop].reshape(*rows, row_bytes)
+        value = dequantize(stored, kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(
+            path=str(path), reason=f"not a GGUF tensor: {error}", tensors=[tensor.name]
+        ) from error
+    return np.asarray(value, dtype=np.float32).reshape(tensor.shape)
 
 
 def _checkpoint_name(name: str, spec: ModelSpec) -> str:
@@ -138,16 +184,7 @@ def _checkpoint_name(name: str, spec: ModelSpec) -> str:
     return f"model.layers.{parts[1]}.{module}.{parts[3]}"
 
 
-def _to_half_rotation(rows: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+def _to_half_rotation(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
     """Undo llama.cpp's row permutation `(heads, 2, D/2) -> (heads, D/2, 2)`."""
     half = rows.shape[0] // num_heads // 2
     return rows.reshape(num_heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _reader(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(str(path))
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(path=str(path), reason=f"not a GGUF file: {error}") from error

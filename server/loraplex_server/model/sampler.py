@@ -39,11 +39,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledTo
         return []
     assert logits.shape[0] == len(rows), "one row of logits per sequence"
     edited = edit_logits(logits, rows)
-    tokens = edited.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.sampling.is_greedy]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        tokens[index] = draw_tokens(edited[index], [rows[i] for i in drawn])
+    if len(drawn) == len(rows):
+        tokens = draw_tokens(edited, rows)
+    else:
+        tokens = edited.argmax(-1)
+        if drawn:
+            index = torch.tensor(drawn, device=logits.device)
+            tokens[index] = draw_tokens(edited[index], [rows[i] for i in drawn])
     reports = _logprobs(logits, rows, tokens)
     return [SampledToken(token, reports.get(i)) for i, token in enumerate(tokens.tolist())]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ _HUB_PATTERNS: Final = [
     "*.txt",
     "*.jinja",
 ]
+#: Second copies of the weights, and other runtimes' files in subfolders.
+_HUB_IGNORED: Final = ["consolidated*", "*/*"]
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _QUANT_SUFFIX: Final = re.compile(r"[.-](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)
 
@@ -146,16 +147,23 @@ def _default_source() -> ModelSource:
 def _hub_source(repo_id: str, revision: str | None) -> ModelSource:
     if not _HUB_ID.fullmatch(repo_id):
         raise ModelNotFound(model=repo_id, reason="no such folder or file, and not a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_PATTERNS))
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=_HUB_IGNORED,
+            )
+        )
     except LocalEntryNotFoundError as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = f"no such folder, not in the local hub cache, and no hub in reach{offline}"
+        where = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no hub in reach"
+        reason = f"no such folder, and not in the local hub cache ({where})"
         raise ModelNotFound(model=repo_id, reason=reason) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # every HTTP error of the hub is an OSError
         raise ModelNotFound(model=repo_id, reason=f"the hub refused: {error}") from error
     check_folder(folder)
     return ModelSource("folder", folder, repo_id.rsplit("/", 1)[-1])
