@@ -78,6 +78,7 @@ class AdapterCatalog:
             base_id: what tells this base from others across restarts, `base_name` by default.
                 Give it where the served name may change while the model stays.
             blob_url: where adapter files are kept, any fsspec URL; `data_dir/blobs` by default.
+                This catalogue's alone: files it does not know are swept.
             on_discard: called with an adapter id, in the thread that ended its last use, when
                 no name and no lease refers to it any more. A hint to free its pages: the same
                 content may be registered again at any time.

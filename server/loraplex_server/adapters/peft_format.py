@@ -118,7 +118,7 @@ class PeftFolderReader:
         if recorded and not is_same_base(recorded, self._base_names):
             ledger.add(
                 f"trained on {recorded!r}, but the base served here is {self._base_names[0]!r}; "
-                "if that is the same model under another name, upload with base_model_check=false"
+                "if that is the same model under another name, upload with check_base=false"
             )
 
 
