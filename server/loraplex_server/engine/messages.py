@@ -93,10 +93,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """All events of one step, and the state after it."""
+    """All events of one step; every so often, and whenever the engine falls idle, its state."""
 
     events: tuple[Event, ...]
-    stats: EngineStats
+    stats: EngineStats | None
 
 
 @dataclass(frozen=True)

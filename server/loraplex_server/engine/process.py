@@ -10,6 +10,7 @@ import logging
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 #: How long to sleep at most when nothing can be computed; deadlines are looked at this often.
 IDLE_S = 0.25
+
+#: A snapshot names every resident adapter, so it is not sent with every step.
+STATS_EVERY_S = 0.1
 
 
 class CoreFactory(Protocol):
@@ -63,6 +67,7 @@ def run_engine(connection: Connection, build_core: CoreFactory) -> None:
 def _serve(
     core: EngineCore, connection: Connection, inbox: queue.SimpleQueue[Command | None]
 ) -> None:
+    stats_due = 0.0
     while True:
         events: list[Event] = []
         for command in _drain(core, inbox):
@@ -71,7 +76,12 @@ def _serve(
             events += _apply(core, command)
         if core.has_work:
             events += core.step()
-        connection.send(StepOutput(tuple(events), core.stats()))
+        now = time.monotonic()
+        is_due = now >= stats_due or not core.has_work
+        if is_due:
+            stats_due = now + STATS_EVERY_S
+        if events or is_due:
+            connection.send(StepOutput(tuple(events), core.stats() if is_due else None))
 
 
 def _drain(core: EngineCore, inbox: queue.SimpleQueue[Command | None]) -> list[Command]:

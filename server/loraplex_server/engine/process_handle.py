@@ -229,7 +229,7 @@ class ProcessEngine:
             return None
 
     def _book(self, output: StepOutput) -> None:
-        self._stats = output.stats
+        self._stats = output.stats or self._stats
         for event in output.events:
             stream = self._streams.get(event.request_id)
             if stream is not None and stream.push(event):
