@@ -21,6 +21,9 @@ log = logging.getLogger("loraplex_server")
 
 _LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
+#: As uvicorn has it.
+_BACKLOG = 2048
+
 
 class StartError(Exception):
     """The server cannot start; the message is one line for the person who started it."""
@@ -62,9 +65,23 @@ def _bind(config: Config) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
+        raise _cannot_listen(config, error) from error
     return listener
+
+
+def _cannot_listen(config: Config, error: OSError) -> StartError:
+    reason = error.strerror or str(error)
+    return StartError(
+        f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port?"
+    )
+
+
+def _listen(config: Config, listener: socket.socket) -> None:
+    """Accept connections from now on; until here they were refused, not left waiting."""
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(config, error) from error
 
 
 async def _serve(config: Config, listener: socket.socket) -> None:
@@ -84,6 +101,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
     try:
         services = await _start(config, engine)
         try:
+            _listen(config, listener)
             await Server(services).serve_until_signal(listener)
         finally:
             await engine.stop()

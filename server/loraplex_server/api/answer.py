@@ -8,7 +8,6 @@ disconnects makes the engine cancel; the answer then ends with the engine's term
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -25,6 +24,7 @@ from loraplex_server.api.errors import (
     error_body,
 )
 from loraplex_server.api.generation import Generation
+from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.text.assembler import TextDelta
 
@@ -121,7 +121,7 @@ class GenerationAnswer(Response):
             deltas = await self._generation.take()
             self._raise_failure(deltas)
         body = self._format.complete(sequences, self._generation.num_tokens)
-        raw = json.dumps(body).encode()
+        raw = compact(body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": raw})
@@ -139,7 +139,7 @@ class GenerationAnswer(Response):
                 deltas = await self._generation.take()
             chunk = self._format.stream_tail(self._generation.num_tokens)
         except _FAILURES as error:
-            chunk += b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+            chunk += b"data: " + compact(error_body(error)).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": chunk + _DONE})
 
     def _raise_failure(self, deltas: list[tuple[int, TextDelta]]) -> None:

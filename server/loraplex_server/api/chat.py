@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from loraplex_server.api.answer import Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.generation import Job
+from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.schemas import ChatBody
 from loraplex_server.api.usage import usage_of
@@ -65,7 +65,7 @@ class ChatFormat:
         self._includes_usage = body.includes_usage
         self._envelope = {"id": job.job_id, "created": unix_time(), "model": body.model}
         chunk = {**self._envelope, "object": "chat.completion.chunk"}
-        self._chunk_head = b"data: " + json.dumps(chunk).encode()[:-1]
+        self._chunk_head = b"data: " + compact(chunk).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"
 
     def complete(self, sequences: list[Written], num_tokens: int) -> dict[str, Any]:
@@ -96,12 +96,12 @@ class ChatFormat:
             return b""
         chunks = b""
         if delta.text or has_logprobs:
-            logprobs = json.dumps(self._logprobs_of(delta)) if has_logprobs else "null"
-            content = f'{{"content":{json.dumps(delta.text)}}}'
+            logprobs = compact(self._logprobs_of(delta)) if has_logprobs else "null"
+            content = f'{{"content":{compact(delta.text)}}}'
             chunks = self._chunk(index, content, logprobs, "null")
         if delta.finish_reason is not None:
             reason = f'"{delta.finish_reason.value}"'
-            finish = f'{reason},"stop_reason":{json.dumps(delta.stop_reason)}'
+            finish = f'{reason},"stop_reason":{compact(delta.stop_reason)}'
             chunks += self._chunk(index, "{}", "null", finish)
         return chunks
 
@@ -111,7 +111,7 @@ class ChatFormat:
             return b""
         usage = usage_of(self._job.prompts, num_tokens)
         chunk = {**self._envelope, "object": "chat.completion.chunk", "choices": []}
-        return b"data: " + json.dumps({**chunk, "usage": usage}).encode() + b"\n\n"
+        return b"data: " + compact({**chunk, "usage": usage}).encode() + b"\n\n"
 
     def _logprobs_of(self, part: Written | TextDelta) -> dict[str, Any] | None:
         return chat_logprobs(self._vocabulary, part.tokens) if self._has_logprobs else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from loraplex_server.api.answer import Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.generation import Job
+from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import CompletionLogprobs
 from loraplex_server.api.schemas import CompletionBody
 from loraplex_server.api.usage import usage_of
@@ -80,7 +80,7 @@ class CompletionFormat:
             "created": unix_time(),
             "model": body.model,
         }
-        self._chunk_head = b"data: " + json.dumps(self._envelope).encode()[:-1]
+        self._chunk_head = b"data: " + compact(self._envelope).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"
 
     def _echoed(self, body: CompletionBody, vocabulary: Vocabulary) -> list[str]:
@@ -115,12 +115,12 @@ class CompletionFormat:
         """See `AnswerFormat`."""
         logprobs = "null"
         if self._logprobs is not None and delta.tokens:
-            logprobs = json.dumps(self._logprobs[index].write(delta.tokens))
+            logprobs = compact(self._logprobs[index].write(delta.tokens))
         elif not delta.text and delta.finish_reason is None:
             return b""
         finish = "null"
         if delta.finish_reason is not None:
-            finish = f'"{delta.finish_reason.value}","stop_reason":{json.dumps(delta.stop_reason)}'
+            finish = f'"{delta.finish_reason.value}","stop_reason":{compact(delta.stop_reason)}'
         return self._chunk(index, delta.text, logprobs, finish)
 
     def stream_tail(self, num_tokens: int) -> bytes:
@@ -129,11 +129,11 @@ class CompletionFormat:
             return b""
         usage = usage_of(self._job.prompts, num_tokens)
         last = {**self._envelope, "choices": [], "usage": usage}
-        return b"data: " + json.dumps(last).encode() + b"\n\n"
+        return b"data: " + compact(last).encode() + b"\n\n"
 
     def _chunk(self, index: int, text: str, logprobs: str, finish: str) -> bytes:
         choice = (
-            f',"choices":[{{"index":{index},"text":{json.dumps(text)},'
+            f',"choices":[{{"index":{index},"text":{compact(text)},'
             f'"logprobs":{logprobs},"finish_reason":{finish}}}]'
         )
         return self._chunk_head + choice.encode() + self._chunk_tail

@@ -114,7 +114,7 @@ def test_a_failure_in_the_middle_ends_the_stream_with_an_error(server, client):
     answer = server.post("/v1/completions", body)
     assert answer.status_code == 200
     *_, error, done, _ = answer.text.split("\n\n")
-    assert '"message": "out of luck"' in error
+    assert '"message":"out of luck"' in error
     assert done == "data: [DONE]"
     with pytest.raises(openai.APIError, match="out of luck"):
         list(client.completions.create(model=BASE, prompt="abcdef", stream=True))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+
+import httpx
+import pytest
+
+from loraplex_memory.layout import PoolLayout
+from loraplex_server.__main__ import main
+from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.api.server import Server
+from loraplex_server.api.services import Services
+from loraplex_server.config import Config
+from tests.server.api.conftest import BASE, GEOMETRY, wait_until
+from tests.support.fake_engine import FakeEngine
+
+
+@pytest.fixture
+def stoppable(tmp_path, vocabulary):
+    """Return a function that starts a `Server` with a grace period: (url, engine, stop, thread)."""
+    catalog = AdapterCatalog(data_dir=tmp_path, pool_layout=PoolLayout(GEOMETRY), base_name=BASE)
+
+    def start(shutdown_grace_s: int):
+        engine = FakeEngine()
+        engine.step_s = 0.02
+        config = Config(data_dir=tmp_path, shutdown_grace_s=shutdown_grace_s)
+        services = Services(config, engine, catalog, vocabulary, base_names=(BASE,))
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = Server(services)
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            with listener:
+                await server.serve_until_signal(listener)
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        return url, engine, lambda: loops[0].call_soon_threadsafe(server.stop), thread
+
+    yield start
+    catalog.close()
+
+
+def stream_until_stopped(url, stop, max_tokens: int) -> str:
+    body = {
+        "model": BASE,
+        "prompt": "abc",
+        "stream": True,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+        pieces = answer.iter_text()
+        first = next(pieces)
+        stop()
+        return first + "".join(pieces)
+
+
+def test_a_running_stream_finishes_within_the_grace_period(stoppable, capfd):
+    url, _, stop, thread = stoppable(20)
+    text = stream_until_stopped(url, stop, max_tokens=20)
+    assert '"finish_reason":"length"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    greeting = capfd.readouterr().out
+    assert f"loraplex serves {BASE} at {url}" in greeting
+    assert f"curl {url}/v1/chat/completions" in greeting
+
+
+def test_after_the_grace_period_streams_end_with_an_error(stoppable):
+    url, engine, stop, thread = stoppable(0)
+    text = stream_until_stopped(url, stop, max_tokens=250)
+    assert '"code":"server_stopping"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert engine.num_running == 0
+
+
+def test_a_busy_port_is_one_clear_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"loraplex serve: cannot listen on 127.0.0.1:{port}: ")
+    assert error.count("\n") == 1
+
+
+def test_a_wrong_setting_is_one_clear_line(capsys):
+    assert main(["--prot", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "loraplex serve: unknown argument --prot; did you mean --port?\n"
+    )
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(capsys, tmp_path):
+    argv = ["--model", str(tmp_path / "none.gguf"), "--port", "0", "--data-dir", str(tmp_path)]
+    assert main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("loraplex serve: ")
+    assert "none.gguf" in error
