@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loraplex_server.api.errors import ERROR_TABLE
+from loraplex_server.api.schemas import ChatBody, ChatMessage, CompletionBody, StreamOptions
+
+DOCUMENT = Path(__file__).parents[3].joinpath("docs", "api.md").read_text(encoding="utf-8")
+
+
+def test_every_error_code_is_documented():
+    missing = {shape.code for shape in ERROR_TABLE.values() if f"`{shape.code}`" not in DOCUMENT}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody])
+def test_every_field_is_documented(body):
+    accepted = [name for name in body.model_fields if f"`{name}" not in DOCUMENT]
+    assert accepted == []
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions])
+def test_every_unsupported_field_is_documented(body):
+    switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
+    names = {name for name in body.unsupported if not name.startswith("guided_")} - switches
+    assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
+    assert {"name", "tool_calls"} <= set(ChatMessage.unsupported)
+
+
+def test_every_metric_is_documented(server):
+    text = httpx.get(f"{server.url}/metrics").text
+    helped = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
+    names = {name.removesuffix("_created") for name in helped}
+    assert names
+    assert [name for name in sorted(names) if f"`{name}" not in DOCUMENT] == []
+
+
+def test_every_path_is_documented(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    documented = DOCUMENT.replace("{id}", "{name}")
+    assert [path for path in paths if path not in documented] == []
