@@ -23,6 +23,7 @@ from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.build import build_core, resolve_facts
 from loraplex_server.config import Config
+from loraplex_server.engine.messages import EngineStats
 from loraplex_server.text.assembler import TextAssembler, TextOptions
 from loraplex_server.text.vocabulary import Message, Vocabulary
 
@@ -72,6 +73,10 @@ class Engine:
     def close(self) -> None:
         """Stop the loader's thread and remove the adapters' files. Idempotent."""
         self._cleanup.close()
+
+    def stats(self) -> EngineStats:
+        """Return what the pool holds and what has been counted so far."""
+        return self._core.stats()
 
     def add_adapter(
         self, name: str, folder: str | Path, *, check_base: bool = True
