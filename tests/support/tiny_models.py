@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from transformers import (
     Qwen3Config,
 )
 
+from loraplex_server.model.linear import Linear
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
-from loraplex_server.model.weights import fill_weights, random_weights
+from loraplex_server.model.weights import (
+    ModelWeights,
+    checkpoint_views,
+    fill_weights,
+    random_weights,
+)
 
 VOCAB = 97
 SIZES = {
@@ -116,3 +123,22 @@ def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **opt
     reference = tiny_reference(tiny_config(family, **options), seed=seed)
     reference.save_pretrained(folder)
     return reference
+
+
+def state_of(spec: ModelSpec, weights: ModelWeights) -> dict[str, torch.Tensor]:
+    """Return loaded weights as a checkpoint: names as in files, linears in plain layout."""
+
+    def plain(linear: Linear) -> Linear:
+        return Linear(linear.dense_weight(), linear.bias)
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=plain(layer.qkv),
+            o=plain(layer.o),
+            gate_up=plain(layer.gate_up),
+            down=plain(layer.down),
+        )
+        for layer in weights.layers
+    )
+    return checkpoint_views(spec, replace(weights, layers=layers, lm_head=plain(weights.lm_head)))

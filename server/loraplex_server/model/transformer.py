@@ -121,7 +121,7 @@ class Transformer:
             hidden = self._attend(hidden, index, layer, step)
             hidden = self._mlp(hidden, index, layer, step)
         last = self._norm(hidden.index_select(0, logit_rows), self._weights.norm)
-        return F.linear(last, self._weights.lm_head).float()
+        return self._weights.lm_head(last).float()
 
     def _attend(
         self, hidden: torch.Tensor, index: int, layer: LayerWeights, step: _Step
@@ -129,7 +129,7 @@ class Transformer:
         """Return `hidden` plus attention, `[T, H]`."""
         g, pool = self.spec.geometry, step.pool
         x = self._norm(hidden, layer.input_norm)
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(x)
         self._add_lora(qkv, x, index, self._qkv_site, step)
         heads = qkv.view(qkv.shape[0], -1, g.head_dim)
         num_rotated = g.num_heads + g.num_kv_heads
@@ -147,7 +147,7 @@ class Transformer:
             scale=g.head_dim**-0.5,
             window=self.spec.sliding_windows[index],
         ).flatten(1)
-        out = F.linear(mixed, layer.o, layer.o_bias)
+        out = layer.o(mixed)
         self._add_lora(out, mixed, index, self._o_site, step)
         return out.add_(hidden)
 
@@ -156,11 +156,11 @@ class Transformer:
     ) -> torch.Tensor:
         """Return `hidden` plus the gated MLP, `[T, H]`."""
         x = self._norm(hidden, layer.post_norm)
-        gate_up = F.linear(x, layer.gate_up, layer.gate_up_bias)
+        gate_up = layer.gate_up(x)
         self._add_lora(gate_up, x, index, self._gate_up_site, step)
         gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate).mul_(up)
-        out = F.linear(product, layer.down, layer.down_bias)
+        out = layer.down(product)
         self._add_lora(out, product, index, self._down_site, step)
         return out.add_(hidden)
 

@@ -14,6 +14,7 @@ import torch
 
 from loraplex_memory.layout import SITES, Projection
 from loraplex_server.model.errors import CheckpointError
+from loraplex_server.model.linear import Linear
 from loraplex_server.model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -32,36 +33,39 @@ class LayerWeights:
     Attributes:
         input_norm: `[H]`.
         qkv: `[(heads + 2 kv_heads) D, H]`; q, then k, then v.
-        qkv_bias: `[(heads + 2 kv_heads) D]`.
         q_norm: `[D]`; with `k_norm`, for models with q/k norm.
-        o: `[H, heads D]`, its bias `[H]`.
+        o: `[H, heads D]`.
         post_norm: `[H]`, before the MLP.
-        gate_up: `[2 I, H]`; gate, then up; its bias `[2 I]`.
-        down: `[H, I]`, its bias `[H]`.
+        gate_up: `[2 I, H]`; gate, then up.
+        down: `[H, I]`.
     """
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
+    o: Linear
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All parameters, of one dtype on one device. `lm_head` is `embedding` itself where tied."""
+    """All parameters, of one dtype on one device.
+
+    A tied `lm_head` is filled from `embedding`; once packed it is a second copy, as looking rows
+    up needs the plain layout.
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Linear
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,60 +76,59 @@ class ModelWeights:
         return self.embedding.device
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once."""
-        tensors = [self.embedding, self.norm]
-        if self.lm_head is not self.embedding:
-            tensors.append(self.lm_head)
-        tensors += [t for layer in self.layers for t in vars(layer).values() if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def linears(self) -> tuple[Linear, ...]:
+        return *(linear for layer in self.layers for linear in layer.linears), self.lm_head
+
+
+class _Allocator:
+    """Uninitialised parameters of one dtype on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def linear(self, out_features: int, in_features: int, has_bias: bool = False) -> Linear:
+        bias = self.tensor(out_features) if has_bias else None
+        return Linear(self.tensor(out_features, in_features), bias)
 
 
 def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
-    """Return uninitialised weights of the shapes that `spec` says."""
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    embedding = empty(spec.vocab_size, spec.geometry.hidden_size)
+    """Return uninitialised, unpacked weights of the shapes that `spec` says."""
+    new = _Allocator(dtype, device)
+    hidden = spec.geometry.hidden_size
+    embedding = new.tensor(spec.vocab_size, hidden)
+    is_tied = spec.tie_word_embeddings
     return ModelWeights(
         embedding=embedding,
-        layers=tuple(_allocate_layer(spec, dtype, device) for _ in range(spec.geometry.num_layers)),
-        norm=empty(spec.geometry.hidden_size),
-        lm_head=embedding if spec.tie_word_embeddings else empty(*embedding.shape),
+        layers=tuple(_allocate_layer(spec, new) for _ in range(spec.geometry.num_layers)),
+        norm=new.tensor(hidden),
+        lm_head=Linear(embedding) if is_tied else new.linear(spec.vocab_size, hidden),
     )
 
 
-def _allocate_layer(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device | str
-) -> LayerWeights:
+def _allocate_layer(spec: ModelSpec, new: _Allocator) -> LayerWeights:
     g = spec.geometry
-    qkv_out = g.out_features("q") + g.out_features("k") + g.out_features("v")
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    qkv_out = sum(g.out_features(p) for p in SITES["qkv"])
     return LayerWeights(
-        input_norm=empty(g.hidden_size),
-        qkv=empty(qkv_out, g.hidden_size),
-        qkv_bias=empty(qkv_out) if spec.qkv_bias else None,
-        q_norm=empty(g.head_dim) if spec.qk_norm else None,
-        k_norm=empty(g.head_dim) if spec.qk_norm else None,
-        o=empty(g.hidden_size, g.in_features("o")),
-        o_bias=empty(g.hidden_size) if spec.o_bias else None,
-        post_norm=empty(g.hidden_size),
-        gate_up=empty(2 * g.intermediate_size, g.hidden_size),
-        gate_up_bias=empty(2 * g.intermediate_size) if spec.mlp_bias else None,
-        down=empty(g.hidden_size, g.intermediate_size),
-        down_bias=empty(g.hidden_size) if spec.mlp_bias else None,
+        input_norm=new.tensor(g.hidden_size),
+        qkv=new.linear(qkv_out, g.hidden_size, spec.qkv_bias),
+        q_norm=new.tensor(g.head_dim) if spec.qk_norm else None,
+        k_norm=new.tensor(g.head_dim) if spec.qk_norm else None,
+        o=new.linear(g.hidden_size, g.in_features("o"), spec.o_bias),
+        post_norm=new.tensor(g.hidden_size),
+        gate_up=new.linear(2 * g.intermediate_size, g.hidden_size, spec.mlp_bias),
+        down=new.linear(g.hidden_size, g.intermediate_size, spec.mlp_bias),
     )
 
 
 def checkpoint_views(spec: ModelSpec, weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Return every parameter under its checkpoint name, as views into `weights`."""
+    """Return every parameter under its checkpoint name: views into unpacked `weights`."""
     views = {EMBEDDING: weights.embedding, FINAL_NORM: weights.norm}
     if not spec.tie_word_embeddings:
-        views[LM_HEAD] = weights.lm_head
+        views[LM_HEAD] = weights.lm_head.weight
     for index, layer in enumerate(weights.layers):
         for name, view in _layer_views(spec, layer):
             views[f"model.layers.{index}.{name}"] = view
@@ -138,36 +141,35 @@ def _layer_views(spec: ModelSpec, layer: LayerWeights) -> Iterator[tuple[str, to
     gate_up = {p: g.out_features(p) for p in SITES["gate_up"]}
     yield "input_layernorm.weight", layer.input_norm
     if spec.is_fused:
-        yield from _linear_views("self_attn.qkv_proj", layer.qkv, layer.qkv_bias)
-        yield from _linear_views("mlp.gate_up_proj", layer.gate_up, layer.gate_up_bias)
+        yield from _linear_views("self_attn.qkv_proj", layer.qkv)
+        yield from _linear_views("mlp.gate_up_proj", layer.gate_up)
     else:
-        yield from _split_views("self_attn", qkv, layer.qkv, layer.qkv_bias)
-        yield from _split_views("mlp", gate_up, layer.gate_up, layer.gate_up_bias)
+        yield from _split_views("self_attn", qkv, layer.qkv)
+        yield from _split_views("mlp", gate_up, layer.gate_up)
     if layer.q_norm is not None and layer.k_norm is not None:
         yield "self_attn.q_norm.weight", layer.q_norm
         yield "self_attn.k_norm.weight", layer.k_norm
-    yield from _linear_views("self_attn.o_proj", layer.o, layer.o_bias)
+    yield from _linear_views("self_attn.o_proj", layer.o)
     yield "post_attention_layernorm.weight", layer.post_norm
-    yield from _linear_views("mlp.down_proj", layer.down, layer.down_bias)
+    yield from _linear_views("mlp.down_proj", layer.down)
 
 
-def _linear_views(
-    name: str, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    yield f"{name}.weight", weight
-    if bias is not None:
-        yield f"{name}.bias", bias
+def _linear_views(name: str, linear: Linear) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{name}.weight", linear.weight
+    if linear.bias is not None:
+        yield f"{name}.bias", linear.bias
 
 
 def _split_views(
-    block: str, rows: Mapping[Projection, int], weight: torch.Tensor, bias: torch.Tensor | None
+    block: str, rows: Mapping[Projection, int], linear: Linear
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name the rows of each projection inside a fused linear."""
     start = 0
     for projection, count in rows.items():
         part = slice(start, start + count)
-        part_bias = None if bias is None else bias[part]
-        yield from _linear_views(f"{block}.{projection}_proj", weight[part], part_bias)
+        bias = None if linear.bias is None else linear.bias[part]
+        view = Linear(linear.weight[part], bias)
+        yield from _linear_views(f"{block}.{projection}_proj", view)
         start += count
 
 
@@ -180,7 +182,7 @@ def fill_weights(
     device: torch.device | str = "cpu",
     path: str = "(memory)",
 ) -> ModelWeights:
-    """Load `(checkpoint name, tensor)` pairs, each used and dropped in turn.
+    """Load `(checkpoint name, tensor)` pairs, each used and dropped in turn, and pack the linears.
 
     Args:
         spec: says which parameters there must be.
@@ -208,8 +210,12 @@ def fill_weights(
     _refuse(path, "tensors the model has no place for", unknown)
     _refuse(path, "tensors of a wrong shape or dtype", misshapen)
     _refuse(path, "missing tensors", list(views))
-    if tied_head is not None and not torch.equal(tied_head.to(weights.embedding), weights.lm_head):
+    embedding = weights.embedding
+    if tied_head is not None and not torch.equal(tied_head.to(embedding), embedding):
         _refuse(path, "tie_word_embeddings is set, yet the head is not the embedding", [LM_HEAD])
+    views.clear()
+    for linear in weights.linears:
+        linear.pack()
     return weights
 
 

@@ -12,9 +12,8 @@ from loraplex_server.model.gguf_file import read_gguf_config
 from loraplex_server.model.loader import load_model, load_spec, load_weights
 from loraplex_server.model.source import resolve_model
 from loraplex_server.model.spec import ModelSpec
-from loraplex_server.model.weights import checkpoint_views
 from tests.server.model.paged_run import PagedRun
-from tests.support.tiny_models import tiny_config, tiny_reference
+from tests.support.tiny_models import state_of, tiny_config, tiny_reference
 
 #: llama.cpp's names of modules, by checkpoint name.
 NAMES = {
@@ -108,7 +107,7 @@ def test_every_architecture_is_read_as_transformers_reads_it(tmp_path, family):
     spec = load_spec(source)
     config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
     assert spec == ModelSpec.from_config(config, base_name="tiny")
-    views = checkpoint_views(spec, load_weights(source, spec, dtype=torch.float32))
+    views = state_of(spec, load_weights(source, spec, dtype=torch.float32))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
     assert views.keys() == theirs.keys() == written.keys()
     for name, view in views.items():
@@ -215,6 +214,7 @@ def test_quantised_tensors_are_those_of_the_gguf_package(tmp_path, kind):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_default_model_writes_what_transformers_writes():
     source = resolve_model(None)
     model = load_model(source, dtype=torch.float32, max_model_len=256)

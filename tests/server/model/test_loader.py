@@ -10,9 +10,8 @@ import torch
 from loraplex_server.model.errors import CheckpointError, UnsupportedModel
 from loraplex_server.model.loader import load_model, load_spec, load_weights
 from loraplex_server.model.source import INDEX_FILE, WEIGHTS_FILE, resolve_model
-from loraplex_server.model.weights import checkpoint_views
 from tests.server.model.paged_run import PagedRun
-from tests.support.tiny_models import save_tiny_model, tiny_config, tiny_reference
+from tests.support.tiny_models import save_tiny_model, state_of, tiny_config, tiny_reference
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
@@ -33,7 +32,7 @@ def test_shards_are_read_by_their_index(tmp_path):
     assert (tmp_path / INDEX_FILE).is_file()
     source = resolve_model(tmp_path)
     spec = load_spec(source)
-    views = checkpoint_views(spec, load_weights(source, spec, dtype=torch.float32))
+    views = state_of(spec, load_weights(source, spec, dtype=torch.float32))
     assert all(torch.equal(views[n], t) for n, t in reference.state_dict().items())
 
 

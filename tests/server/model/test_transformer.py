@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from loraplex_server.model.linear import can_pack
 from tests.server.model.paged_run import PagedRun
 from tests.support.tiny_models import (
     LLAMA3_ROPE,
@@ -15,6 +16,7 @@ from tests.support.tiny_models import (
     YARN_ROPE,
     tiny_config,
     tiny_reference,
+    tiny_transformer,
     transformer_of,
 )
 
@@ -113,3 +115,26 @@ def test_sequences_in_one_step_do_not_see_each_other(reference):
         seen = tokens if name == "d" else tokens[:-2]
         expected = reference_logits(reference, seen)[-len(logits[name]) :]
         assert_logits(logits[name], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_logits_are_bit_identical_alone_and_in_company(dtype):
+    model = tiny_transformer("llama", hidden_size=96, intermediate_size=1536, dtype=dtype)
+    if not all(can_pack(torch.empty(0, dtype=d)) for d in (torch.float32, dtype)):
+        pytest.skip("plain linears sum in an order that depends on the number of rows")
+    sequences = {name: tokens_of(seed, 9 + 3 * seed) for seed, name in enumerate("abcdef")}
+    together = decode_steps(model, sequences)
+    for name, tokens in sequences.items():
+        assert torch.equal(decode_steps(model, {name: tokens})[name], together[name])
+
+
+def decode_steps(model, sequences: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Prefill each sequence on its own but for three tokens, and decode those in one batch."""
+    run = PagedRun(model)
+    for name, tokens in sequences.items():
+        run.step({name: tokens[:-3]})
+    steps = [
+        run.step({n: tokens[i : i + 1 or None] for n, tokens in sequences.items()})
+        for i in (-3, -2, -1)
+    ]
+    return {name: torch.cat([step[name] for step in steps]) for name in sequences}

@@ -1,0 +1,59 @@
+"""Packed linears: the values of `F.linear`, and rows that do not depend on their number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loraplex_server.model.linear import Linear, can_pack
+
+SHAPES = [(97, 32), (960, 576), (576, 1536), (64, 4096)]
+
+
+def packed(out_features, in_features, *, has_bias=False, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    bias = torch.randn(out_features, generator=generator).to(dtype) if has_bias else None
+    linear = Linear(weight.clone(), bias)
+    linear.pack()
+    return linear, weight
+
+
+def random_rows(count, width, dtype=torch.float32):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+def test_a_packed_linear_gives_the_values_of_a_plain_one(shape, has_bias, rows):
+    linear, weight = packed(*shape, has_bias=has_bias)
+    x = random_rows(rows, shape[1])
+    expected = F.linear(x.double(), weight.double(), None if not has_bias else linear.bias.double())
+    torch.testing.assert_close(linear(x).double(), expected, atol=1e-5 * shape[1] ** 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_does_not_depend_on_how_many_are_beside_it(shape, dtype):
+    linear, weight = packed(*shape, dtype=dtype)
+    if not can_pack(weight):
+        pytest.skip("this machine's oneDNN does not take the dtype")
+    x = random_rows(130, shape[1], dtype)
+    together = linear(x)
+    for count in (1, 2, 3, 8, 17, 64, 129):
+        assert torch.equal(linear(x[:count]), together[:count])
+    assert torch.equal(linear(x[77:78]), together[77:78])
+
+
+def test_the_plain_weight_can_be_read_back():
+    linear, weight = packed(97, 32)
+    assert torch.equal(linear.dense_weight(), weight)
+    assert linear.num_bytes == weight.numel() * 4
+
+
+def test_a_dtype_that_is_not_packed_is_multiplied_plainly():
+    linear, weight = packed(16, 8, dtype=torch.float64)
+    x = random_rows(3, 8, torch.float64)
+    assert torch.equal(linear(x), F.linear(x, weight))
