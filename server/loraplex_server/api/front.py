@@ -110,12 +110,22 @@ class Front:
         """Resolve a name, once for the whole request; None is the base model."""
         if name in self.base_names:
             return None
+        acquiring = asyncio.ensure_future(asyncio.to_thread(self.catalog.acquire, name))
         try:
-            lease = await asyncio.to_thread(self.catalog.acquire, name)
+            lease = await asyncio.shield(acquiring)
         except AdapterNotFound:
             raise ModelNotFound(name) from None
+        except asyncio.CancelledError:
+            # The thread goes on and takes the lease; nobody else will give it back.
+            acquiring.add_done_callback(_release)
+            raise
         self.adapter_names.remember(lease.record.id, name)
         return lease
+
+
+def _release(acquiring: asyncio.Future[AdapterLease]) -> None:
+    if not acquiring.cancelled() and acquiring.exception() is None:
+        acquiring.result().release()
 
 
 def new_id(prefix: str) -> str:
