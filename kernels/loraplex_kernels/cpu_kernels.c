@@ -189,7 +189,8 @@ int loraplex_add_lora(const lora_args *a) {
     int64_t num_items = 0;
     for (int64_t g = 0; g < a->G; g++)
         num_items += (a->seg_indptr[g + 1] - a->seg_indptr[g] + ROWS - 1) / ROWS;
-    #pragma omp parallel reduction(| : failed)
+    /* One item is one thread's work: waking the others would cost more than it. */
+    #pragma omp parallel reduction(| : failed) if (num_items > 1)
     {
         float *scratch = malloc(sizeof(float) * ROWS * (a->K + a->N));
         failed |= scratch == NULL;
@@ -312,7 +313,8 @@ int loraplex_decode_attention(const attention_args *a) {
     int64_t groups = a->num_heads / a->num_kv_heads;
     size_t scratch_bytes =
         sizeof(float) * groups * (2 * a->head_dim + a->max_context + LANES) + 64;
-    #pragma omp parallel reduction(| : failed)
+    /* A lone short sequence is read faster than a second thread wakes up. */
+    #pragma omp parallel reduction(| : failed) if (a->S > 1 || a->max_context > 1024)
     {
         float *scratch = malloc(scratch_bytes);
         failed |= scratch == NULL;
