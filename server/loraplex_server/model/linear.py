@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 
 
+_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+
+
 class Linear:
     """`x W^T + b`; filled through `weight` and `bias`, then packed, then only called.
 
@@ -61,6 +64,9 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Return whether this machine's oneDNN takes a weight of this dtype and device."""
     is_available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if weight.device.type != "cpu" or not is_available:
+        return False
+    # Private operations: another torch may not have them, and F.linear needs none of them.
+    if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS):
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
