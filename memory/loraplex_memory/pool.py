@@ -63,7 +63,7 @@ class PagePool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros: masked attention multiplies unwritten slots by 0, and 0 * NaN is NaN."""
+    """Return zeros, and on a CPU commit no memory for pages that are never used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages, committed on first write; torch.zeros writes them all.

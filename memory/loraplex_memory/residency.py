@@ -11,8 +11,8 @@ or pinned adapter is never evicted; everything stays resident until the space is
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from enum import StrEnum
 
 from loraplex_memory.allocator import PageAllocator, PageUse
@@ -28,7 +28,11 @@ class _Entry:
     pages: tuple[int, ...]
     state: ResidencyState = ResidencyState.LOADING
     pins: int = 0
-    is_doomed: bool = field(default=False)
+    is_doomed: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state is ResidencyState.RESIDENT and self.pins == 0
 
 
 class AdapterResidency:
@@ -38,6 +42,9 @@ class AdapterResidency:
         self._allocator = allocator
         # Least recently used first; `pin` and `finish_load` move an adapter to the end.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        # Counted, not summed up: thousands are resident, and every step asks.
+        self._num_loading = 0
+        self._num_idle_pages = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,6 +65,10 @@ class AdapterResidency:
         """Ids ready to serve, least recently used first."""
         return [i for i, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
 
+    @property
+    def num_loading(self) -> int:
+        return self._num_loading
+
     def loading_ids(self) -> list[str]:
         return [i for i, e in self._entries.items() if e.state is ResidencyState.LOADING]
 
@@ -75,6 +86,7 @@ class AdapterResidency:
             raise ValueError(f"adapter {adapter_id} already holds pages")
         pages = tuple(self._allocator.alloc(num_pages, PageUse.ADAPTER))
         self._entries[adapter_id] = _Entry(pages)
+        self._num_loading += 1
         return pages
 
     def finish_load(self, adapter_id: str) -> None:
@@ -82,6 +94,8 @@ class AdapterResidency:
         entry = self._entries[adapter_id]
         assert entry.state is ResidencyState.LOADING, f"{adapter_id} was not loading"
         entry.state = ResidencyState.RESIDENT
+        self._num_loading -= 1
+        self._num_idle_pages += len(entry.pages)
         self._entries.move_to_end(adapter_id)
         self._release_if_doomed(adapter_id)
 
@@ -89,12 +103,15 @@ class AdapterResidency:
         """The load failed: the pages go back and the adapter is absent again."""
         entry = self._entries.pop(adapter_id)
         assert entry.state is ResidencyState.LOADING, f"{adapter_id} was not loading"
+        self._num_loading -= 1
         self._allocator.free(entry.pages)
 
     def pin(self, adapter_id: str) -> None:
         """Hold a resident adapter for one running sequence."""
         entry = self._entries[adapter_id]
         assert entry.state is ResidencyState.RESIDENT, f"{adapter_id} is not ready"
+        if entry.pins == 0:
+            self._num_idle_pages -= len(entry.pages)
         entry.pins += 1
         self._entries.move_to_end(adapter_id)
 
@@ -102,6 +119,8 @@ class AdapterResidency:
         entry = self._entries[adapter_id]
         assert entry.pins > 0, f"{adapter_id} is not pinned"
         entry.pins -= 1
+        if entry.pins == 0:
+            self._num_idle_pages += len(entry.pages)
         self._release_if_doomed(adapter_id)
 
     def discard(self, adapter_id: str) -> None:
@@ -117,24 +136,26 @@ class AdapterResidency:
         if entry is not None:
             entry.is_doomed = False
 
-    def num_evictable_pages(self, keep: Collection[str] = ()) -> int:
+    def num_evictable_pages(self, keep: AbstractSet[str] = frozenset()) -> int:
         """Pages that `evict_idle` could free while sparing `keep`."""
-        return sum(len(e.pages) for i, e in self._entries.items() if self._is_idle(i, e, keep))
+        kept = ((i, self._entries[i]) for i in keep if i in self._entries)
+        return self._num_idle_pages - sum(len(e.pages) for _, e in kept if e.is_idle)
 
-    def evict_idle(self, num_pages: int, keep: Collection[str] = ()) -> list[str]:
+    def evict_idle(self, num_pages: int, keep: AbstractSet[str] = frozenset()) -> list[str]:
         """Evict idle adapters, least recently used first, until `num_pages` pages came free.
 
         Returns:
             The ids evicted; their pages may add up to less than asked for.
         """
         evicted, freed = [], 0
-        for adapter_id, entry in list(self._entries.items()):
+        for adapter_id, entry in self._entries.items():
             if freed >= num_pages:
                 break
-            if self._is_idle(adapter_id, entry, keep):
+            if entry.is_idle and adapter_id not in keep:
                 freed += len(entry.pages)
-                self._evict(adapter_id)
                 evicted.append(adapter_id)
+        for adapter_id in evicted:
+            self._evict(adapter_id)
         return evicted
 
     def check(self) -> None:
@@ -144,16 +165,16 @@ class AdapterResidency:
         assert len(pages) == self._allocator.num_held(PageUse.ADAPTER), "adapter pages leaked"
         for adapter_id, entry in self._entries.items():
             assert entry.pins == 0 or entry.state is ResidencyState.RESIDENT, adapter_id
-
-    @staticmethod
-    def _is_idle(adapter_id: str, entry: _Entry, keep: Collection[str]) -> bool:
-        is_idle = entry.state is ResidencyState.RESIDENT and entry.pins == 0
-        return is_idle and adapter_id not in keep
+        idle = sum(len(entry.pages) for entry in self._entries.values() if entry.is_idle)
+        assert idle == self._num_idle_pages, "the count of idle pages is off"
+        assert len(self.loading_ids()) == self._num_loading, "the count of loads is off"
 
     def _evict(self, adapter_id: str) -> None:
-        self._allocator.free(self._entries.pop(adapter_id).pages)
+        entry = self._entries.pop(adapter_id)
+        self._num_idle_pages -= len(entry.pages)
+        self._allocator.free(entry.pages)
 
     def _release_if_doomed(self, adapter_id: str) -> None:
         entry = self._entries[adapter_id]
-        if entry.is_doomed and self._is_idle(adapter_id, entry, ()):
+        if entry.is_doomed and entry.is_idle:
             self._evict(adapter_id)

@@ -28,7 +28,7 @@ class Request:
     Attributes:
         request_id: unique among live requests.
         adapter: what to load before the first token; None for the base model.
-        arrival_s: on the clock that `schedule(now)` reads; decides the order of service.
+        arrival_s: on the clock that `Scheduler.expire` is given; decides the order of service.
         deadline_s: past it the request ends as timed out; None for never.
     """
 

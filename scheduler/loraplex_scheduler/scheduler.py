@@ -4,16 +4,18 @@ One step is `schedule` (decide), the runner (compute), `commit` (book the result
 come, first served; tokens already running go before new ones; when pages run out the newest running
 sequence gives its pages back and recomputes later.
 
-Why this always makes progress: a request that could not fit an empty pool is refused by `add`; the
-oldest running sequence may take pages from every idle adapter and from every younger sequence; so
-it finishes, and then the next one is the oldest.
+Why nobody starves: a sequence never outgrows a pool that is empty but for its adapter. The oldest
+running one takes pages from every idle adapter and every younger sequence, so it finishes. A
+waiting one is overtaken only while its adapter is on its way: what it will need stays set aside,
+and no younger sequence may evict the adapter it waits for.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import takewhile
 from weakref import WeakValueDictionary
 
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -122,9 +124,9 @@ class Scheduler:
         if request.request_id in self._by_id:
             raise RequestRefused(reason=f"request id {request.request_id} is in use")
         adapter_layout = self._adapter_layout(request.adapter)
-        self._refuse_impossible(request, adapter_layout)
+        max_len = self._max_len(request, adapter_layout)
         table = PageTable(self._allocator, self._layout.page_tokens)
-        sequence = Sequence(request, self._next_order, table, adapter_layout)
+        sequence = Sequence(request, self._next_order, table, adapter_layout, max_len)
         self._next_order += 1
         self._by_id[request.request_id] = sequence
         insort(self._waiting, sequence, key=_service_order)
@@ -165,7 +167,10 @@ class Scheduler:
         return [e for i in waiting for e in self.abort(i, FinishReason.FAILED, message)]
 
     def discard_adapter(self, adapter_id: str) -> None:
-        """Free the adapter's pages as soon as no live request names it."""
+        """Free the adapter's pages, or do nothing while a live request names it.
+
+        Pages of an adapter that is still loading go back when the load has ended.
+        """
         if all(s.adapter_id != adapter_id for s in self._by_id.values()):
             self._residency.discard(adapter_id)
 
@@ -193,9 +198,7 @@ class Scheduler:
             if step.is_sampled:
                 token = result.tokens[step.request_id]
                 sequence.token_ids.append(token.token_id)
-                reason = sequence.finish_reason(
-                    self.limits.eos_token_ids, self.limits.max_model_len
-                )
+                reason = sequence.finish_reason(self.limits.eos_token_ids)
                 if reason is not None:
                     self._end(sequence)
                 events.append(TokenEvent(step.request_id, token, reason))
@@ -242,10 +245,11 @@ class Scheduler:
         are held by adapters that are still loading.
         """
         while (missing := sequence.table.pages_missing(num_tokens)) > self._allocator.num_free:
-            if self._evict(missing - self._allocator.num_free):
+            awaited = self._adapters_awaited_before(sequence)
+            if self._evict(missing - self._allocator.num_free, awaited):
                 continue
-            victim = max(self._running, key=_service_order)
-            if victim is sequence and len(self._running) == 1:
+            victim = self._running[-1]
+            if victim is sequence and len(self._running) == 1 and not awaited:
                 return False
             self._preempt(victim)
             steps.pop(victim.request_id, None)
@@ -254,22 +258,33 @@ class Scheduler:
         sequence.table.grow(num_tokens)
         return True
 
+    def _adapters_awaited_before(self, sequence: Sequence) -> set[str]:
+        """Return the adapters of waiting sequences that are older than this one."""
+        order = _service_order(sequence)
+        older = takewhile(lambda s: _service_order(s) < order, self._waiting)
+        return {s.adapter_id for s in older if s.adapter_id}
+
     def _admit_waiting(self, steps: dict[str, SequenceStep], budget: int) -> list[AdapterLoad]:
         """Admit waiting sequences in order; start the loads that the next ones need.
 
         A sequence whose adapter is loading is passed over, so that others do not wait for its disk;
-        one that lacks pages is not, so that it is not starved by smaller ones behind it.
+        the pages it will need are set aside. One that lacks pages is not passed over: smaller ones
+        behind it would starve it.
         """
         loads: list[AdapterLoad] = []
-        wanted: set[str] = set()
+        awaited: set[str] = set()
+        num_passed = num_set_aside = 0
         for sequence in list(self._waiting):
-            if budget == 0 or len(self._running) >= self.limits.max_running:
+            if budget == 0 or len(self._running) + num_passed >= self.limits.max_running:
                 break
+            missing = sequence.table.pages_missing(len(sequence.token_ids))
             if sequence.adapter_id and not self._residency.is_resident(sequence.adapter_id):
-                if not self._await_adapter(sequence, wanted, loads):
+                if not self._await_adapter(sequence, awaited, num_set_aside, loads):
                     break
+                num_passed += 1
+                num_set_aside += missing
                 continue
-            if not self._admit(sequence, wanted):
+            if not self._admit(sequence, missing + num_set_aside, awaited):
                 break
             num_tokens = min(sequence.num_pending, budget)
             steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
@@ -277,30 +292,34 @@ class Scheduler:
         return loads
 
     def _await_adapter(
-        self, sequence: Sequence, wanted: set[str], loads: list[AdapterLoad]
+        self,
+        sequence: Sequence,
+        awaited: set[str],
+        num_set_aside: int,
+        loads: list[AdapterLoad],
     ) -> bool:
         """See to it that the sequence's adapter is on its way; False when there is no room yet."""
         manifest, layout = sequence.request.adapter, sequence.adapter_layout
         assert manifest is not None
         assert layout is not None
-        wanted.add(manifest.adapter_id)
+        awaited.add(manifest.adapter_id)
         if self._residency.state(manifest.adapter_id) is ResidencyState.LOADING:
             return True
-        if len(self._residency.loading_ids()) >= self.limits.max_loading:
+        if self._residency.num_loading >= self.limits.max_loading:
             return True
-        if not self._make_free(layout.num_pages, wanted):
+        if not self._make_free(layout.num_pages + num_set_aside + self._headroom(), awaited):
             return False
         pages = self._residency.begin_load(manifest.adapter_id, layout.num_pages)
         loads.append(AdapterLoad(manifest, layout, pages))
         return True
 
-    def _admit(self, sequence: Sequence, wanted: Collection[str]) -> bool:
-        """Give a waiting sequence pages for all its tokens and pin its adapter, or refuse."""
-        missing = sequence.table.pages_missing(len(sequence.token_ids))
-        # One spare page per running sequence, or the next few tokens would preempt the newcomer.
-        reserve = len(self._running)
-        spared = {*wanted, sequence.adapter_id} if sequence.adapter_id else wanted
-        if not self._make_free(missing + reserve, spared):
+    def _admit(self, sequence: Sequence, num_pages: int, awaited: AbstractSet[str]) -> bool:
+        """Give a waiting sequence pages for all its tokens and pin its adapter.
+
+        Returns False, changing nothing, unless `num_pages` and some headroom can be had.
+        """
+        spared = {*awaited, sequence.adapter_id} if sequence.adapter_id else awaited
+        if not self._make_free(num_pages + self._headroom(), spared):
             return False
         sequence.table.grow(len(sequence.token_ids))
         if sequence.adapter_id:
@@ -309,7 +328,11 @@ class Scheduler:
         insort(self._running, sequence, key=_service_order)
         return True
 
-    def _make_free(self, num_pages: int, spared: Collection[str]) -> bool:
+    def _headroom(self) -> int:
+        """Pages left to the running sequences, or their next tokens would preempt a newcomer."""
+        return len(self._running)
+
+    def _make_free(self, num_pages: int, spared: AbstractSet[str]) -> bool:
         """Evict idle adapters until `num_pages` are free, or change nothing and return False."""
         missing = num_pages - self._allocator.num_free
         if missing <= 0:
@@ -319,7 +342,7 @@ class Scheduler:
         self._evict(missing, spared)
         return True
 
-    def _evict(self, num_pages: int, spared: Collection[str] = ()) -> bool:
+    def _evict(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> bool:
         evicted = self._residency.evict_idle(num_pages, spared)
         self.num_evictions += len(evicted)
         return bool(evicted)
@@ -365,26 +388,31 @@ class Scheduler:
             self._layouts[manifest.adapter_id] = layout
         return layout
 
-    def _refuse_impossible(self, request: Request, adapter_layout: AdapterLayout | None) -> None:
-        num_prompt, most = len(request.prompt_token_ids), self.limits.max_model_len
+    def _max_len(self, request: Request, adapter_layout: AdapterLayout | None) -> int:
+        """Return the most tokens the sequence may have: the model's limit, or what the pool holds
+        beside its adapter.
+
+        Raises:
+            RequestRefused: there is no room for the prompt and one token.
+        """
+        num_prompt = len(request.prompt_token_ids)
+        num_adapter = adapter_layout.num_pages if adapter_layout else 0
+        in_pool = (self._allocator.num_pages - num_adapter) * self._layout.page_tokens
+        max_len = min(self.limits.max_model_len, in_pool)
         if num_prompt == 0:
             raise RequestRefused(reason="the prompt is empty", param="prompt")
-        if num_prompt >= most:
-            raise RequestRefused(
-                reason=f"the prompt has {num_prompt} tokens; with at least one token of output "
-                f"it must stay within {most}",
-                param="prompt",
+        if num_prompt < max_len:
+            return max_len
+        limit = f"the model's limit is {self.limits.max_model_len}"
+        if in_pool < self.limits.max_model_len:
+            limit = (
+                f"the pool of {self._allocator.num_pages} pages holds {max(0, in_pool)} beside "
+                f"the adapter's {num_adapter} pages: serve with a larger pool"
             )
-        num_tokens = min(num_prompt + request.sampling.max_tokens, most)
-        num_adapter = adapter_layout.num_pages if adapter_layout else 0
-        need = self._layout.pages_for_tokens(num_tokens) + num_adapter
-        if need > self._allocator.num_pages:
-            raise RequestRefused(
-                reason=f"the request may need {need} pages ({num_tokens} tokens, {num_adapter} "
-                f"pages of adapter) and the pool has {self._allocator.num_pages}: "
-                "lower max_tokens or serve with a larger pool",
-                param="max_tokens",
-            )
+        raise RequestRefused(
+            reason=f"the prompt has {num_prompt} tokens and needs room for one more; {limit}",
+            param="prompt",
+        )
 
 
 def _service_order(sequence: Sequence) -> tuple[float, int]:

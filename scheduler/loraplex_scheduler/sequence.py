@@ -15,15 +15,24 @@ from loraplex_scheduler.plan import FinishReason, Request, SequenceStep
 
 
 class Sequence:
-    """Owned by the scheduler, from `add` to the terminal event."""
+    """Owned by the scheduler, from `add` to the terminal event.
+
+    `max_len` tokens, prompt and answer, are the most it may have.
+    """
 
     def __init__(
-        self, request: Request, order: int, table: PageTable, adapter_layout: AdapterLayout | None
+        self,
+        request: Request,
+        order: int,
+        table: PageTable,
+        adapter_layout: AdapterLayout | None,
+        max_len: int,
     ) -> None:
         self.request = request
         self.order = order
         self.table = table
         self.adapter_layout = adapter_layout
+        self.max_len = max_len
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_computed = 0
 
@@ -63,16 +72,14 @@ class Sequence:
             banned_token_ids=self._banned(eos_token_ids),
         )
 
-    def finish_reason(
-        self, eos_token_ids: frozenset[int], max_model_len: int
-    ) -> FinishReason | None:
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Return how the token just appended ends the sequence, or None."""
         sampling, last = self.request.sampling, self.token_ids[-1]
         if last in sampling.stop_token_ids:
             return FinishReason.STOP
         if last in eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
-        if self.num_generated >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
+        if self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.max_len:
             return FinishReason.LENGTH
         return None
 

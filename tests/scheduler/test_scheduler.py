@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.allocator import PageUse
+from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.errors import InvalidSampling, RequestRefused
 from loraplex_scheduler.plan import EndEvent, FinishReason, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from tests.support.scheduling import (
     EOS,
+    TINY,
     finish_loads,
     make_manifest,
     make_request,
     make_scheduler,
     result_of,
 )
+
+#: What `make_manifest(..., rank=8)` takes in the pools of these tests.
+ADAPTER_PAGES = AdapterLayout(PoolLayout(TINY, 4), make_manifest("a", 8).ranks).num_pages
 
 
 def run(scheduler, *, token_id=9, max_steps=200):
@@ -177,15 +183,59 @@ def test_a_request_past_its_deadline_ends_as_timed_out():
     ("request_", "words"),
     [
         (make_request("r", num_prompt=0), "empty"),
-        (make_request("r", num_prompt=64), "within 64"),
-        (make_request("r", num_prompt=60, adapter=make_manifest("a", rank=32)), "larger pool"),
+        (make_request("r", num_prompt=64), "limit is 64"),
+        (make_request("r", num_prompt=9, adapter=make_manifest("a", rank=8)), "holds 8 beside"),
+        (make_request("r", num_prompt=1, adapter=make_manifest("a", rank=64)), "larger pool"),
     ],
 )
 def test_a_request_that_could_never_run_is_refused(request_, words):
-    scheduler = make_scheduler(num_pages=20)
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 2)
     with pytest.raises(RequestRefused, match=words):
         scheduler.add(request_)
     assert not scheduler.has_work
+
+
+def test_an_answer_ends_where_the_pool_does():
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 2)
+    scheduler.add(make_request("r", num_prompt=3, max_tokens=60, adapter=make_manifest("a", 8)))
+    events = run(scheduler)
+    assert len(events) == 2 * 4 - 3
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_waiting_for_its_adapter_is_not_starved_by_younger_ones():
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 6, max_step_tokens=64, max_running=16)
+    adapter = make_manifest("a", rank=8)
+    scheduler.add(make_request("old", num_prompt=12, adapter=adapter))
+    loading, num_young, ended = [], 0, []
+    for _ in range(200):
+        while scheduler.num_waiting < 4:  # there is always somebody younger
+            num_young += 1
+            scheduler.add(
+                make_request(f"y{num_young}", num_prompt=8, max_tokens=16, arrival_s=num_young)
+            )
+        plan = scheduler.schedule()
+        scheduler.check()
+        ended += [e.request_id for e in scheduler.commit(plan, result_of(plan)) if e.finish_reason]
+        loading = [(load, age + 1) for load, age in loading] + [(load, 0) for load in plan.loads]
+        for load, _ in [pair for pair in loading if pair[1] == 3]:
+            scheduler.finish_load(load.adapter.adapter_id)
+        if "old" in ended:
+            return
+    raise AssertionError(f"starved while {len(ended)} younger requests finished")
+
+
+def test_a_load_takes_no_page_that_a_running_sequence_needs_next():
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 3, max_step_tokens=64)
+    scheduler.add(make_request("running", num_prompt=7, max_tokens=5))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, result_of(plan))
+    scheduler.add(make_request("w", num_prompt=3, adapter=make_manifest("a", 8), arrival_s=1.0))
+    while scheduler.num_running:  # the load takes as long as the answer
+        plan = scheduler.schedule()
+        assert [s.request_id for s in plan.sequences] == ["running"]
+        scheduler.commit(plan, result_of(plan))
+    assert scheduler.num_preemptions == 0
 
 
 def test_end_tokens_stop_unless_they_are_ignored_or_too_early():

@@ -32,7 +32,7 @@ class Life:
         self.ended: list[str] = []
         self.count = 0
 
-    def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: float) -> None:
+    def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: float | None) -> None:
         self.count += 1
         request = make_request(
             f"r{self.count}",
@@ -93,9 +93,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapter=st.integers(0, len(ADAPTERS) - 1),
         num_prompt=st.integers(1, 44),
         max_tokens=st.integers(1, 30),
+        deadline_s=st.one_of(st.none(), st.integers(0, 30)),
     )
-    def arrive(self, adapter: int, num_prompt: int, max_tokens: int) -> None:
-        self.life.arrive(adapter, num_prompt, max_tokens)
+    def arrive(
+        self, adapter: int, num_prompt: int, max_tokens: int, deadline_s: float | None
+    ) -> None:
+        self.life.arrive(adapter, num_prompt, max_tokens, deadline_s=deadline_s)
 
     @rule(token_id=st.sampled_from([0, 9, 9, 9, 9, 9]))
     def step(self, token_id: int) -> None:
@@ -112,6 +115,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.life.open)))
         self.life.book(self.life.scheduler.abort(request_id))
         assert request_id not in self.life.open
+
+    @rule(now=st.integers(0, 30))
+    def time_passes(self, now: int) -> None:
+        self.life.book(self.life.scheduler.expire(float(now)))
 
     @rule(name=st.sampled_from([a.adapter_id for a in ADAPTERS if a]))
     def discard(self, name: str) -> None:
