@@ -41,21 +41,15 @@ def paged_attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """See `reference.paged_attention`; decodes in one call, longer spans one sequence at a time."""
+    """See `reference.paged_attention`."""
     query = query.contiguous()
-    out = torch.empty_like(query)
-    num_decode = batch.num_decode
     native = load_native()
-    is_native = native is not None and native.takes(query, kv)
-    if native is not None and is_native and query.shape[1] // kv.shape[3] <= MAX_GROUPS:
-        if num_decode:
-            rows = slice(0, num_decode)
-            native.decode_attention(out[rows], query[rows], kv, batch, scale=scale, window=window)
-    else:
-        num_decode = 0
-    row = num_decode
-    for s in range(num_decode, len(batch.seq_lens)):
-        num_queries, context = batch.seq_lens[s]
+    groups = query.shape[1] // kv.shape[3]
+    if native is not None and native.takes(query, kv) and groups <= MAX_GROUPS:
+        return native.paged_attention(query, kv, batch, scale=scale, window=window)
+    out = torch.empty_like(query)
+    row = 0
+    for s, (num_queries, context) in enumerate(batch.seq_lens):
         rows = slice(row, row + num_queries)
         pages = batch.block_tables[s, : -(-context // kv.shape[2])]
         _attend_span(out[rows], query[rows], kv[pages.long()], context, scale, window)

@@ -1,4 +1,4 @@
-/* CPU kernels: LoRA over paged weights, and decode attention over paged KV.
+/* CPU kernels: LoRA over paged weights, and attention over paged KV.
  *
  * Compiled once per machine by native.py and called through ctypes. Weights, KV and activations have
  * one dtype, float32 or bfloat16 (as uint16 bits); all arithmetic is float32. Threads come from the
@@ -13,7 +13,8 @@
 #include <string.h>
 
 #define LANES 16
-#define ROWS 4 /* token rows that share one pass over the weights */
+#define ROWS 4  /* token rows that share one pass over the weights */
+#define RANKS 4 /* rank rows that share one pass over the activations */
 
 typedef float vf __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t vi __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -87,49 +88,62 @@ INLINE const void *chunk_at(const paged *m, int64_t chunk, int is_bf16) {
     return at(m->pool, page * m->page_elems + (chunk % m->chunks_per_page) * m->chunk, is_bf16);
 }
 
-/* h[r] = sum_k x[r][k] * A[k] for one rank row of A and n token rows of x (float32, length K). */
-INLINE void shrink_row(const paged *m, int64_t chunk, const float *x, int64_t K, int n, float *h,
-                       int is_bf16) {
-    vf acc[ROWS][2];
-    float tail[ROWS];
+/* h[j][r] = sum_k x[r][k] * A[j][k] for J rank rows of A, which begin `stride` chunks apart, and n
+ * token rows of x (float32, length K). */
+INLINE void shrink_rows(const paged *m, int64_t chunk, int64_t stride, int J, const float *x,
+                        int64_t K, int n, float h[][ROWS], int is_bf16) {
+    vf acc[RANKS][ROWS][2];
+    float tail[RANKS][ROWS];
     memset(acc, 0, sizeof acc);
     memset(tail, 0, sizeof tail);
     for (int64_t k0 = 0; k0 < K; k0 += m->chunk, chunk++) {
-        const void *w = chunk_at(m, chunk, is_bf16);
+        const void *w[RANKS];
+        for (int j = 0; j < J; j++) w[j] = chunk_at(m, chunk + j * stride, is_bf16);
         int k = 0;
-        for (; k + 2 * LANES <= m->chunk; k += 2 * LANES) {
-            vf w0 = load16(w, k, is_bf16), w1 = load16(w, k + LANES, is_bf16);
-            for (int r = 0; r < n; r++) {
-                acc[r][0] += load16(x, r * K + k0 + k, 0) * w0;
-                acc[r][1] += load16(x, r * K + k0 + k + LANES, 0) * w1;
+        for (; k + 2 * LANES <= m->chunk; k += 2 * LANES)
+            for (int j = 0; j < J; j++) {
+                vf w0 = load16(w[j], k, is_bf16), w1 = load16(w[j], k + LANES, is_bf16);
+                for (int r = 0; r < n; r++) {
+                    acc[j][r][0] += load16(x, r * K + k0 + k, 0) * w0;
+                    acc[j][r][1] += load16(x, r * K + k0 + k + LANES, 0) * w1;
+                }
             }
-        }
-        for (; k + LANES <= m->chunk; k += LANES) {
-            vf w0 = load16(w, k, is_bf16);
-            for (int r = 0; r < n; r++) acc[r][0] += load16(x, r * K + k0 + k, 0) * w0;
-        }
+        for (; k + LANES <= m->chunk; k += LANES)
+            for (int j = 0; j < J; j++) {
+                vf w0 = load16(w[j], k, is_bf16);
+                for (int r = 0; r < n; r++) acc[j][r][0] += load16(x, r * K + k0 + k, 0) * w0;
+            }
         for (; k < m->chunk; k++)
-            for (int r = 0; r < n; r++) tail[r] += x[r * K + k0 + k] * load1(w, k, is_bf16);
+            for (int j = 0; j < J; j++)
+                for (int r = 0; r < n; r++)
+                    tail[j][r] += x[r * K + k0 + k] * load1(w[j], k, is_bf16);
     }
-    for (int r = 0; r < n; r++) h[r] = sum16(acc[r][0] + acc[r][1]) + tail[r];
+    for (int j = 0; j < J; j++)
+        for (int r = 0; r < n; r++) h[j][r] = sum16(acc[j][r][0] + acc[j][r][1]) + tail[j][r];
 }
 
-/* d[r][i] += h[r] * B[i] for one rank row of B (length N) and n token rows; d has row stride ld. */
-INLINE void expand_row(const paged *m, int64_t chunk, const float *h, int64_t N, int n, float *d,
-                       int64_t ld, int is_bf16) {
+/* d[r][i] += sum_j h[j][r] * B[j][i], j in order, for J rank rows of B (length N) and n token rows;
+ * d has row stride ld. */
+INLINE void expand_rows(const paged *m, int64_t chunk, int64_t stride, int J, float h[][ROWS],
+                        int64_t N, int n, float *d, int64_t ld, int is_bf16) {
     for (int64_t i0 = 0; i0 < N; i0 += m->chunk, chunk++) {
-        const void *w = chunk_at(m, chunk, is_bf16);
+        const void *w[RANKS];
+        for (int j = 0; j < J; j++) w[j] = chunk_at(m, chunk + j * stride, is_bf16);
         int i = 0;
         for (; i + LANES <= m->chunk; i += LANES) {
-            vf wv = load16(w, i, is_bf16);
+            vf wv[RANKS];
+            for (int j = 0; j < J; j++) wv[j] = load16(w[j], i, is_bf16);
             for (int r = 0; r < n; r++) {
                 float *to = d + r * ld + i0 + i;
-                vf v = load16(to, 0, 0) + h[r] * wv;
+                vf v = load16(to, 0, 0);
+                for (int j = 0; j < J; j++) v += h[j][r] * wv[j];
                 memcpy(to, &v, sizeof v);
             }
         }
         for (; i < m->chunk; i++)
-            for (int r = 0; r < n; r++) d[r * ld + i0 + i] += h[r] * load1(w, i, is_bf16);
+            for (int r = 0; r < n; r++)
+                for (int j = 0; j < J; j++)
+                    d[r * ld + i0 + i] += h[j][r] * load1(w[j], i, is_bf16);
     }
 }
 
@@ -147,19 +161,24 @@ typedef struct {
 /* x A^T then B for n rows of one segment; scratch: x rows, then delta rows, as float32. */
 INLINE void lora_rows(const lora_args *a, int64_t g, const int32_t *rows, int n, float *scratch,
                       int is_bf16) {
-    float *x = scratch, *d = scratch + ROWS * a->K, h[ROWS];
+    float *x = scratch, *d = scratch + ROWS * a->K, h[RANKS][ROWS];
     paged m = {a->pool, a->page_table + g * a->page_table_width, a->page_elems, a->chunk,
                a->chunks_per_page};
     for (int r = 0; r < n; r++)
         for (int64_t k = 0; k < a->K; k++) x[r * a->K + k] = load1(a->x, rows[r] * a->K + k, is_bf16);
     memset(d, 0, sizeof(float) * n * a->N);
-    int64_t column = 0;
+    int64_t column = 0, in = a->K / a->chunk;
     for (int p = 0; p < a->num_projections; p++) {
         int64_t index = g * 7 + a->projections[p], width = a->out_features[p];
-        int64_t a_at = a->a_chunks[index], b_at = a->b_chunks[index];
-        for (int j = 0; j < a->ranks[index]; j++) {
-            shrink_row(&m, a_at + j * (a->K / a->chunk), x, a->K, n, h, is_bf16);
-            expand_row(&m, b_at + j * (width / a->chunk), h, width, n, d + column, a->N, is_bf16);
+        int64_t a_at = a->a_chunks[index], b_at = a->b_chunks[index], out = width / a->chunk;
+        int rank = a->ranks[index], j = 0;
+        for (; j + RANKS <= rank; j += RANKS) {
+            shrink_rows(&m, a_at + j * in, in, RANKS, x, a->K, n, h, is_bf16);
+            expand_rows(&m, b_at + j * out, out, RANKS, h, width, n, d + column, a->N, is_bf16);
+        }
+        for (; j < rank; j++) {
+            shrink_rows(&m, a_at + j * in, in, 1, x, a->K, n, h, is_bf16);
+            expand_rows(&m, b_at + j * out, out, 1, h, width, n, d + column, a->N, is_bf16);
         }
         column += width;
     }
@@ -183,12 +202,23 @@ static void lora_item(const lora_args *a, int64_t g, const int32_t *rows, int n,
     }
 }
 
+/* Whether segment g has none of the site's modules: its rows then cost nothing. */
+static int is_absent(const lora_args *a, int64_t g) {
+    for (int p = 0; p < a->num_projections; p++)
+        if (a->ranks[g * 7 + a->projections[p]]) return 0;
+    return 1;
+}
+
+static int64_t items_of(const lora_args *a, int64_t g) {
+    return is_absent(a, g) ? 0 : (a->seg_indptr[g + 1] - a->seg_indptr[g] + ROWS - 1) / ROWS;
+}
+
 /* Returns 0, or 1 when scratch memory could not be had (y is then unchanged or partly changed). */
 int loraplex_add_lora(const lora_args *a) {
     int failed = 0;
     int64_t num_items = 0;
-    for (int64_t g = 0; g < a->G; g++)
-        num_items += (a->seg_indptr[g + 1] - a->seg_indptr[g] + ROWS - 1) / ROWS;
+    for (int64_t g = 0; g < a->G; g++) num_items += items_of(a, g);
+    if (num_items == 0) return 0;
     /* One item is one thread's work: waking the others would cost more than it. */
     #pragma omp parallel reduction(| : failed) if (num_items > 1)
     {
@@ -197,11 +227,7 @@ int loraplex_add_lora(const lora_args *a) {
         #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < num_items; item++) {
             int64_t g = 0, block = item;
-            for (;; g++) {
-                int64_t blocks = (a->seg_indptr[g + 1] - a->seg_indptr[g] + ROWS - 1) / ROWS;
-                if (block < blocks) break;
-                block -= blocks;
-            }
+            for (; block >= items_of(a, g); g++) block -= items_of(a, g);
             int64_t first = a->seg_indptr[g] + block * ROWS;
             int n = (int)(a->seg_indptr[g + 1] - first);
             if (scratch) lora_item(a, g, a->row_ids + first, n < ROWS ? n : ROWS, scratch);
@@ -211,13 +237,21 @@ int loraplex_add_lora(const lora_args *a) {
     return failed;
 }
 
-/* ---- decode attention ---------------------------------------------------------------------- */
+/* ---- attention ----------------------------------------------------------------------------- */
 
-/* e^x for x <= 0: 2^n * p(f) with the Cephes expf polynomial; underflows to 0 below -87. */
+#define SHARED_ROWS 16 /* query rows (queries x heads of a group) that share a pass over K and V */
+#define MAX_ROWS 64    /* of one query, if its group has more heads than that */
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* e^x for x <= 0: 2^n * p(r) with the Cephes expf polynomial; 0 below -87, NaN for NaN. */
 INLINE vf exp16(vf x) {
-    vf t = x * 1.44269504088896341f;
-    vf rounded = t - 0.5f;
-    vi n = __builtin_convertvector(rounded, vi); /* truncation of t - 0.5: nearest for t <= 0 */
+    vf t = x * 1.44269504088896341f - 0.5f;
+    vi n = __builtin_convertvector(t, vi); /* truncation of t - 0.5: to nearest for t <= 0 */
     vf fn = __builtin_convertvector(n, vf);
     vf r = x - fn * 0.693359375f + fn * 2.12194440e-4f;
     vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -226,106 +260,178 @@ INLINE vf exp16(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    vi scale = (n + 127) << 23;
+    vi scale = (n + 127) << 23, bits;
     vf s;
     memcpy(&s, &scale, sizeof s);
-    vi keep = x > -87.0f;
     vf y = p * s;
-    vi bits;
     memcpy(&bits, &y, sizeof bits);
-    bits &= keep;
+    bits &= ~(vi)(x <= -87.0f);
     memcpy(&y, &bits, sizeof y);
     return y;
 }
 
-INLINE float dot(const float *x, const void *w, int64_t K, int is_bf16) {
-    vf acc = {0};
-    int64_t k = 0;
-    for (; k + LANES <= K; k += LANES) acc += load16(x, k, 0) * load16(w, k, is_bf16);
-    float s = sum16(acc);
-    for (; k < K; k++) s += x[k] * load1(w, k, is_bf16);
-    return s;
+/* The sums of 16 vectors as one: lane i holds the sum of the lanes of v[i]. */
+INLINE vf sums16(vf *v) {
+    for (int i = 0; i < 8; i++)
+        v[i] = PICK(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               PICK(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        v[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               PICK(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        v[i] = PICK(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               PICK(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return PICK(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           PICK(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
 typedef struct {
-    void *out;           /* [S, num_heads, head_dim] */
-    const void *query;   /* [S, num_heads, head_dim], rotated */
-    const void *kv;      /* [P, 2, page_tokens, num_kv_heads, head_dim], one layer */
-    const int32_t *context_lens, *block_tables;
+    void *out;         /* [T, num_heads, head_dim] */
+    const void *query; /* [T, num_heads, head_dim], rotated */
+    const void *kv;    /* [P, 2, page_tokens, num_kv_heads, head_dim], one layer */
+    const int32_t *query_indptr, *context_lens, *block_tables; /* see AttentionBatch */
     int64_t S, block_table_width, num_heads, num_kv_heads, head_dim, page_tokens, max_context;
     int64_t window; /* tokens a query sees, itself included; 0 for all */
     float scale;
     int32_t is_bf16;
 } attention_args;
 
-/* One KV head of one sequence, all query heads that share it; scores: [groups, max_context + 16]. */
-INLINE void attend(const attention_args *a, int64_t s, int64_t head, float *scratch, int is_bf16) {
-    int64_t groups = a->num_heads / a->num_kv_heads, D = a->head_dim;
-    int64_t context = a->context_lens[s], ld = a->max_context + LANES;
-    int64_t first = a->window && context > a->window ? context - a->window : 0;
+/* Scratch of one thread; D is head_dim rounded up to LANES, the padding is zero. */
+typedef struct {
+    float *q, *acc; /* [rows, D] */
+    float *block;   /* [LANES, D]: K or V of 16 tokens */
+    float *scores;  /* [rows, ld] */
+    int64_t D, ld;
+} attention_scratch;
+
+/* Read K (half 0) or V (half 1) of the tokens [t0, t0 + LANES) that exist; the rest is zero. */
+INLINE void read_block(const attention_args *a, const attention_scratch *w, int64_t s, int64_t head,
+                       int64_t t0, int half, int is_bf16) {
     const int32_t *pages = a->block_tables + s * a->block_table_width;
-    int64_t token_stride = a->num_kv_heads * D, half = a->page_tokens * token_stride;
-    float *q = scratch, *acc = q + groups * D, *scores = acc + groups * D;
-    int64_t q_at = (s * a->num_heads + head * groups) * D;
-    for (int64_t i = 0; i < groups * D; i++) q[i] = load1(a->query, q_at + i, is_bf16) * a->scale;
-    memset(acc, 0, sizeof(float) * groups * D);
-    for (int64_t t = first; t < context; t++) {
-        int64_t row = pages[t / a->page_tokens] * 2 * half + (t % a->page_tokens) * token_stride;
-        const void *key = at(a->kv, row + head * D, is_bf16);
-        for (int64_t g = 0; g < groups; g++)
-            scores[g * ld + t - first] = dot(q + g * D, key, D, is_bf16);
-    }
-    int64_t n = context - first;
-    float total[64];
-    for (int64_t g = 0; g < groups; g++) {
-        float *row = scores + g * ld, most = row[0];
-        for (int64_t t = 1; t < n; t++) most = row[t] > most ? row[t] : most;
-        for (int64_t t = n; t % LANES; t++) row[t] = -INFINITY;
-        vf sum = {0};
-        for (int64_t t = 0; t < n; t += LANES) {
-            vf e = exp16(load16(row, t, 0) - most);
-            memcpy(row + t, &e, sizeof e);
-            sum += e;
-        }
-        total[g] = sum16(sum);
-    }
-    for (int64_t t = first; t < context; t++) {
-        int64_t row = pages[t / a->page_tokens] * 2 * half + (t % a->page_tokens) * token_stride;
-        const void *value = at(a->kv, row + half + head * D, is_bf16);
-        for (int64_t g = 0; g < groups; g++) {
-            float p = scores[g * ld + t - first];
-            int64_t i = 0;
-            for (; i + LANES <= D; i += LANES) {
-                vf v = load16(acc, g * D + i, 0) + p * load16(value, i, is_bf16);
-                memcpy(acc + g * D + i, &v, sizeof v);
+    int64_t token = a->num_kv_heads * a->head_dim, halves = a->page_tokens * token;
+    for (int64_t i = 0; i < LANES; i++) {
+        float *to = w->block + i * w->D;
+        int64_t t = t0 + i, d = 0;
+        if (t < a->context_lens[s]) {
+            int64_t row = (pages[t / a->page_tokens] * 2 + half) * halves +
+                          (t % a->page_tokens) * token + head * a->head_dim;
+            for (; d + LANES <= a->head_dim; d += LANES) {
+                vf v = load16(a->kv, row + d, is_bf16);
+                memcpy(to + d, &v, sizeof v);
             }
-            for (; i < D; i++) acc[g * D + i] += p * load1(value, i, is_bf16);
+            for (; d < a->head_dim; d++) to[d] = load1(a->kv, row + d, is_bf16);
         }
+        for (; d < w->D; d++) to[d] = 0.0f;
     }
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t i = 0; i < D; i++)
-            store1(a->out, q_at + g * D + i, acc[g * D + i] / total[g], is_bf16);
 }
 
-/* One query per sequence. Returns 0, or 1 when scratch memory could not be had. */
-int loraplex_decode_attention(const attention_args *a) {
-    int failed = 0;
-    int64_t groups = a->num_heads / a->num_kv_heads;
-    size_t scratch_bytes =
-        sizeof(float) * groups * (2 * a->head_dim + a->max_context + LANES) + 64;
-    /* A lone short sequence is read faster than a second thread wakes up. */
-    #pragma omp parallel reduction(| : failed) if (a->S > 1 || a->max_context > 1024)
-    {
-        float *scratch = malloc(scratch_bytes);
-        failed |= scratch == NULL;
-        #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < a->S * a->num_kv_heads; item++) {
-            if (!scratch) continue;
-            int64_t s = item / a->num_kv_heads, head = item % a->num_kv_heads;
-            if (a->is_bf16) attend(a, s, head, scratch, 1);
-            else attend(a, s, head, scratch, 0);
+INLINE vf scores16(const attention_scratch *w, const float *q) {
+    vf sums[LANES];
+    memset(sums, 0, sizeof sums);
+    for (int64_t d = 0; d < w->D; d += LANES) {
+        vf qd = load16(q, d, 0);
+        for (int i = 0; i < LANES; i++) sums[i] += qd * load16(w->block, i * w->D + d, 0);
+    }
+    return sums16(sums);
+}
+
+/* Softmax of row[0 : n) in place, n a multiple of LANES; returns the sum before division. */
+INLINE float softmax(float *row, int64_t n) {
+    float most = -INFINITY;
+    for (int64_t t = 0; t < n; t++) most = row[t] > most || row[t] != row[t] ? row[t] : most;
+    vf sum = {0};
+    for (int64_t t = 0; t < n; t += LANES) {
+        vf e = exp16(load16(row, t, 0) - most);
+        memcpy(row + t, &e, sizeof e);
+        sum += e;
+    }
+    return sum16(sum);
+}
+
+/* The queries [first, first + n) of sequence s for one KV head. What a query gets depends on its
+ * own position alone: blocks start at multiples of LANES, and tokens it may not see weigh 0. */
+INLINE void attend(const attention_args *a, const attention_scratch *w, int64_t s, int64_t head,
+                   int64_t first, int64_t n, int is_bf16) {
+    int64_t groups = a->num_heads / a->num_kv_heads, rows = n * groups, D = w->D;
+    int64_t num_queries = a->query_indptr[s + 1] - a->query_indptr[s];
+    int64_t position = a->context_lens[s] - num_queries + first; /* of the first query */
+    int64_t stop = position + n;
+    int64_t start = a->window && position >= a->window ? position + 1 - a->window : 0;
+    start -= start % LANES;
+    int64_t width = (stop - start + LANES - 1) / LANES * LANES;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = a->query_indptr[s] + first + r / groups;
+        int64_t from = (token * a->num_heads + head * groups + r % groups) * a->head_dim;
+        for (int64_t d = 0; d < D; d++)
+            w->q[r * D + d] = d < a->head_dim ? load1(a->query, from + d, is_bf16) * a->scale : 0.0f;
+    }
+    for (int64_t t = 0; t < width; t += LANES) {
+        read_block(a, w, s, head, start + t, 0, is_bf16);
+        for (int64_t r = 0; r < rows; r++) {
+            vf v = scores16(w, w->q + r * D);
+            memcpy(w->scores + r * w->ld + t, &v, sizeof v);
         }
-        free(scratch);
+    }
+    float total[MAX_ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t seen_until = position + r / groups + 1 - start;
+        int64_t seen_from = a->window ? seen_until - a->window : 0;
+        float *row = w->scores + r * w->ld;
+        for (int64_t t = 0; t < seen_from; t++) row[t] = -INFINITY;
+        for (int64_t t = seen_until; t < width; t++) row[t] = -INFINITY;
+        total[r] = softmax(row, width);
+    }
+    memset(w->acc, 0, sizeof(float) * rows * D);
+    for (int64_t t = 0; t < width; t += LANES) {
+        read_block(a, w, s, head, start + t, 1, is_bf16);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *p = w->scores + r * w->ld + t;
+            for (int64_t d = 0; d < D; d += LANES) {
+                vf v = load16(w->acc, r * D + d, 0);
+                for (int i = 0; i < LANES; i++) v += p[i] * load16(w->block, i * D + d, 0);
+                memcpy(w->acc + r * D + d, &v, sizeof v);
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = a->query_indptr[s] + first + r / groups;
+        int64_t to = (token * a->num_heads + head * groups + r % groups) * a->head_dim;
+        for (int64_t d = 0; d < a->head_dim; d++)
+            store1(a->out, to + d, w->acc[r * D + d] / total[r], is_bf16);
+    }
+}
+
+static int64_t blocks_of(const attention_args *a, int64_t s, int64_t per_block) {
+    return (a->query_indptr[s + 1] - a->query_indptr[s] + per_block - 1) / per_block;
+}
+
+/* Returns 0, or 1 when scratch memory could not be had. */
+int loraplex_attention(const attention_args *a) {
+    int failed = 0;
+    int64_t groups = a->num_heads / a->num_kv_heads, rows = groups > SHARED_ROWS ? groups : SHARED_ROWS;
+    int64_t per_block = rows / groups;
+    int64_t D = (a->head_dim + LANES - 1) / LANES * LANES;
+    int64_t ld = (a->max_context + 2 * LANES) / LANES * LANES;
+    int64_t num_blocks = 0;
+    for (int64_t s = 0; s < a->S; s++) num_blocks += blocks_of(a, s, per_block);
+    /* A lone short sequence is read faster than a second thread wakes up. */
+    #pragma omp parallel reduction(| : failed) if (num_blocks > 1 || a->max_context > 1024)
+    {
+        float *memory = malloc(sizeof(float) * (rows * (2 * D + ld) + LANES * D));
+        attention_scratch w = {memory, memory + rows * D, memory + 2 * rows * D,
+                               memory + 2 * rows * D + LANES * D, D, ld};
+        failed |= memory == NULL;
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < num_blocks * a->num_kv_heads; item++) {
+            int64_t s = 0, block = item / a->num_kv_heads, head = item % a->num_kv_heads;
+            for (; block >= blocks_of(a, s, per_block); s++) block -= blocks_of(a, s, per_block);
+            int64_t first = block * per_block;
+            int64_t n = a->query_indptr[s + 1] - a->query_indptr[s] - first;
+            if (n > per_block) n = per_block;
+            if (memory && a->is_bf16) attend(a, &w, s, head, first, n, 1);
+            else if (memory) attend(a, &w, s, head, first, n, 0);
+        }
+        free(memory);
     }
     return failed;
 }

@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = (torch.float32, torch.bfloat16)
 
-#: Query heads per KV head that the attention kernel has room for.
+#: Query heads per KV head that the attention kernel has room for (MAX_ROWS).
 MAX_GROUPS = 64
 
 
@@ -53,7 +53,7 @@ class _LoRAArgs(ctypes.Structure):
 
 class _AttentionArgs(ctypes.Structure):
     _fields_ = _fields(
-        "out query kv context_lens block_tables",
+        "out query kv query_indptr context_lens block_tables",
         "S block_table_width num_heads num_kv_heads head_dim page_tokens max_context window",
         [("scale", ctypes.c_float), ("is_bf16", ctypes.c_int32)],
     )
@@ -65,8 +65,8 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._add_lora = library.loraplex_add_lora
         self._add_lora.argtypes = [ctypes.POINTER(_LoRAArgs)]
-        self._decode_attention = library.loraplex_decode_attention
-        self._decode_attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
+        self._attention = library.loraplex_attention
+        self._attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
 
     @staticmethod
     def takes(*tensors: torch.Tensor) -> bool:
@@ -113,33 +113,25 @@ class NativeKernels:
         if self._add_lora(ctypes.byref(args)):
             raise MemoryError("no memory for the LoRA kernel's scratch")
 
-    def decode_attention(
+    def paged_attention(
         self,
-        out: torch.Tensor,
         query: torch.Tensor,
         kv: torch.Tensor,
         batch: AttentionBatch,
         *,
         scale: float,
         window: int | None,
-    ) -> None:
-        """Attend for the first `batch.num_decode` sequences, one query each.
-
-        Args:
-            out: `[D, num_heads, head_dim]`, filled in.
-            query: `[D, num_heads, head_dim]`.
-            kv: `[P, 2, page_tokens, num_kv_heads, head_dim]`.
-            batch: contexts and block tables.
-            scale: factor on the scores.
-            window: tokens a query sees, itself included; None for all.
-        """
+    ) -> torch.Tensor:
+        """See `reference.paged_attention`; a query's result depends on its own prefix alone."""
+        out = torch.empty_like(query)
         args = _AttentionArgs(
             out=out.data_ptr(),
             query=query.data_ptr(),
             kv=kv.data_ptr(),
+            query_indptr=batch.query_indptr.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
             block_tables=batch.block_tables.data_ptr(),
-            S=query.shape[0],
+            S=batch.context_lens.shape[0],
             block_table_width=batch.block_tables.shape[1],
             num_heads=query.shape[1],
             num_kv_heads=kv.shape[3],
@@ -150,8 +142,9 @@ class NativeKernels:
             scale=scale,
             is_bf16=query.dtype is torch.bfloat16,
         )
-        if self._decode_attention(ctypes.byref(args)):
+        if self._attention(ctypes.byref(args)):
             raise MemoryError("no memory for the attention kernel's scratch")
+        return out
 
 
 @functools.cache

@@ -20,7 +20,9 @@ def make_case(spans, *, heads=9, kv_heads=3, dim=64, dtype=torch.float32, seed=0
     free = list(range(sum(-(-(s + n) // PAGE) for s, n in spans) + 2))
     random.Random(seed).shuffle(free)
     tables = [[free.pop() for _ in range(-(-(s + n) // PAGE))] for s, n in spans]
-    kv = torch.full((len(free) + sum(map(len, tables)), 2, PAGE, kv_heads, dim), 1e4, dtype=dtype)
+    kv = torch.full(
+        (len(free) + sum(map(len, tables)), 2, PAGE, kv_heads, dim), torch.nan, dtype=dtype
+    )
     batch = build_attention_batch(spans, tables, PAGE)
     dense = []
     for (start, count), table in zip(spans, tables, strict=True):
@@ -61,7 +63,7 @@ SPANS = {
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 20), (8, 1, 128)], ids=str
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 20), (8, 1, 128), (40, 2, 32)], ids=str
 )
 def test_attention_equals_dense_math(spans, window, heads, kv_heads, dim):
     batch, kv, query, dense = make_case(spans, heads=heads, kv_heads=kv_heads, dim=dim)
@@ -85,15 +87,29 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_decode_is_bit_identical_in_any_company():
-    spans = SPANS["decodes"]
-    batch, kv, query, _ = make_case(spans)
-    together = ops.paged_attention(query, kv, batch, scale=0.2)
-    for s, span in enumerate(spans):
-        table = batch.block_tables[s, : -(-sum(span) // PAGE)].tolist()
-        alone = build_attention_batch([span], [table], PAGE)
-        out = ops.paged_attention(query[s : s + 1], kv, alone, scale=0.2)
-        assert torch.equal(out[0], together[s])
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_gets_the_same_bits_in_any_company_and_any_chunk(window, dtype):
+    if native.load_native() is None:
+        pytest.skip("no C compiler: torch's kernels pick their order by size")
+    spans = [(46, 1), (0, 50), (7, 40)]
+    batch, kv, query, _ = make_case(spans, dtype=dtype)
+    together = ops.paged_attention(query, kv, batch, scale=0.2, window=window)
+    row = 0
+    for s, (start, count) in enumerate(spans):
+        table = batch.block_tables[s, : -(-(start + count) // PAGE)].tolist()
+        for i in range(count):  # each query as if it had been decoded alone
+            alone = build_attention_batch([(start + i, 1)], [table], PAGE)
+            out = ops.paged_attention(query[row : row + 1], kv, alone, scale=0.2, window=window)
+            assert torch.equal(out[0], together[row])
+            row += 1
+
+
+def test_a_nan_in_the_prefix_is_not_hidden():
+    batch, kv, query, _ = make_case(SPANS["decodes"])
+    kv[batch.block_tables[3, 2], 0, 5] = torch.nan
+    out = ops.paged_attention(query, kv, batch, scale=0.2)
+    assert [bool(row.isnan().any()) for row in out] == [False, False, False, True, False]
 
 
 def test_without_a_compiler_torch_takes_over(monkeypatch):
