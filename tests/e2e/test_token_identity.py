@@ -23,13 +23,21 @@ def cases(chat_prompts):
 
 
 @pytest.fixture
-def judge(reference, cases, capsys):
-    """Return a function that judges all outputs and prints how many ties were excused."""
+def judge(reference, cases, capsys, model):
+    """Return a function that judges all outputs and prints how many ties were excused.
 
-    def run(outputs, label):
+    An answer must be whole: all the tokens asked for, or an end token last and nowhere else.
+    """
+    eos = model.spec.eos_token_ids
+
+    def run(outputs, label, *, max_tokens=24, ignore_eos=False):
         num_tokens = num_excused = 0
         for case_id, adapter, prompt in cases:
             if case_id in outputs:
+                tokens = outputs[case_id]
+                if not ignore_eos:
+                    assert not eos.intersection(tokens[:-1]), case_id
+                assert len(tokens) == max_tokens or (not ignore_eos and tokens[-1] in eos), case_id
                 verdict = reference.judge(adapter, prompt, outputs[case_id])
                 assert verdict.wrong_at is None, f"{label}: {case_id} differs: {verdict}"
                 num_tokens += verdict.num_tokens
@@ -86,7 +94,8 @@ def test_after_preemption(model, cases, manifests, judge):
     outputs = drive(core, requests_for(cases, manifests, max_tokens=48, ignore_eos=True))
     core.close()
     assert core.scheduler.num_preemptions > 0
-    judge(outputs, f"{core.scheduler.num_preemptions} preemptions")
+    label = f"{core.scheduler.num_preemptions} preemptions"
+    judge(outputs, label, max_tokens=48, ignore_eos=True)
 
 
 def test_after_eviction_and_reload(model, cases, manifests, judge):
