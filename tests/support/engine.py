@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from loraplex_memory.adapter_file import ranks_of, write_adapter_file
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.layout import PoolLayout
+from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
@@ -13,6 +19,7 @@ from loraplex_scheduler.scheduler import SchedulerLimits
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.model.transformer import Transformer
+from tests.support.kernel_cases import make_weights
 
 
 def make_core(
@@ -22,6 +29,8 @@ def make_core(
     max_step_tokens: int = 256,
     max_running: int = 32,
     max_model_len: int = 512,
+    wake: Callable[[], None] = lambda: None,
+    make_pool: Callable[..., PagePool] = PagePool,
 ) -> EngineCore:
     """Return a core with a pool of its own over the given model."""
     limits = SchedulerLimits(
@@ -30,8 +39,32 @@ def make_core(
         max_model_len=max_model_len,
         eos_token_ids=model.spec.eos_token_ids,
     )
-    pool = PagePool(PoolLayout(model.spec.geometry), num_pages, dtype=model.dtype)
-    return assemble_core(model, pool, limits)
+    pool = make_pool(PoolLayout(model.spec.geometry), num_pages, dtype=model.dtype)
+    return assemble_core(model, pool, limits, wake)
+
+
+class GatedPool(PagePool):
+    """Takes an adapter only once the file `gate` exists: a disk as slow as a test wants it."""
+
+    def __init__(self, gate: Path, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._gate = gate
+
+    def write(self, pages: Sequence[int], packed: torch.Tensor) -> None:
+        while not self._gate.exists():
+            time.sleep(0.01)
+        super().write(pages, packed)
+
+
+def save_adapter(
+    folder: Path, geometry: ModelGeometry, *, name: str = "a", rank: int = 4, seed: int = 1
+) -> AdapterManifest:
+    """Write an adapter of random weights on every linear and return its manifest."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = make_weights(geometry, [[rank] * 7] * geometry.num_layers, generator)
+    path = folder / f"{name}.safetensors"
+    write_adapter_file(path, weights)
+    return AdapterManifest(name, str(path), ranks_of(weights, geometry.num_layers))
 
 
 def greedy_request(

@@ -47,8 +47,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Some request has not ended yet."""
-        return self.scheduler.has_work
+        """Some request has not ended yet, or some load has not been booked.
+
+        A load outlives the requests that asked for it.
+        """
+        return self.scheduler.has_work or self._loader.num_outstanding > 0
 
     @property
     def is_waiting_for_loads(self) -> bool:

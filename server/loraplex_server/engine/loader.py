@@ -42,12 +42,15 @@ class AdapterLoader:
         self._on_done = on_done
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        self.num_outstanding = 0
+        """Loads submitted whose result `poll` has not returned."""
         self.num_loads = 0
         self.num_failures = 0
 
     def submit(self, load: AdapterLoad) -> None:
         """Start a load; its result appears in `poll`."""
         self._thread.submit(self._run, load)
+        self.num_outstanding += 1
 
     def poll(self, timeout_s: float = 0.0) -> list[LoadResult]:
         """Return the loads that ended; wait up to `timeout_s` for the first one."""
@@ -58,6 +61,7 @@ class AdapterLoader:
                 results.append(self._results.get_nowait())
         except queue.Empty:
             pass
+        self.num_outstanding -= len(results)
         self.num_loads += sum(result.error is None for result in results)
         self.num_failures += sum(result.error is not None for result in results)
         return results

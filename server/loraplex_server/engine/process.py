@@ -1,12 +1,14 @@
 """The engine process: commands in, events out, until the other end is gone.
 
 The main thread steps the core; a second thread receives commands, so that the pipe is always
-drained. Should the API process die, the pipe closes and this process ends with it.
+drained. Signals that end a service reach the whole process group, so they are ignored here: the
+API process decides, by `Shutdown` or, should it die, by the pipe that closes with it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import signal
 import threading
@@ -17,6 +19,7 @@ from typing import Protocol
 
 from loraplex_scheduler.plan import Event
 from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.messages import (
     Cancel,
     Command,
@@ -27,8 +30,12 @@ from loraplex_server.engine.messages import (
     StepOutput,
     Submit,
 )
+from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+#: What ends a service politely, sent to its whole process group.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 #: How long to sleep at most when nothing can be computed; deadlines are looked at this often.
 IDLE_S = 0.25
@@ -45,23 +52,35 @@ class CoreFactory(Protocol):
 
 def run_engine(connection: Connection, build_core: CoreFactory) -> None:
     """Run the engine until `Shutdown` or until the connection closes. A process's entry point."""
-    # Ctrl-C reaches the whole terminal; the API process decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-    try:
-        core = build_core(lambda: inbox.put(None))
-    except Exception as error:
-        log.exception("the engine could not start")
-        connection.send(StartFailed(f"{type(error).__name__}: {error}"))
-        return
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-    connection.send(Ready(core.info))
+    core = _try_build(connection, build_core, lambda: inbox.put(None))
+    if core is None:
+        return
     try:
+        connection.send(Ready(core.info))
         _serve(core, connection, inbox)
     except (BrokenPipeError, ConnectionResetError):
         log.warning("the API process is gone")
     finally:
         core.close()
+
+
+def _try_build(
+    connection: Connection, build_core: CoreFactory, wake: Callable[[], None]
+) -> EngineCore | None:
+    """Build the core; None when that is not possible, and the other end was told why."""
+    try:
+        return build_core(wake)
+    except (EngineError, ModelError) as error:
+        message = str(error)
+    except Exception as error:
+        log.exception("the engine could not start")
+        message = f"{type(error).__name__}: {error}"
+    connection.send(StartFailed(message))
+    return None
 
 
 def _serve(
@@ -114,4 +133,6 @@ def _receive(connection: Connection, inbox: queue.SimpleQueue[Command | None]) -
         while True:
             inbox.put(connection.recv())
     except (EOFError, OSError):
-        inbox.put(Shutdown())
+        # The API process died. Nobody waits for an answer and nothing here needs saving, while
+        # loading a model or a long step would keep this process and its memory for minutes.
+        os._exit(0)

@@ -3,80 +3,68 @@
 When the process dies, every open request gets its one terminal event (`failed`), new ones are
 refused with `EngineUnavailable`, and the process is started again, with growing pauses. Nothing
 needs replaying: adapters travel with the requests that name them.
+
+One task, the supervisor, starts and ends processes. `stop` sets `_is_stopping`, which ends every
+wait of that task, and nothing but the supervisor's end follows from there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import logging
-import multiprocessing
-import threading
-from collections.abc import AsyncIterator, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+import time
+from collections.abc import Sequence
 
-from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Request
+from loraplex_scheduler.plan import FinishReason, Request
+from loraplex_server.engine.child import EngineChild
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.engine.messages import (
-    Cancel,
     Command,
     DiscardAdapter,
     EngineInfo,
     EngineState,
     EngineStats,
-    Ready,
     Reply,
     Shutdown,
     StartFailed,
     StepOutput,
     Submit,
 )
-from loraplex_server.engine.process import CoreFactory, run_engine
+from loraplex_server.engine.process import CoreFactory
+from loraplex_server.engine.request_streams import ProcessRequestStream, RequestStreams
 
 log = logging.getLogger(__name__)
 
+#: How long a process may take to end by itself before it is killed.
 _STOP_S = 10.0
-_MAX_PAUSE_S = 30.0
+
+#: What a start is taken to last before one was seen, and what nobody is asked to wait less than.
+_USUAL_START_S = 5.0
+_MIN_RETRY_S = 1.0
 
 
-class ProcessRequestStream:
-    """See `RequestStream`. Used from the event loop only."""
+class RestartPauses:
+    """How long to wait before each restart: twice as long after each run that ended early."""
 
-    def __init__(self, engine: ProcessEngine, request_ids: Sequence[str]) -> None:
-        self._engine = engine
-        self._live = set(request_ids)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._num_open = len(self._live)
+    SHORTEST_S = 0.5
+    LONGEST_S = 30.0
+    #: A run that served so long was a good one: its end is no part of a series of failures.
+    GOOD_RUN_S = 60.0
 
-    def push(self, event: Event) -> bool:
-        """Take an event of one of our requests; True when it was the request's last."""
-        self._events.put_nowait(event)
-        is_last = event.finish_reason is not None
-        if is_last:
-            self._live.discard(event.request_id)
-        return is_last
+    def __init__(self) -> None:
+        self._num_early = 0
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while self._num_open:
-            event = await self._events.get()
-            self._num_open -= event.finish_reason is not None
-            yield event
-
-    def cancel(self, request_ids: Sequence[str] | None = None) -> None:
-        ids = self._live if request_ids is None else self._live.intersection(request_ids)
-        if ids:
-            self._engine.send(Cancel(tuple(ids)))
-
-    async def aclose(self) -> None:
-        self.cancel()
-        self._engine.forget(tuple(self._live))
-        self._live.clear()
+    def next_s(self, ready_s: float) -> float:
+        """Return the pause after a run that was ready for `ready_s` seconds."""
+        if ready_s >= self.GOOD_RUN_S:
+            self._num_early = 0
+        pause_s = min(self.LONGEST_S, self.SHORTEST_S * 2.0 ** min(self._num_early, 16))
+        self._num_early += 1
+        return pause_s
 
 
 class ProcessEngine:
-    """Implements `EngineHandle` over a spawned process.
+    """Implements `EngineHandle` over a spawned process; is started once and stopped once.
 
     Args:
         build_core: picklable; builds the engine core inside the process.
@@ -86,17 +74,20 @@ class ProcessEngine:
     def __init__(self, build_core: CoreFactory, *, start_timeout_s: float = 600.0) -> None:
         self._build_core = build_core
         self._start_timeout_s = start_timeout_s
-        self._context = multiprocessing.get_context("spawn")
-        self._streams: dict[str, ProcessRequestStream] = {}
+        self._streams = RequestStreams(self._send)
         self._state = EngineState.STOPPED
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
-        self._connection: Connection | None = None
-        self._process: SpawnProcess | None = None
-        self._supervisor: asyncio.Task[None] | None = None
         self._num_restarts = 0
-        # A full pipe blocks `send`; the engine's receiver thread always drains it, so not for long.
-        self._send_lock = threading.Lock()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._child: EngineChild | None = None
+        self._is_stopping = asyncio.Event()
+        # Of the process that runs now.
+        self._is_ready = asyncio.Event()
+        self._start_failure = ""
+        # For telling clients when to come back.
+        self._start_s = _USUAL_START_S
+        self._ready_expected_at = 0.0
 
     @property
     def state(self) -> EngineState:
@@ -105,7 +96,7 @@ class ProcessEngine:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise EngineUnavailable(reason="the engine is starting", retry_after_s=5.0)
+            raise self._unavailable("the engine is starting")
         return self._info
 
     @property
@@ -118,137 +109,142 @@ class ProcessEngine:
 
     @property
     def process_id(self) -> int | None:
-        """Operating system id of the engine process."""
-        return self._process.pid if self._process else None
+        """Operating system id of the engine process; None while there is none."""
+        return self._child.pid if self._child else None
 
     async def start(self) -> None:
-        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """See `EngineHandle`; raises EngineUnavailable when it is stopped meanwhile."""
+        assert self._supervisor is None, "an engine is started once"
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._state = EngineState.STARTING
-        self._supervisor = asyncio.create_task(self._supervise(ready))
-        await ready
+        self._supervisor = asyncio.create_task(self._supervise(started))
+        await started
 
     async def stop(self) -> None:
-        if self._state is EngineState.STOPPED and self._supervisor is None:
-            return
+        self._is_stopping.set()
         self._state = EngineState.STOPPED
-        self._end_all(FinishReason.CANCELLED, "the server is stopping")
-        if self._connection is not None:
-            self.send(Shutdown())
-        if self._supervisor is not None:
-            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(asyncio.shield(self._supervisor), _STOP_S)
-            self._supervisor.cancel()
-            self._supervisor = None
-        if self._process is not None and self._process.is_alive():
-            self._process.kill()
+        self._streams.end_all(FinishReason.CANCELLED, "the server is stopping")
+        if self._supervisor is None:
+            return
+        try:
+            await asyncio.wait([self._supervisor])
+        finally:
+            if self._child is not None:
+                self._child.kill()
 
     def submit(self, requests: Sequence[Request]) -> ProcessRequestStream:
+        """See `EngineHandle`; raises ValueError when a request id is live."""
         if self._state is not EngineState.READY:
-            raise EngineUnavailable(
-                reason=f"the engine is {self._state.value}; try again shortly", retry_after_s=5.0
-            )
-        stream = ProcessRequestStream(self, [request.request_id for request in requests])
-        for request in requests:
-            self._streams[request.request_id] = stream
-        self.send(Submit(tuple(requests)))
+            raise self._unavailable(f"the engine is {self._state.value}; try again shortly")
+        stream = self._streams.open(requests)
+        self._send(Submit(tuple(requests)))
         return stream
 
     def discard_adapter(self, adapter_id: str) -> None:
         if self._state is EngineState.READY:
-            self.send(DiscardAdapter(adapter_id))
+            self._send(DiscardAdapter(adapter_id))
 
-    def send(self, command: Command) -> None:
-        """Send to the engine; a dead engine is noticed by the supervisor, not here."""
-        connection = self._connection
-        if connection is not None:
-            with self._send_lock, contextlib.suppress(OSError, ValueError):
-                connection.send(command)
+    def _send(self, command: Command) -> None:
+        if self._child is not None:
+            self._child.send(command)
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        """Drop events of these requests from now on."""
-        for request_id in request_ids:
-            self._streams.pop(request_id, None)
+    def _unavailable(self, reason: str) -> EngineUnavailable:
+        wait_s = self._ready_expected_at - time.monotonic()
+        return EngineUnavailable(reason=reason, retry_after_s=max(_MIN_RETRY_S, wait_s))
 
-    async def _supervise(self, ready: asyncio.Future[None]) -> None:
-        """Keep one engine process alive until `stop`."""
-        for attempt in itertools.count():
-            failure = await self._run_once(ready)
-            if self._state is EngineState.STOPPED:
-                return
-            if not ready.done():
-                self._state = EngineState.STOPPED
-                ready.set_exception(EngineConfigError(failure))
-                return
-            log.error("the engine process died (%s); restarting it", failure)
-            self._state = EngineState.RESTARTING
-            self._num_restarts += 1
-            self._stats = EngineStats()
-            self._end_all(FinishReason.FAILED, "the engine failed and is being restarted")
-            await asyncio.sleep(min(_MAX_PAUSE_S, 0.5 * 2 ** min(attempt, 6)))
+    # ---- the supervisor --------------------------------------------------------------------
 
-    async def _run_once(self, ready: asyncio.Future[None]) -> str:
-        """Run one engine process to its end and return why it ended."""
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=run_engine, args=(theirs, self._build_core), daemon=True, name="loraplex-engine"
-        )
-        process.start()
-        theirs.close()
-        self._connection, self._process = ours, process
-        loop = asyncio.get_running_loop()
-        replies: asyncio.Queue[Reply | None] = asyncio.Queue()
-        reader = threading.Thread(target=_read, args=(ours, loop, replies), daemon=True)
-        reader.start()
-        failure = "it ended before it was ready"
+    async def _supervise(self, started: asyncio.Future[None]) -> None:
+        """Keep one engine process alive until `stop`, or until the first one fails to start."""
+        pauses = RestartPauses()
         try:
-            while (reply := await self._next_reply(replies)) is not None:
-                if isinstance(reply, StartFailed):
-                    failure = reply.message
-                elif isinstance(reply, Ready):
-                    self._info, self._state = reply.info, EngineState.READY
-                    failure = "it stopped answering"
-                    if not ready.done():
-                        ready.set_result(None)
-                else:
-                    self._book(reply)
+            while not self._is_stopping.is_set():
+                failure, ready_s = await self._run_once(started)
+                if self._is_stopping.is_set():
+                    return
+                if not started.done():
+                    started.set_exception(EngineConfigError(failure))
+                    return
+                pause_s = pauses.next_s(ready_s)
+                log.error("the engine process died (%s); restart in %.1f s", failure, pause_s)
+                self._num_restarts += 1
+                self._ready_expected_at = time.monotonic() + pause_s + self._start_s
+                await _first_of(self._is_stopping, timeout_s=pause_s)
+        except Exception:
+            log.exception("the engine's supervisor failed")
         finally:
-            self._connection = None
-            ours.close()
-            await asyncio.to_thread(process.join, _STOP_S)
-            if process.is_alive():
-                process.kill()
-        code = process.exitcode
-        return failure if not code else f"{failure}; exit code {code}"
+            self._state = EngineState.STOPPED
+            self._streams.end_all(FinishReason.FAILED, "the engine has stopped")
+            if not started.done():
+                started.set_exception(self._unavailable("the engine was stopped"))
 
-    async def _next_reply(self, replies: asyncio.Queue[Reply | None]) -> Reply | None:
-        if self._state is EngineState.READY:
-            return await replies.get()
+    async def _run_once(self, started: asyncio.Future[None]) -> tuple[str, float]:
+        """Run one engine process to its end; return why it ended and how long it was ready."""
+        self._is_ready.clear()
+        self._start_failure = "it ended before it was ready"
+        self._ready_expected_at = time.monotonic() + self._start_s
         try:
-            return await asyncio.wait_for(replies.get(), self._start_timeout_s)
-        except TimeoutError:
+            child = self._child = EngineChild(self._build_core, self._receive)
+        except Exception as error:  # noqa: BLE001  (a run's top frame: becomes its failure)
+            return f"it could not be spawned: {error}", 0.0
+        ready_s = 0.0
+        try:
+            failure = await self._watch_start(child, started)
+            if failure is None:
+                ready_at = time.monotonic()
+                await _first_of(child.gone, self._is_stopping)
+                failure, ready_s = "it stopped answering", time.monotonic() - ready_at
+        finally:
+            self._lose_requests()
+            child.send(Shutdown())
+            # One that loads a model would not read this in time, and has nothing to lose.
+            can_end = self._is_ready.is_set() or child.gone.is_set()
+            exit_code = await child.end(_STOP_S if can_end else 0.0)
+            self._child = None
+        return failure + (f"; exit code {exit_code}" if exit_code else ""), ready_s
+
+    async def _watch_start(self, child: EngineChild, started: asyncio.Future[None]) -> str | None:
+        """Wait until the process is ready; return why it never will be, or None."""
+        spawned_at = time.monotonic()
+        await _first_of(
+            self._is_ready, child.gone, self._is_stopping, timeout_s=self._start_timeout_s
+        )
+        if self._is_stopping.is_set():
+            return "it was stopped"
+        if self._is_ready.is_set():
+            self._start_s = time.monotonic() - spawned_at
+            if not started.done():
+                started.set_result(None)
             return None
+        if child.gone.is_set():
+            return self._start_failure
+        return f"it was not ready after {self._start_timeout_s:g} s"
 
-    def _book(self, output: StepOutput) -> None:
-        self._stats = output.stats or self._stats
-        for event in output.events:
-            stream = self._streams.get(event.request_id)
-            if stream is not None and stream.push(event):
-                del self._streams[event.request_id]
+    def _lose_requests(self) -> None:
+        """The process is gone or about to be: refuse requests, end those that it had."""
+        if self._state is EngineState.READY:
+            self._state = EngineState.RESTARTING
+        self._stats = EngineStats()
+        self._streams.end_all(FinishReason.FAILED, "the engine failed and is being restarted")
 
-    def _end_all(self, reason: FinishReason, message: str) -> None:
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            stream.push(EndEvent(request_id, reason, message))
+    def _receive(self, reply: Reply) -> None:
+        if self._is_stopping.is_set():
+            return
+        if isinstance(reply, StepOutput):
+            self._stats = reply.stats or self._stats
+            self._streams.deliver(reply.events)
+        elif isinstance(reply, StartFailed):
+            self._start_failure = reply.message
+        else:
+            self._info, self._state = reply.info, EngineState.READY
+            self._is_ready.set()
 
 
-def _read(
-    connection: Connection, loop: asyncio.AbstractEventLoop, replies: asyncio.Queue[Reply | None]
-) -> None:
-    """Thread: move replies into the event loop; None when the engine is gone."""
-    with contextlib.suppress(RuntimeError):  # the loop was closed under us
-        try:
-            while True:
-                reply = connection.recv()
-                loop.call_soon_threadsafe(replies.put_nowait, reply)
-        except (EOFError, OSError):
-            loop.call_soon_threadsafe(replies.put_nowait, None)
+async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
+    """Wait until one of the events is set, or for so long."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

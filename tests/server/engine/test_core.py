@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
-import torch
 
-from loraplex_memory.adapter_file import ranks_of, write_adapter_file
-from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import EndEvent, FinishReason, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
-from tests.support.engine import drive, greedy_request, make_core
-from tests.support.kernel_cases import make_weights
+from tests.support.engine import GatedPool, drive, greedy_request, make_core, save_adapter
 from tests.support.tiny_models import tiny_transformer
 
 PROMPT = [5, 6, 7, 8]
@@ -28,13 +25,7 @@ def make_adapter(model, tmp_path):
     """Return a function that writes a random adapter and gives its manifest."""
 
     def make(name="a", rank=4, seed=1):
-        geometry = model.spec.geometry
-        generator = torch.Generator().manual_seed(seed)
-        ranks = [[rank] * 7 for _ in range(geometry.num_layers)]
-        weights = make_weights(geometry, ranks, generator)
-        path = tmp_path / f"{name}.safetensors"
-        write_adapter_file(path, weights)
-        return AdapterManifest(name, str(path), ranks_of(weights, geometry.num_layers))
+        return save_adapter(tmp_path, model.spec.geometry, name=name, rank=rank, seed=seed)
 
     return make
 
@@ -72,9 +63,7 @@ def test_an_adapter_changes_the_answer_and_leaves_the_base_alone(core, make_adap
 
 def test_a_vanished_file_fails_its_requests_and_nobody_else(core, make_adapter):
     gone = dataclasses.replace(make_adapter(), adapter_id="gone", path="/nowhere/a.safetensors")
-    events = events_of(
-        core, greedy_request("broken", PROMPT, gone), greedy_request("fine", PROMPT)
-    )
+    events = events_of(core, greedy_request("broken", PROMPT, gone), greedy_request("fine", PROMPT))
     (failure,) = [e for e in events if e.request_id == "broken"]
     assert isinstance(failure, EndEvent)
     assert failure.finish_reason is FinishReason.FAILED
@@ -138,3 +127,18 @@ def test_counters_add_up(core, make_adapter):
     assert stats.num_loads == 1
     assert list(stats.resident) == ["a"]
     assert stats.pages_free + stats.pages_adapters == 64
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_booked(model, make_adapter, tmp_path):
+    gate = tmp_path / "gate"
+    core = make_core(model, num_pages=64, make_pool=functools.partial(GatedPool, gate))
+    core.add(greedy_request("r", PROMPT, make_adapter()))
+    core.step()
+    core.abort("r")
+    assert core.stats().loading == ("a",)
+    gate.touch()
+    assert core.has_work
+    assert events_of(core) == []
+    assert list(core.stats().resident) == ["a"]
+    assert core.stats().loading == ()
+    core.close()
