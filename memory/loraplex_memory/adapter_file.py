@@ -9,6 +9,7 @@ format; converting to this form is the adapter catalogue's work.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +69,38 @@ def read_adapter_file(path: Path) -> dict[ModuleKey, LoRAPair]:
     """Read a canonical adapter file into host memory.
 
     Raises:
-        AdapterFileError: the file is missing, truncated or of another format.
+        AdapterFileError: the file is missing, truncated, of another format or incomplete.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _read_pairs(path, file)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return _read_pairs(file)
+    except (OSError, SafetensorError, ValueError) as error:
         raise AdapterFileError(str(path), str(error)) from error
 
 
-def _read_pairs(path: Path, file: Any) -> dict[ModuleKey, LoRAPair]:
-    metadata = file.metadata() or {}
+def _read_pairs(file: Any) -> dict[ModuleKey, LoRAPair]:
+    scales = _read_scales(file.metadata() or {})
+    names = {f"{key}.{matrix}" for key in scales for matrix in "AB"}
+    if odd := names.symmetric_difference(file.keys()):
+        raise ValueError(f"tensors and scales do not match: {', '.join(sorted(odd)[:8])}")
+    return {
+        _module_key(key): LoRAPair(file.get_tensor(f"{key}.A"), file.get_tensor(f"{key}.B"), scale)
+        for key, scale in scales.items()
+    }
+
+
+def _read_scales(metadata: Mapping[str, str]) -> dict[str, float]:
     if metadata.get("format") != FORMAT:
-        raise AdapterFileError(str(path), f"not a {FORMAT} file")
-    weights: dict[ModuleKey, LoRAPair] = {}
-    for key, scale in json.loads(metadata["scales"]).items():
-        layer, name = key.split(".")
-        projection = next(p for p in PROJECTIONS if p == name)
-        pair = LoRAPair(file.get_tensor(f"{key}.A"), file.get_tensor(f"{key}.B"), scale)
-        weights[int(layer), projection] = pair
-    return weights
+        raise ValueError(f"not a {FORMAT} file")
+    scales = json.loads(metadata.get("scales", "null"))
+    if not isinstance(scales, dict) or not all(isinstance(s, int | float) for s in scales.values()):
+        raise ValueError("the scales are missing")
+    return scales
+
+
+def _module_key(key: str) -> ModuleKey:
+    match = re.fullmatch(r"(\d+)\.(\w+)", key)
+    projection = next((p for p in PROJECTIONS if match and p == match[2]), None)
+    if match is None or projection is None:
+        raise ValueError(f"unknown module {key}")
+    return int(match[1]), projection

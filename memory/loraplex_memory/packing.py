@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loraplex_memory.adapter_file import AdapterWeights
+from loraplex_memory.adapter_file import AdapterWeights, ranks_of
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PROJECTIONS
 
@@ -17,10 +17,15 @@ def pack_adapter(
     The scale is folded into B in float32 before the one rounding to `dtype`.
 
     Raises:
-        ValueError: a matrix is not of the shape that `layout` has room for.
+        ValueError: a matrix is not of the shape that `layout` has room for, or the modules are not
+            the layout's: one that is missing would be served as the base.
     """
     pool = layout.pool
-    packed = torch.zeros(pool.geometry.num_layers, layout.num_pages * pool.page_elems, dtype=dtype)
+    num_layers = pool.geometry.num_layers
+    is_beyond = any(not 0 <= layer < num_layers for layer, _ in weights)
+    if is_beyond or ranks_of(weights, num_layers) != layout.ranks:
+        raise ValueError("the modules and their ranks are not those that the layout has room for")
+    packed = torch.zeros(num_layers, layout.num_pages * pool.page_elems, dtype=dtype)
     for (layer, projection), pair in weights.items():
         at = PROJECTIONS.index(projection)
         rank = layout.ranks[layer][at]
@@ -34,7 +39,7 @@ def pack_adapter(
         rows = packed[layer]
         _put(rows, layout.a_chunks[layer][at] * pool.chunk_elems, pair.a)
         _put(rows, layout.b_chunks[layer][at] * pool.chunk_elems, (pair.b.float() * pair.scale).T)
-    return packed.view(pool.geometry.num_layers, layout.num_pages, pool.page_elems)
+    return packed.view(num_layers, layout.num_pages, pool.page_elems)
 
 
 def _put(row: torch.Tensor, start: int, matrix: torch.Tensor) -> None:

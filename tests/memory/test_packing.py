@@ -1,0 +1,154 @@
+"""From weights over the canonical file into pages: nothing is lost, and nothing wrong gets in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraplex_memory.adapter_file import (
+    FORMAT,
+    LoRAPair,
+    ranks_of,
+    read_adapter_file,
+    write_adapter_file,
+)
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.errors import AdapterFileError
+from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
+from loraplex_memory.packing import pack_adapter
+from loraplex_memory.pool import PagePool
+from tests.support.kernel_cases import make_weights
+
+GEOMETRY = ModelGeometry(
+    num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48
+)
+POOL = PoolLayout(GEOMETRY, page_tokens=4)
+RANKS = ((3, 0, 2, 1, 0, 4, 5), (0, 0, 0, 0, 0, 0, 2))
+
+
+@pytest.fixture
+def weights():
+    return make_weights(GEOMETRY, [list(row) for row in RANKS], torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def layout():
+    return AdapterLayout(POOL, RANKS)
+
+
+# ---- packing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_matrix_lies_where_the_layout_says(weights, layout, dtype):
+    packed = pack_adapter(weights, layout, dtype=dtype)
+    assert packed.shape == (2, layout.num_pages, POOL.page_elems)
+    for (layer, projection), pair in weights.items():
+        at = PROJECTIONS.index(projection)
+        row = packed[layer].flatten()
+        a = row[layout.a_chunks[layer][at] * POOL.chunk_elems :][: pair.a.numel()]
+        b = row[layout.b_chunks[layer][at] * POOL.chunk_elems :][: pair.b.numel()]
+        assert torch.equal(a.view(pair.a.shape), pair.a.to(dtype))
+        assert torch.equal(b.view(pair.b.T.shape), (pair.b * pair.scale).T.to(dtype))
+    assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.values())
+
+
+def test_a_module_that_is_missing_is_refused(weights, layout):
+    del weights[0, "v"]
+    with pytest.raises(ValueError, match="modules"):
+        pack_adapter(weights, layout, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("key", [(0, "k"), (2, "q"), (-1, "q")], ids=str)
+def test_a_module_without_room_is_refused(weights, layout, key):
+    weights[key] = weights[0, "q"]
+    with pytest.raises(ValueError, match="modules"):
+        pack_adapter(weights, layout, dtype=torch.float32)
+
+
+def test_a_matrix_of_another_length_is_refused(weights, layout):
+    pair = weights[0, "down"]
+    weights[0, "down"] = dataclasses.replace(pair, a=pair.a[:, :-1].contiguous())
+    with pytest.raises(ValueError, match="layer 0 down"):
+        pack_adapter(weights, layout, dtype=torch.float32)
+
+
+# ---- the pool ------------------------------------------------------------------------------
+
+
+def test_writing_touches_the_adapters_pages_and_no_other(weights, layout):
+    pool = PagePool(POOL, layout.num_pages + 5, dtype=torch.float32)
+    pool.data.fill_(-1.0)
+    packed = pack_adapter(weights, layout, dtype=torch.float32)
+    pages = [*range(layout.num_pages + 4, 4, -1)]
+    pool.write(pages, packed)
+    assert torch.equal(pool.data[:, pages], packed)
+    assert (pool.data[:, :5] == -1.0).all()
+
+
+# ---- the file ------------------------------------------------------------------------------
+
+
+def test_a_file_gives_back_what_was_written(weights, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_adapter_file(path, weights)
+    again = read_adapter_file(path)
+    assert again.keys() == weights.keys()
+    for key, pair in weights.items():
+        assert torch.equal(again[key].a, pair.a)
+        assert torch.equal(again[key].b, pair.b)
+        assert again[key].scale == pair.scale
+    assert ranks_of(again, GEOMETRY.num_layers) == RANKS
+
+
+def test_a_missing_file_is_an_adapter_file_error(tmp_path):
+    with pytest.raises(AdapterFileError, match="nothing here"):
+        read_adapter_file(tmp_path / "nothing here")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, -1])
+def test_a_truncated_file_is_an_adapter_file_error(weights, tmp_path, num_bytes):
+    path = tmp_path / "a.safetensors"
+    write_adapter_file(path, weights)
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(AdapterFileError):
+        read_adapter_file(path)
+
+
+def save_with(path, metadata, pair=None):
+    pair = pair or LoRAPair(torch.ones(2, 32), torch.ones(32, 2), 1.0)
+    save_file({"0.q.A": pair.a, "0.q.B": pair.b}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (None, FORMAT),
+        ({"format": "pt"}, FORMAT),
+        ({"format": FORMAT}, "scales are missing"),
+        ({"format": FORMAT, "scales": "[1]"}, "scales are missing"),
+        ({"format": FORMAT, "scales": '{"0.q": "1"}'}, "scales are missing"),
+        ({"format": FORMAT, "scales": "{"}, "line 1"),
+        ({"format": FORMAT, "scales": "{}"}, "do not match: 0.q.A, 0.q.B"),
+        ({"format": FORMAT, "scales": '{"0.q": 1.0, "0.k": 1.0}'}, "do not match: 0.k.A, 0.k.B"),
+    ],
+)
+def test_a_header_that_is_wrong_is_an_adapter_file_error(tmp_path, metadata, reason):
+    path = tmp_path / "a.safetensors"
+    save_with(path, metadata)
+    with pytest.raises(AdapterFileError, match=reason):
+        read_adapter_file(path)
+
+
+@pytest.mark.parametrize("key", ["0.qkv", "q", "-1.q", "x.q", "0.q.q"])
+def test_an_unknown_module_is_an_adapter_file_error(tmp_path, key):
+    path = tmp_path / "a.safetensors"
+    save_with(path, None)
+    renamed = {name.replace("0.q", key): tensor for name, tensor in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": FORMAT, "scales": json.dumps({key: 1.0})})
+    with pytest.raises(AdapterFileError, match="unknown module"):
+        read_adapter_file(path)
