@@ -161,17 +161,28 @@ def load_native() -> NativeKernels | None:
         log.warning("no C compiler found: LoRA and attention run on torch operations, slower")
         return None
     try:
-        return NativeKernels(ctypes.CDLL(str(_compiled(compiler))))
+        return _load(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the CPU kernels could not be compiled, torch takes over: %s", error)
         return None
 
 
-def _compiled(compiler: str) -> Path:
-    """Return the shared library, from the cache or freshly compiled."""
+def _load(compiler: str) -> NativeKernels:
+    """Load from the user's cache folder; without a home, or where it is read-only, from our own."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
+        return NativeKernels(ctypes.CDLL(str(_compiled(compiler, cache))))
+    except (OSError, RuntimeError) as error:
+        log.info("no cache for the CPU kernels, they are compiled at every start: %s", error)
+    # Private, so that nobody else can put a library there; a loaded one needs no file any more.
+    with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
+        return NativeKernels(ctypes.CDLL(str(_compiled(compiler, Path(folder)))))
+
+
+def _compiled(compiler: str, cache: Path) -> Path:
+    """Return the shared library, from the folder `cache` or freshly compiled into it."""
     key = hashlib.sha256(_SOURCE.read_bytes())
     key.update(repr((compiler, _FLAGS, platform.machine(), _cpu_flags())).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex"
     target = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
