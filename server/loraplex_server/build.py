@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from loraplex_kernels.native import load_native
 from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
@@ -22,10 +22,14 @@ from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
 from loraplex_server.engine.runner import Runner
+from loraplex_server.machine import available_bytes, num_processors
 from loraplex_server.model.loader import load_weights
 from loraplex_server.model.source import ModelSource, resolve_model
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
+
+#: As the API process has it; its module is the program and cannot be imported.
+_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 #: `auto` takes this share of the memory that is free once the model is loaded, and no more than
 #: the cap: pages of a CPU pool are committed when they are first written.
@@ -63,7 +67,13 @@ def resolve_facts(config: Config) -> ModelFacts:
 
 def build_engine_handle(config: Config) -> ProcessEngine:
     """Return the engine in a process of its own, not started yet."""
-    return ProcessEngine(functools.partial(build_core, config))
+    return ProcessEngine(functools.partial(_build_in_process, config))
+
+
+def _build_in_process(config: Config, wake: Callable[[], None]) -> EngineCore:
+    """The engine process knows nothing of settings: what it needs of them is set up here."""
+    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    return build_core(config, wake)
 
 
 def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> EngineCore:
@@ -77,11 +87,14 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
         ModelError: the model cannot be served.
         EngineConfigError: the settings do not fit the model or the machine.
     """
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    check_step(config)
+    torch.set_num_threads(config.threads or num_processors())
     facts = resolve_facts(config)
     dtype = choose_dtype(config.dtype)
-    limits = choose_limits(config, facts, dtype)
+    load_native()  # compiles for seconds on a new machine, which the first request would wait for
+    # Before the pool is sized: it takes a share of the memory that the weights leave.
     weights = load_weights(facts.source, facts.spec, dtype=dtype)
+    limits = choose_limits(config, facts, dtype)
     model = Transformer(facts.spec, weights, max_model_len=limits.scheduler.max_model_len)
     pool = PagePool(facts.layout, limits.num_pages, dtype=dtype)
     return assemble_core(model, pool, limits.scheduler, wake)
@@ -124,6 +137,16 @@ class EngineLimits:
     scheduler: SchedulerLimits
 
 
+def check_step(config: Config) -> None:
+    """Raise EngineConfigError unless a step has room for a token of every running sequence."""
+    if config.max_step_tokens < config.max_running:
+        raise EngineConfigError(
+            f"max_step_tokens is {config.max_step_tokens} and max_running {config.max_running}: "
+            "a step must have room for one token of every running sequence; "
+            "raise max_step_tokens or lower max_running"
+        )
+
+
 def choose_limits(config: Config, facts: ModelFacts, dtype: torch.dtype) -> EngineLimits:
     """Settle the sizes left to `auto` and check the others.
 
@@ -132,7 +155,7 @@ def choose_limits(config: Config, facts: ModelFacts, dtype: torch.dtype) -> Engi
     """
     num_pages = choose_num_pages(config.pool_bytes, facts.layout, dtype.itemsize)
     limits = SchedulerLimits(
-        max_step_tokens=max(config.max_step_tokens, config.max_running),
+        max_step_tokens=config.max_step_tokens,
         max_running=config.max_running,
         max_model_len=choose_max_model_len(config, facts.spec, num_pages),
         eos_token_ids=facts.spec.eos_token_ids,
@@ -158,7 +181,7 @@ def choose_num_pages(pool_bytes: int | None, layout: PoolLayout, elem_bytes: int
         EngineConfigError: not even one.
     """
     if pool_bytes is None:
-        pool_bytes = min(_POOL_CAP_BYTES, int(_POOL_SHARE * _available_bytes()))
+        pool_bytes = min(_POOL_CAP_BYTES, int(_POOL_SHARE * available_bytes()))
     num_pages = pool_bytes // layout.page_bytes(elem_bytes)
     if num_pages < 1:
         raise EngineConfigError(
@@ -184,14 +207,3 @@ def choose_max_model_len(config: Config, spec: ModelSpec, num_pages: int) -> int
             f"{spec.max_position_embeddings} tokens and the pool holds {in_pool}"
         )
     return config.max_model_len
-
-
-def _available_bytes() -> int:
-    """Return the memory that could be used now, in bytes; 4 GiB where that cannot be told."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30
