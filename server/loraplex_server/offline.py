@@ -52,8 +52,8 @@ class Engine:
         """
         config = config or Config()
         facts = resolve_facts(config)
+        self.vocabulary = Vocabulary(facts.source.load_tokenizer(), size=facts.spec.vocab_size)
         self._core = build_core(config)
-        self.vocabulary = Vocabulary(facts.source.load_tokenizer())
         self._cleanup = ExitStack()
         self._cleanup.callback(self._core.close)
         folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-"))
@@ -108,6 +108,9 @@ class Engine:
             sampling: for all, or one per prompt; default: greedy, 128 tokens. Equal
                 prompts with equal seeds get equal answers, whatever runs beside them.
             text: stop strings and how tokens are written down.
+
+        Raises:
+            UnknownToken: a prompt, a bias or a stop token is not in the vocabulary.
         """
         adapters = adapters or [None] * len(prompts)
         if sampling is None or isinstance(sampling, SamplingParams):
@@ -137,6 +140,10 @@ class Engine:
 
     def _request(self, prompt: Prompt, adapter: str | None, sampling: SamplingParams) -> Request:
         ids = self.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
+        # An id without a row in the embedding would end the step of everyone.
+        self.vocabulary.check(ids, param="prompts")
+        self.vocabulary.check(list(sampling.logit_bias), param="logit_bias")
+        self.vocabulary.check(list(sampling.stop_token_ids), param="stop_token_ids")
         self._num_requests += 1
         return Request(
             request_id=f"offline-{self._num_requests}",
@@ -147,19 +154,24 @@ class Engine:
         )
 
     def _drive(self, pending: dict[str, _Pending]) -> None:
-        events = [event for p in pending.values() for event in self._core.add(p.request)]
-        while True:
-            for event in events:
-                # A stop string ends the text here first; the engine's own last event follows.
-                if (target := pending.get(event.request_id)) is not None:
-                    target.push(event)
-            for request_id, p in list(pending.items()):
-                if p.is_finished:
-                    self._core.abort(request_id)
-                    del pending[request_id]
-            if not self._core.has_work:
-                return
-            events = self._core.step(load_timeout_s=1.0)
+        """Run until all are finished; whatever ends this early, nothing of them goes on."""
+        try:
+            events = [event for p in pending.values() for event in self._core.add(p.request)]
+            self._push(events, pending)
+            while pending:
+                self._push(self._core.step(load_timeout_s=1.0), pending)
+        finally:
+            for request_id in pending:
+                self._core.abort(request_id)
+
+    def _push(self, events: Sequence[Event], pending: dict[str, _Pending]) -> None:
+        for event in events:
+            if (target := pending.get(event.request_id)) is not None:
+                target.push(event)
+                # A stop string ends the text here, before the engine has ended the request.
+                if target.is_finished:
+                    self._core.abort(event.request_id)
+                    del pending[event.request_id]
 
 
 class _Pending:
