@@ -12,6 +12,7 @@ from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.generation import Job
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import chat_logprobs
+from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.schemas import ChatBody
 from loraplex_server.api.usage import usage_of
 from loraplex_server.text.assembler import TextDelta
@@ -39,10 +40,10 @@ def chat_router(front: Front) -> APIRouter:
 def _wish(body: ChatBody, vocabulary: Vocabulary) -> Wish:
     messages = [message.for_template() for message in body.messages]
 
-    def encode() -> list[list[int]]:
+    def encode(encoder: PromptEncoder) -> list[list[int]]:
         text = vocabulary.render_chat(messages, body.chat_template_kwargs)
         # The template writes the special tokens itself; the tokenizer's would be a second set.
-        return [vocabulary.encode(text, add_special_tokens=bool(body.add_special_tokens))]
+        return [encoder.encode(text, add_special_tokens=bool(body.add_special_tokens))]
 
     max_tokens = body.max_completion_tokens
     return Wish(

@@ -12,6 +12,7 @@ from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.generation import Job
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import CompletionLogprobs
+from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.schemas import CompletionBody
 from loraplex_server.api.usage import usage_of
 from loraplex_server.text.assembler import TextDelta
@@ -31,7 +32,7 @@ def completions_router(front: Front) -> APIRouter:
         job_id = new_id("cmpl")
         return await front.answer(
             body,
-            _wish(body, front.vocabulary),
+            _wish(body),
             job_id,
             lambda job: CompletionFormat(job, body, front.vocabulary),
         )
@@ -39,15 +40,15 @@ def completions_router(front: Front) -> APIRouter:
     return router
 
 
-def _wish(body: CompletionBody, vocabulary: Vocabulary) -> Wish:
-    def encode() -> list[list[int]]:
+def _wish(body: CompletionBody) -> Wish:
+    def encode(encoder: PromptEncoder) -> list[list[int]]:
         prompts = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 add_special = body.add_special_tokens is not False
-                prompts.append(vocabulary.encode(prompt, add_special_tokens=add_special))
+                prompts.append(encoder.encode(prompt, add_special_tokens=add_special))
             else:
-                prompts.append(prompt)
+                prompts.append(encoder.check(prompt))
         return prompts
 
     return Wish(

@@ -14,8 +14,8 @@ REQUEST_ID_HEADER: Final = "x-request-id"
 #: Where the request's id is in the ASGI scope.
 REQUEST_ID_KEY: Final = "loraplex.request_id"
 
-#: Far above the longest prompt of any model; uploads have their own limit.
-MAX_BODY_BYTES: Final = 32 << 20
+#: A million token ids, written out; uploads have their own limit.
+MAX_BODY_BYTES: Final = 8 << 20
 _UPLOAD_PATH: Final = "/v1/adapters"
 _USABLE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 

@@ -16,6 +16,7 @@ from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, GenerationAnswer
 from loraplex_server.api.errors import InvalidRequest, ModelNotFound
 from loraplex_server.api.generation import Generations, Job
+from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.sampling import answer_len, base_sampling, text_options
 from loraplex_server.api.schemas import GenerationBody
 from loraplex_server.engine.handle import EngineHandle
@@ -39,7 +40,7 @@ class Wish:
 
     num_prompts: int
     num_chars: int
-    encode: Callable[[], list[list[int]]]
+    encode: Callable[[PromptEncoder], list[list[int]]]
     max_tokens: int | None
     default_tokens: int | None
     logprobs: int | None
@@ -88,11 +89,10 @@ class Front:
         self, body: GenerationBody, wish: Wish, job_id: str, lease: AdapterLease | None
     ) -> Job:
         is_long = wish.num_chars > _LONG_TEXT_CHARS
-        prompts = await asyncio.to_thread(wish.encode) if is_long else wish.encode()
+        encoder = PromptEncoder(self.vocabulary, self.engine.info.max_model_len)
+        prompts = await asyncio.to_thread(wish.encode, encoder) if is_long else wish.encode(encoder)
         if not all(prompts):
             raise InvalidRequest("a prompt must have at least one token", param="prompt")
-        for prompt in prompts:
-            self.vocabulary.check(prompt, param="prompt")
         max_tokens = answer_len(
             requested=wish.max_tokens,
             default=wish.default_tokens,

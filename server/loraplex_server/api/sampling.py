@@ -80,13 +80,8 @@ def answer_len(
     Raises:
         ContextLengthExceeded: the prompt, or the prompt and what was requested, do not fit.
     """
+    check_prompt_len(longest_prompt, max_model_len)
     room = max_model_len - longest_prompt
-    if room < 1:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {max_model_len} tokens, but the prompt alone "
-            f"has {longest_prompt}; at least one more is needed for the answer.",
-            param="prompt",
-        )
     if requested is None:
         return room if default is None else min(default, room)
     if requested > room:
@@ -97,6 +92,23 @@ def answer_len(
             param="max_tokens",
         )
     return requested
+
+
+def check_prompt_len(prompt_len: int, max_model_len: int, *, is_least: bool = False) -> None:
+    """Raise ContextLengthExceeded unless a prompt leaves room for one token of the answer.
+
+    Args:
+        prompt_len: tokens.
+        is_least: it may be more; nobody has counted.
+    """
+    if prompt_len < max_model_len:
+        return
+    raise ContextLengthExceeded(
+        f"This model's maximum context length is {max_model_len} tokens, but the prompt alone "
+        f"has {'at least ' if is_least else ''}{prompt_len}; at least one more is needed for the "
+        "answer.",
+        param="prompt",
+    )
 
 
 def _or(value: _T | None, default: _T) -> _T:

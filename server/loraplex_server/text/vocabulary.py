@@ -57,6 +57,7 @@ class Vocabulary:
         ) - {"kwargs"}
         self._is_byte_level = "ByteLevel" in str(getattr(self._backend, "decoder", ""))
         self._size = len(tokenizer) if size is None else size
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_bytes = lru_cache(_TOKEN_CACHE)(self._token_bytes)
 
     def __len__(self) -> int:
@@ -71,9 +72,19 @@ class Vocabulary:
         """Return the token ids of `text`; raises InvalidText."""
         check_text(text)
         if self._backend is not None:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-            return list(encoding.ids)
+            # A batch of one: unlike `encode`, it lets go of the GIL, so that encoding a long text
+            # in a thread does not hold up the event loop.
+            batch = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            return list(batch[0].ids)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def least_tokens(self, text: str) -> int:
+        """Return how many tokens `text` has if each is the longest of the vocabulary.
+
+        Costs nothing, and bounds what is worth encoding. Only texts that the tokenizer itself
+        shortens (a normaliser that drops characters) could have fewer.
+        """
+        return -(-len(text) // self._longest_token)
 
     def check(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raise UnknownToken, naming `param`, unless every id is in the vocabulary."""

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from loraplex_server.text.errors import ChatTemplateFailed, ChatTemplateMissing, UnknownToken
@@ -44,3 +47,28 @@ def test_tokens_are_shown_as_text_or_bytes(vocabulary):
     assert vocabulary.token_bytes(first) == b"\xc3"
     assert vocabulary.token_text(world) == " world"
     assert vocabulary.token_text(0) == "<|end|>"
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(vocabulary):
+    text = "hello world, " * 200_000
+    took_s: list[float] = []
+
+    def encode() -> None:
+        started = time.perf_counter()
+        vocabulary.encode(text)
+        took_s.append(time.perf_counter() - started)
+
+    thread = threading.Thread(target=encode)
+    longest_s, last = 0.0, time.perf_counter()
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest_s, last = max(longest_s, now - last), now
+    assert longest_s < took_s[0] / 2
+
+
+def test_a_text_has_at_least_the_tokens_that_its_length_allows(vocabulary):
+    assert vocabulary.least_tokens("") == 0
+    for text in ("hello", "<|system|>" * 7, " world" * 100):
+        assert 0 < vocabulary.least_tokens(text) <= len(vocabulary.encode(text))
