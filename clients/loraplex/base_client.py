@@ -22,7 +22,7 @@ from loraplex.errors import (
     error_type,
     parse_error_body,
 )
-from loraplex.retry import Failure, parse_retry_after_s, retry_delay_s
+from loraplex.retry import Failure, parse_retry_after_s, parse_should_retry, retry_delay_s
 from loraplex.types import AdapterPage
 from loraplex.version import installed_version
 
@@ -146,7 +146,11 @@ def next_cursor(page: AdapterPage, after: str | None) -> str | None:
 def _failure(outcome: httpx.Response | httpx.RequestError) -> Failure:
     if isinstance(outcome, httpx.Response):
         retry_after_s = parse_retry_after_s(outcome.headers, datetime.now(UTC))
-        return Failure(outcome.status_code, retry_after_s=retry_after_s)
+        return Failure(
+            outcome.status_code,
+            retry_after_s=retry_after_s,
+            should_retry=parse_should_retry(outcome.headers),
+        )
     return Failure(
         was_sent=not isinstance(outcome, _UNSENT),
         is_timeout=isinstance(outcome, httpx.TimeoutException),
@@ -166,7 +170,8 @@ def _status_error(response: httpx.Response, retry_after_s: float | None) -> APIS
 def _connection_error(error: httpx.RequestError, url: str) -> APIConnectionError:
     if isinstance(error, httpx.TimeoutException):
         return APITimeoutError(url, "timed out")
-    return APIConnectionError(url, str(error) or type(error).__name__)
+    was_connected = not isinstance(error, _UNSENT)
+    return APIConnectionError(url, str(error) or type(error).__name__, was_connected)
 
 
 def _server_root(base_url: str) -> str:

@@ -61,12 +61,14 @@ class APIConnectionError(LoraplexError):
     Attributes:
         url: What was asked.
         problem: What the transport said.
+        was_connected: There was a server, and the connection to it broke.
     """
 
-    def __init__(self, url: str, problem: str) -> None:
-        super().__init__(url, problem)
+    def __init__(self, url: str, problem: str, was_connected: bool = False) -> None:
+        super().__init__(url, problem, was_connected)
         self.url = url
         self.problem = problem
+        self.was_connected = was_connected
 
     def __str__(self) -> str:
         return f"no answer from {self.url}: {self.problem}"

@@ -4,8 +4,9 @@ A request is sent again when the server said "not now" (408, 429, 5xx) or when t
 broke. Two kinds of request are held back once they may have been acted on (`is_repeatable=False`):
 uploads, which are costly to send again, and deletions, whose second answer would be a misleading
 404. They are sent again only when nothing was sent, or on 429 and 503, which say that nothing was
-done. 409 is never retried: the name will still be taken. Nor is a read timeout: the server may well
-be at work, and a second copy of the request would only add to its load.
+done. 409 is never retried: the name will still be taken. Nor is a read timeout or a 504: the server
+may well have been at work, and a second copy of the request would only add to its load. A server
+that sends `x-should-retry` knows better than all of this.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ class Failure:
         was_sent: False when the connection could not even be opened.
         is_timeout: The response did not come in time.
         retry_after_s: Seconds the server asked to wait.
+        should_retry: What the server said of it, in `x-should-retry`.
     """
 
     status_code: int | None = None
     was_sent: bool = True
     is_timeout: bool = False
     retry_after_s: float | None = None
+    should_retry: bool | None = None
 
 
 def retry_delay_s(
@@ -59,11 +62,18 @@ def retry_delay_s(
 
 def _may_retry(failure: Failure, is_repeatable: bool) -> bool:
     status = failure.status_code
+    if failure.should_retry is not None:
+        return failure.should_retry
     if status is None:
         return not failure.was_sent or (is_repeatable and not failure.is_timeout)
     if not is_repeatable:
         return status in (429, 503)
-    return status in (408, 429) or status >= 500
+    return status in (408, 429) or (status >= 500 and status != 504)
+
+
+def parse_should_retry(headers: Mapping[str, str]) -> bool | None:
+    """Read `x-should-retry`, which only `true` and `false` mean anything in."""
+    return {"true": True, "false": False}.get(headers.get("x-should-retry", "").strip().lower())
 
 
 def parse_retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:

@@ -191,3 +191,10 @@ def test_every_status_error_has_advice_in_one_line():
     assert explain(waiting) == "it failed; try again in 5 s"
     assert "busy" in explain(errors.APITimeoutError("http://h:1/v1/models", "timed out"))
     assert explain(LoraplexError("other.")) == "other"
+
+
+def test_a_connection_that_breaks_is_not_told_as_a_server_that_is_not_there():
+    broken = errors.APIConnectionError("http://h:1/v1/models", "reset", was_connected=True)
+    assert explain(broken) == (
+        "the connection to http://h:1 broke (reset); look at the server's log"
+    )

@@ -74,6 +74,14 @@ def test_a_prompt_can_be_piped_in(chat):
     assert chat(stdin="piped\n").stdout == "base heard 1: piped\n\n"
 
 
+def test_what_is_piped_in_comes_behind_the_prompt(chat, server):
+    assert chat("sum this up", stdin="line 1\nline 2\n").exit_code == 0
+    [turn] = server.requests[-1].json()["messages"]
+    assert turn["content"] == "sum this up\n\nline 1\nline 2\n"
+    chat("alone", stdin="\n")
+    assert server.requests[-1].json()["messages"][0]["content"] == "alone"
+
+
 def test_options_reach_the_server(chat, server):
     result = chat(
         "hi", "--model", "pirate", "--system", "be brief", "--max-tokens", "5", "--temperature", "0"

@@ -319,3 +319,34 @@ async def test_a_given_http_client_stays_open_and_an_own_one_is_closed():
 def test_constructor_arguments_are_keyword_only():
     with pytest.raises(TypeError):
         Client("http://here")
+
+
+@pytest.mark.parametrize("status", [500, 503, 504])
+async def test_a_request_the_server_calls_final_is_sent_once(status, on_client, sleeps):
+    script = Script(httpx.Response(status, headers={"x-should-retry": "false"}))
+    with pytest.raises(InternalServerError):
+        await on_client(script.handler, lambda c: c.completions.create(model="m", prompt="x"))
+    assert sleeps == []
+
+
+async def test_a_request_the_server_wants_again_is_sent_again(on_client):
+    script = Script(httpx.Response(409, headers={"x-should-retry": "true"}), ok(COMPLETION))
+    answer = await on_client(script.handler, lambda c: c.completions.create(model="m", prompt="x"))
+    assert answer.text == "one"
+
+
+async def test_a_generation_that_took_too_long_is_not_started_again(on_client, sleeps):
+    script = Script(httpx.Response(504))
+    with pytest.raises(InternalServerError):
+        await on_client(script.handler, lambda c: c.chat.create(model="m", messages=[]))
+    assert sleeps == []
+
+
+@pytest.mark.parametrize(
+    ("error", "was_connected"),
+    [(httpx.ConnectError("refused"), False), (httpx.ReadError("reset"), True)],
+)
+async def test_a_broken_connection_is_told_from_none(error, was_connected, on_client):
+    with pytest.raises(APIConnectionError) as caught:
+        await on_client(Script(error).handler, lambda c: c.models.list(), max_retries=0)
+    assert caught.value.was_connected is was_connected

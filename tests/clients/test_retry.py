@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from loraplex.retry import Failure, parse_retry_after_s, retry_delay_s
+from loraplex.retry import Failure, parse_retry_after_s, parse_should_retry, retry_delay_s
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -19,12 +19,12 @@ def delay_s(failure, *, attempt=0, max_retries=2, is_repeatable=True, jitter=0.0
     )
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 529])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
 def test_a_server_that_says_not_now_is_asked_again(status):
     assert delay_s(Failure(status)) == 0.5
 
 
-@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 409, 413, 422])
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 409, 413, 422, 504])
 def test_an_error_that_would_repeat_is_final(status):
     assert delay_s(Failure(status)) is None
 
@@ -84,3 +84,17 @@ def test_retry_after_is_obeyed_unless_it_is_too_long():
 )
 def test_retry_after_is_read_in_every_form(headers, seconds):
     assert parse_retry_after_s(headers, NOW) == seconds
+
+
+def test_what_the_server_says_of_a_retry_decides():
+    assert delay_s(Failure(503, should_retry=False)) is None
+    assert delay_s(Failure(504, should_retry=True), is_repeatable=False) == 0.5
+    assert delay_s(Failure(504, should_retry=True), max_retries=0) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"), [("true", True), ("False", False), ("maybe", None), ("", None)]
+)
+def test_only_true_and_false_say_something_of_a_retry(value, meaning):
+    assert parse_should_retry({"x-should-retry": value}) is meaning
+    assert parse_should_retry({}) is None

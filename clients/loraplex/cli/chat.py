@@ -23,7 +23,8 @@ STOPPED_EXIT_CODE = 130  # what shells expect of a program ended by Ctrl-C
 def chat(
     ctx: typer.Context,
     prompt: Annotated[
-        str | None, typer.Argument(help="Ask this, print the answer and leave.")
+        str | None,
+        typer.Argument(help="Ask this (and what is piped in), print the answer and leave."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base model or an adapter; default: the base.")
@@ -38,8 +39,7 @@ def chat(
 ) -> None:
     """Talk to the model or to an adapter; answers appear as they are generated."""
     options: ChatOptions = {"max_tokens": max_tokens, "temperature": temperature}
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+    prompt = _with_piped(prompt)
     if prompt is not None and not prompt.strip():
         raise UsageError("there is nothing to ask: give a prompt, or pipe one in")
     with open_client(ctx) as client:
@@ -51,6 +51,16 @@ def chat(
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() line editing and history
         Repl(client, conversation, stdout(), input).run()
+
+
+def _with_piped(prompt: str | None) -> str | None:
+    """Return the prompt with what was piped in behind it; None in a terminal without a prompt."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return prompt
+    piped = sys.stdin.read()
+    if prompt is None:
+        return piped
+    return f"{prompt}\n\n{piped}" if piped.strip() else prompt
 
 
 def _answer_once(conversation: Conversation, prompt: str) -> None:

@@ -60,6 +60,8 @@ def _unreachable(error: APIConnectionError) -> str:
     server = f"{url.scheme}://{url.netloc}"
     if isinstance(error, APITimeoutError):
         return f"{server} did not answer in time; see whether it is busy: curl {server}/health"
+    if error.was_connected:
+        return f"the connection to {server} broke ({error.problem}); look at the server's log"
     return (
         f"cannot reach a server at {server} ({error.problem}); start one with `loraplex serve`, "
         "or say where it is with --base-url or LORAPLEX_BASE_URL"
