@@ -35,6 +35,7 @@ from loraplex_server.adapters.errors import (
     AdapterNameTaken,
     AdapterNotFound,
     AdapterRefused,
+    BaseNameTaken,
     StorageFailed,
 )
 from loraplex_server.adapters.holds import AdapterHolds
@@ -85,6 +86,7 @@ class AdapterCatalog:
 
         Raises:
             StorageFailed: the folder cannot be used, or another process uses it.
+            BaseNameTaken: an adapter of this base has its name, which was free before.
         """
         self._pool_layout = pool_layout
         self._base_names = (base_name, *base_aliases)
@@ -102,6 +104,11 @@ class AdapterCatalog:
         except BaseException:
             self._dir.close()
             raise
+        try:
+            self._check_base_name()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, blob_url: str | None) -> None:
         with storage_errors("open the catalogue"):
@@ -111,6 +118,12 @@ class AdapterCatalog:
             )
             with self._database.connect() as connection:
                 self._blobs.sweep(keep=stored_ids(connection))
+
+    def _check_base_name(self) -> None:
+        base_name = self._base_names[0]
+        with storage_errors("look the base's name up"), self._database.connect() as connection:
+            if (name := self._names.find_like(connection, base_name)) is not None:
+                raise BaseNameTaken(name, base_name)
 
     def close(self) -> None:
         """Let go of the data folder. Idempotent."""

@@ -26,6 +26,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    func,
     insert,
     select,
 )
@@ -113,6 +114,13 @@ class NameTable:
     def find(self, connection: Connection, name: str) -> NameRow | None:
         row = connection.execute(self._rows().where(names.c.name == name)).first()
         return self._decode(row) if row else None
+
+    def find_like(self, connection: Connection, name: str) -> str | None:
+        """Return a name that differs from `name` in case at most; stored names are ASCII."""
+        query = select(names.c.name).where(
+            names.c.scope == self._scope, func.lower(names.c.name) == name.casefold()
+        )
+        return connection.execute(query).scalar()
 
     def page(self, connection: Connection, limit: int, after: str | None) -> list[NameRow]:
         """Return up to `limit` rows behind `after`, ordered by name (code points)."""

@@ -4,6 +4,7 @@ AdapterError
 ├── AdapterNotFound      no adapter has this name
 ├── AdapterNameTaken     the name belongs to an adapter with other content
 ├── InvalidAdapterName   the name cannot be used, whatever the adapter
+├── BaseNameTaken        a stored adapter has the name that the base is to be served by
 ├── AdapterRefused       the adapter cannot be served exactly; every reason is listed
 ├── InvalidUpload        the files received are not a readable PEFT folder or archive of one
 ├── UploadTooLarge       more bytes than one upload may have
@@ -43,6 +44,18 @@ class InvalidAdapterName(AdapterError):
         self.name = name
         self.reason = reason
         super().__init__(f"adapter name {name[:140]!r}: {reason}")
+
+
+class BaseNameTaken(AdapterError):
+    """The stored adapter `name` has the name that the base is to be served by; at start-up."""
+
+    def __init__(self, name: str, base_name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"the adapter {name!r} has the base model's name {base_name!r}, and requests could "
+            "not tell them apart; serve the base by another --served-model-name, and to have this "
+            f"one, delete the adapter then: loraplex adapters rm {name}"
+        )
 
 
 class AdapterRefused(AdapterError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -49,6 +50,17 @@ def _name_fault(name: str) -> str | None:
     return None
 
 
+def _local_folder(name: str) -> str | None:
+    """Return an absolute path in one spelling; None for what else a model can be named by.
+
+    Hub cache snapshots and GGUF files are named by their models, wherever they lie.
+    """
+    path = posixpath.normpath(name.strip().replace("\\", "/"))
+    is_absolute = path.startswith("/") or re.match(r"[A-Za-z]:/", path)
+    is_named_by_model = path.lower().endswith(".gguf") or "/snapshots/" in path
+    return path if is_absolute and not is_named_by_model else None
+
+
 def normal_base_name(name: str) -> str:
     """Return the part of a base model's name that tells models apart, in lower case.
 
@@ -65,5 +77,13 @@ def normal_base_name(name: str) -> str:
 
 
 def is_same_base(recorded: str, known: Iterable[str]) -> bool:
-    """Whether `recorded` plainly names one of the `known` names of a base model."""
+    """Whether `recorded` plainly names one of the `known` names of a base model.
+
+    A local folder is its whole path: of two folders called `final`, each holds another model. Only
+    where the adapter was trained on one and one is served, else the last component decides.
+    """
+    known = tuple(known)
+    served = {folder for name in known if (folder := _local_folder(name))}
+    if served and (folder := _local_folder(recorded)):
+        return folder in served
     return normal_base_name(recorded) in {normal_base_name(name) for name in known}

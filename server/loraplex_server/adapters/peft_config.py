@@ -63,7 +63,7 @@ class PeftConfig:
 
 
 def load_config_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """Parse the file strictly: one object, no duplicate keys, no NaN or Infinity.
+    """Parse the file strictly: one object, no duplicate keys, no NaN or Infinity, only Unicode.
 
     Raises:
         InvalidUpload: it is missing, too large or not such JSON.
@@ -75,6 +75,8 @@ def load_config_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         if len(text) > max_bytes:
             raise InvalidUpload(f"{CONFIG_NAME} is larger than {max_bytes} bytes")
         config = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        # JSON can write half a surrogate pair; no database, log or answer could.
+        json.dumps(config, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise InvalidUpload(f"{CONFIG_NAME} is missing") from error
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,10 @@ ApiError
 ├── InvalidRequest           a field is unknown, missing, of a wrong type or not supported
 ├── ModelNotFound            `model` names neither the base model nor an adapter
 ├── ContextLengthExceeded    prompt and answer do not fit the model
+├── InvalidApiKey            no key, or not the server's
+├── CrossSiteRefused         a web page of another site wants to change something
+├── TooManyUploads           more uploads are open than the server receives at once
+├── UploadStalled            nothing came of an upload for too long
 ├── QueueFull                more requests wait than the server accepts
 ├── RequestTimedOut          no complete answer within `request_timeout_s`
 ├── ServerStopping           the server ended the request because it shuts down
@@ -27,6 +31,7 @@ from loraplex_memory.errors import MemoryAccountError
 from loraplex_scheduler.errors import InvalidSampling, RequestRefused
 from loraplex_server.adapters import errors as adapters
 from loraplex_server.api.envelope import REQUEST_ID_HEADER, REQUEST_ID_KEY
+from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.model.errors import ModelError
 from loraplex_server.text import errors as text
@@ -57,6 +62,24 @@ class ModelNotFound(ApiError):
 
 class ContextLengthExceeded(ApiError):
     """Prompt and answer do not fit the model; the message has the numbers."""
+
+
+class InvalidApiKey(ApiError):
+    """The request brought no key, or not the server's."""
+
+
+class CrossSiteRefused(ApiError):
+    """A web page of another site wants to change something here."""
+
+
+class TooManyUploads(ApiError):
+    """More uploads are open than the server receives at once."""
+
+    retry_after_s: Final = 5.0
+
+
+class UploadStalled(ApiError):
+    """Nothing came of an upload for too long."""
 
 
 class QueueFull(ApiError):
@@ -105,6 +128,10 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     InvalidRequest: ErrorShape(400, _INVALID, "invalid_request"),
     ModelNotFound: ErrorShape(404, _INVALID, "model_not_found"),
     ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
+    InvalidApiKey: ErrorShape(401, _INVALID, "invalid_api_key"),
+    CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
+    TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
+    UploadStalled: ErrorShape(408, _INVALID, "upload_timeout"),
     QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
     RequestTimedOut: ErrorShape(504, _SERVER, "request_timeout", is_final=True),
     ServerStopping: ErrorShape(503, _SERVER, "server_stopping"),
@@ -120,6 +147,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     adapters.AdapterNotFound: ErrorShape(404, _INVALID, "adapter_not_found"),
     adapters.AdapterNameTaken: ErrorShape(409, _INVALID, "adapter_name_taken", is_final=True),
     adapters.InvalidAdapterName: ErrorShape(400, _INVALID, "invalid_adapter_name"),
+    adapters.BaseNameTaken: _INTERNAL,  # at start-up only
     adapters.AdapterRefused: ErrorShape(422, _INVALID, "adapter_refused"),
     adapters.InvalidUpload: ErrorShape(400, _INVALID, "invalid_upload"),
     adapters.UploadTooLarge: ErrorShape(413, _INVALID, "upload_too_large"),
@@ -133,6 +161,13 @@ _HTTP_CODES: Final[Mapping[int, str]] = {
     405: "method_not_allowed",
     413: "body_too_large",
 }
+
+
+class ErrorResponse(JSONResponse):
+    """JSON in ASCII: a message may quote half a surrogate pair, which UTF-8 cannot write."""
+
+    def render(self, content: Any) -> bytes:
+        return compact(content).encode()
 
 
 def shape_of(kind: type[Exception]) -> ErrorShape:
@@ -158,7 +193,7 @@ def error_body(error: Exception) -> dict[str, Any]:
     return {"error": body}
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: Exception) -> ErrorResponse:
     """Return the complete answer to a request that failed with `error`."""
     shape = shape_of(type(error))
     headers = {}
@@ -166,7 +201,9 @@ def error_response(error: Exception) -> JSONResponse:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     if shape.is_final:
         headers["x-should-retry"] = "false"
-    return JSONResponse(error_body(error), status_code=shape.status, headers=headers)
+    if shape.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return ErrorResponse(error_body(error), status_code=shape.status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -178,20 +215,20 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected)
 
 
-async def _handle(request: Request, error: Exception) -> JSONResponse:
+async def _handle(request: Request, error: Exception) -> ErrorResponse:
     if shape_of(type(error)).is_internal:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(error)
 
 
-async def _handle_unexpected(request: Request, error: Exception) -> JSONResponse:
+async def _handle_unexpected(request: Request, error: Exception) -> ErrorResponse:
     """Answer outside of all middleware; the server logs the traceback."""
     response = error_response(error)
     response.headers[REQUEST_ID_HEADER] = str(request.scope.get(REQUEST_ID_KEY, ""))
     return response
 
 
-async def _handle_http(request: Request, error: Exception) -> JSONResponse:
+async def _handle_http(request: Request, error: Exception) -> ErrorResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {
@@ -200,10 +237,10 @@ async def _handle_http(request: Request, error: Exception) -> JSONResponse:
         "param": None,
         "code": _HTTP_CODES.get(error.status_code, "invalid_request"),
     }
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    return ErrorResponse({"error": body}, status_code=error.status_code, headers=error.headers)
 
 
-async def _handle_validation(request: Request, error: Exception) -> JSONResponse:
+async def _handle_validation(request: Request, error: Exception) -> ErrorResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return error_response(_explain(first, request.headers.get("content-type")))

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loraplex_server.adapters.base_identity import base_identity
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.build import ModelFacts
 from loraplex_server.config import Config
 from loraplex_server.engine.handle import EngineHandle
+from loraplex_server.model.errors import CheckpointError
+from loraplex_server.model.source import ModelSource
 from loraplex_server.text.vocabulary import Vocabulary
 
 
@@ -38,6 +41,8 @@ def build_catalog(
 
     Raises:
         StorageFailed: the data folder cannot be used.
+        BaseNameTaken: an adapter in it has the base model's name.
+        CheckpointError: the model's files cannot be read.
     """
     aliases = {facts.source.name, str(facts.source.path), config.model or ""}
     return AdapterCatalog(
@@ -45,12 +50,22 @@ def build_catalog(
         pool_layout=facts.layout,
         base_name=facts.base_name,
         base_aliases=tuple(sorted(aliases - {facts.base_name, ""})),
-        base_id=facts.source.name,
+        base_id=_base_id(facts.source),
         limits=AdapterLimits(
             max_rank=config.max_adapter_rank, max_upload_bytes=config.max_upload_bytes
         ),
         on_discard=on_discard,
     )
+
+
+def _base_id(source: ModelSource) -> str:
+    try:
+        if source.kind == "gguf":
+            return base_identity([source.path])
+        weights = sorted(source.path.glob("*.safetensors"))
+        return base_identity([source.path / "config.json", *weights])
+    except OSError as error:
+        raise CheckpointError(path=str(source.path), reason=str(error)) from error
 
 
 def build_vocabulary(facts: ModelFacts) -> Vocabulary:

@@ -11,7 +11,7 @@ import pytest
 from loraplex_memory.adapter_file import read_adapter_file
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_server.adapters.catalog import AdapterCatalog
-from loraplex_server.adapters.errors import StorageFailed
+from loraplex_server.adapters.errors import BaseNameTaken, StorageFailed
 from tests.support.adapters import BASE_NAME, TINY, make_catalog, make_folder
 
 
@@ -179,3 +179,18 @@ def test_a_file_that_cannot_be_deleted_does_not_fail_the_delete(
     monkeypatch.setattr(catalog._blobs, "delete", fail_with(PermissionError(13, "denied")))
     assert catalog.delete("a") == record
     assert blobs(tmp_path) == {record.id}
+
+
+def test_a_base_with_the_name_of_its_adapter_does_not_start(tmp_path, folder):
+    catalog = make_catalog(tmp_path / "data", base_id="x")
+    catalog.register("Team/Sql", folder)
+    catalog.close()
+    with pytest.raises(BaseNameTaken) as refusal:
+        make_catalog(tmp_path / "data", base_id="x", base_name="team/SQL")
+    for words in ("'Team/Sql'", "--served-model-name", "loraplex adapters rm Team/Sql"):
+        assert words in str(refusal.value)
+    make_catalog(tmp_path / "data", base_id="y", base_name="team/SQL").close()
+    catalog = make_catalog(tmp_path / "data", base_id="x")
+    catalog.delete("Team/Sql")
+    catalog.close()
+    make_catalog(tmp_path / "data", base_id="x", base_name="team/SQL").close()

@@ -81,3 +81,27 @@ def test_one_base_goes_by_many_names(recorded: str):
 )
 def test_other_bases_are_told_apart(recorded: str):
     assert not is_same_base(recorded, SMOL)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "is_same"),
+    [
+        ("/models/final", True),
+        ("/models/x/../final/", True),
+        ("/runs/7/final", False),
+        ("C:\\models\\final", False),
+        ("final", True),
+        ("./final", True),
+        ("acme/final", True),
+        ("/models/other", False),
+        ("/cache/hub/models--acme--final/snapshots/0123", True),
+    ],
+)
+def test_a_local_folder_is_told_by_its_whole_path(recorded: str, is_same: bool):
+    assert is_same_base(recorded, ("final", "/models/final")) == is_same
+
+
+def test_a_base_from_the_hub_or_a_gguf_file_is_told_by_its_name():
+    snapshot = "/cache/hub/models--acme--final/snapshots/0123"
+    assert is_same_base("/runs/7/final", ("final", "acme/final", snapshot))
+    assert is_same_base("/runs/7/final", ("final", "/models/final-Q8_0.gguf"))
