@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
     try:
         with _bind(config) as listener:
+            _warn_if_open(config, listener)
             asyncio.run(_serve(config, listener))
     except StartError as error:
         return _fail(error, code=1)
@@ -67,6 +69,16 @@ def _bind(config: Config) -> socket.socket:
     except OSError as error:
         raise _cannot_listen(config, error) from error
     return listener
+
+
+def _warn_if_open(config: Config, listener: socket.socket) -> None:
+    address = listener.getsockname()[0]
+    if config.api_key is None and not ipaddress.ip_address(address).is_loopback:
+        log.warning(
+            "anybody who reaches %s can use this server and its adapters; set LORAPLEX_API_KEY, or "
+            "put something in front of it that checks who asks",
+            address,
+        )
 
 
 def _cannot_listen(config: Config, error: OSError) -> StartError:

@@ -22,7 +22,16 @@ from typing import Any, Final, NoReturn
 ENV_PREFIX: Final = "LORAPLEX_"
 
 #: Variables of the SDK and the CLI; the server leaves them alone.
-FOREIGN_ENV: Final = frozenset({"LORAPLEX_BASE_URL", "LORAPLEX_API_KEY"})
+FOREIGN_ENV: Final = frozenset({"LORAPLEX_BASE_URL"})
+
+#: What Kubernetes tells every pod about a service named "loraplex".
+_SERVICE_LINK: Final = re.compile(
+    r"LORAPLEX_SERVICE_HOST|LORAPLEX_SERVICE_PORT(_\w+)?|LORAPLEX_PORT_\d+_\w+"
+)
+_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
+
+#: Settings without a flag: every user of the machine can read a program's arguments.
+SECRETS: Final = frozenset({"api_key"})
 
 Parser = Callable[[Any], Any]
 
@@ -35,6 +44,13 @@ def _text(raw: Any) -> str:
     if not isinstance(raw, str) or not raw:
         raise ValueError("a non-empty text")
     return raw
+
+
+def _secret(raw: Any) -> str:
+    key = raw.strip() if isinstance(raw, str) else ""
+    if not key or not all("!" <= char <= "~" for char in key):
+        raise ValueError("a text of printable ASCII characters without spaces")
+    return str(key)
 
 
 def _folder(raw: Any) -> Path:
@@ -107,6 +123,8 @@ def _or_auto(parse: Parser) -> Parser:
 
 def _setting(parse: Parser, default: Any, group: str, help_text: str, shape: str = "N") -> Any:
     metadata = {"parse": parse, "group": group, "help": help_text, "shape": shape}
+    if parse is _secret:
+        return field(default=default, repr=False, metadata=metadata)
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -167,6 +185,9 @@ class Config:
 
     host: str = _setting(_text, "127.0.0.1", "service", "address to listen on", "HOST")
     port: int = _setting(_integer(0, 65535), 8000, "service", "port to listen on; 0: any free one")
+    api_key: str | None = _setting(
+        _secret, None, "service", "refuse requests without this key", "KEY"
+    )
     request_timeout_s: float = _setting(
         _seconds, 600.0, "service", "end a request after so many seconds", "S"
     )
@@ -206,7 +227,8 @@ def _parse(name: str, raw: Any, where: str) -> Any:
     try:
         return _SETTINGS[name].metadata["parse"](raw)
     except ValueError as error:
-        raise ConfigError(f"{where} must be {error}, not {raw!r}") from None
+        given = "" if name in SECRETS else f", not {raw!r}"
+        raise ConfigError(f"{where} must be {error}{given}") from None
 
 
 def _spelling(source: str, name: str) -> str:
@@ -227,12 +249,19 @@ def _read_env(env: Mapping[str, str]) -> dict[str, Any]:
     known = {_spelling("env", name): name for name in (*_SETTINGS, "config")}
     found = {}
     for variable, value in env.items():
-        if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_ENV:
+        if not variable.startswith(ENV_PREFIX) or _is_foreign(variable, value):
             continue
         if variable not in known:
             _refuse_unknown("environment variable", variable, known)
         found[known[variable]] = value
     return found
+
+
+def _is_foreign(variable: str, value: str) -> bool:
+    """Whether a variable with our prefix is not meant for the server."""
+    if variable in FOREIGN_ENV or _SERVICE_LINK.fullmatch(variable):
+        return True
+    return variable == "LORAPLEX_PORT" and _SERVICE_URL.fullmatch(value) is not None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -268,7 +297,8 @@ def _flag_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--model MODEL] [--port N] [--config FILE] ...",
         description="Serve one language model and its LoRA adapters with the OpenAI API.",
         epilog="Each flag is also an environment variable (LORAPLEX_MAX_RUNNING) and a key of the "
-        "TOML file (max_running). Flags win over variables, variables over the file.",
+        "TOML file (max_running). Flags win over variables, variables over the file. Without "
+        "a flag: LORAPLEX_API_KEY (api_key), which every request must then bring.",
         formatter_class=_help_format,
         allow_abbrev=False,
         add_help=False,
@@ -279,6 +309,8 @@ def _flag_parser() -> argparse.ArgumentParser:
     general.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
     groups = {"general": general}
     for name, setting in _SETTINGS.items():
+        if name in SECRETS:
+            continue
         group = setting.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)

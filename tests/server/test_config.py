@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.config import Config, ConfigError, load_config
+from loraplex_server.config import SECRETS, Config, ConfigError, load_config
 
 
 def write_toml(folder: Path, text: str) -> str:
@@ -61,8 +61,38 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_variables_of_the_sdk_are_left_alone():
-    env = {"LORAPLEX_BASE_URL": "http://x", "LORAPLEX_API_KEY": "k", "HOME": "/h"}
+    env = {"LORAPLEX_BASE_URL": "http://x", "HOME": "/h"}
     assert load_config([], env) == Config()
+
+
+def test_what_kubernetes_says_of_a_service_named_loraplex_is_ignored():
+    env = {
+        "LORAPLEX_SERVICE_HOST": "10.0.0.1",
+        "LORAPLEX_SERVICE_PORT": "8000",
+        "LORAPLEX_SERVICE_PORT_HTTP": "8000",
+        "LORAPLEX_PORT": "tcp://10.0.0.1:8000",
+        "LORAPLEX_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "LORAPLEX_PORT_8000_TCP_PROTO": "tcp",
+        "LORAPLEX_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load_config([], env) == Config()
+    assert load_config([], {"LORAPLEX_PORT": "udp://10.0.0.1:8000"}) == Config()
+    assert load_config([], {"LORAPLEX_PORT": "9"}).port == 9
+    with pytest.raises(ConfigError, match="LORAPLEX_SERVICE_NAME"):
+        load_config([], {"LORAPLEX_SERVICE_NAME": "x"})
+
+
+def test_the_key_comes_from_the_environment_or_the_file_and_is_never_shown(tmp_path):
+    config = load_config([], {"LORAPLEX_API_KEY": "secret\n"})
+    assert config.api_key == "secret"
+    assert "secret" not in repr(config)
+    path = write_toml(tmp_path, 'api_key = "from-file"\n')
+    assert load_config(["--config", path], {}).api_key == "from-file"
+    with pytest.raises(ConfigError, match="unknown argument --api-key"):
+        load_config(["--api-key", "secret"], {})
+    with pytest.raises(ConfigError, match="LORAPLEX_API_KEY must be") as caught:
+        load_config([], {"LORAPLEX_API_KEY": "sec\u00e9ret"})
+    assert "ret" not in str(caught.value).partition("must be")[2].replace("character", "")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +103,15 @@ def test_sizes_are_read_with_their_units(text, size):
     assert load_config(["--pool-bytes", text], {}).pool_bytes == size
 
 
-def test_every_setting_has_a_flag_and_is_in_the_help(capsys):
+def test_every_setting_has_a_flag_unless_it_is_secret_and_is_in_the_help(capsys):
     with pytest.raises(SystemExit) as caught:
         load_config(["--help"], {})
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     for setting in fields(Config):
-        assert "--" + setting.name.replace("_", "-") in shown
+        flag = "--" + setting.name.replace("_", "-")
+        assert (flag in shown) == (setting.name not in SECRETS)
+        assert flag in shown or f"LORAPLEX_{setting.name.upper()}" in shown
 
 
 def test_the_data_folder_follows_xdg(monkeypatch, tmp_path):

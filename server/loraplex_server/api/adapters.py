@@ -18,7 +18,7 @@ from loraplex_server.adapters.errors import AdapterError, UploadTooLarge
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.api.adapter_names import AdapterNames
-from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.errors import InvalidRequest, TooManyUploads, UploadStalled
 from loraplex_server.api.upload import UploadForm, UploadReceiver, boundary_of
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.engine.handle import EngineHandle
@@ -33,6 +33,10 @@ _DRAIN_S: Final = 5.0
 #: Room for multipart boundaries and headers beside the files.
 _FRAMING_BYTES: Final = 64 << 10
 _MAX_UPLOADS_AT_WORK: Final = 4
+#: Being received or waiting for their turn; each holds a folder and a connection.
+_MAX_OPEN_UPLOADS: Final = 16
+#: A sender that is silent for so long is gone.
+_IDLE_S: Final = 60.0
 _CLIENT_GONE: Final = 499
 
 
@@ -94,6 +98,7 @@ class AdapterUploads:
         self._engine = engine
         self._catalog = catalog
         self._max_upload_bytes = max_upload_bytes
+        self._num_open = 0
         self._threads = anyio.CapacityLimiter(_MAX_UPLOADS_AT_WORK)
 
     async def accept(self, request: Request) -> tuple[AdapterRecord, bool]:
@@ -101,8 +106,17 @@ class AdapterUploads:
 
         Raises:
             ClientDisconnect: the sender is gone.
-            AdapterError, InvalidRequest: see the error table.
+            AdapterError, ApiError: see the error table.
         """
+        if self._num_open >= _MAX_OPEN_UPLOADS:
+            raise TooManyUploads(f"{self._num_open} uploads are open already; try again shortly")
+        self._num_open += 1
+        try:
+            return await self._accept(request)
+        finally:
+            self._num_open -= 1
+
+    async def _accept(self, request: Request) -> tuple[AdapterRecord, bool]:
         boundary = boundary_of(request.headers.get("content-type", ""))
         chunks = request.stream()
         staging = await self._in_thread(self._catalog.new_upload)
@@ -126,7 +140,12 @@ class AdapterUploads:
     async def _receive(
         self, chunks: AsyncIterator[bytes], boundary: bytes, staging: UploadStaging
     ) -> UploadForm:
-        receiver = UploadReceiver(boundary, staging, self._catalog.check_name)
+        receiver = UploadReceiver(
+            boundary,
+            staging,
+            self._catalog.check_name,
+            max_body_bytes=self._max_upload_bytes + _FRAMING_BYTES,
+        )
         try:
             async for piece in _pieces(chunks):
                 await self._in_thread(lambda data=piece: receiver.feed(data))  # type: ignore[misc]
@@ -150,13 +169,21 @@ class AdapterUploads:
 async def _pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Join small chunks, so that few of them cross into a thread."""
     buffer = bytearray()
-    async for chunk in chunks:
+    while (chunk := await _next_chunk(chunks)) is not None:
         buffer += chunk
         if len(buffer) >= _PIECE_BYTES:
             yield bytes(buffer)
             buffer.clear()
     if buffer:
         yield bytes(buffer)
+
+
+async def _next_chunk(chunks: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(_IDLE_S):
+            return await anext(chunks, None)
+    except TimeoutError:
+        raise UploadStalled(f"nothing came for {_IDLE_S:.0f} s; nothing was kept") from None
 
 
 async def _drain(chunks: AsyncIterator[bytes]) -> None:

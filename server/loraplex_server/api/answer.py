@@ -8,6 +8,7 @@ disconnects makes the engine cancel; the answer then ends with the engine's term
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -27,6 +28,8 @@ from loraplex_server.api.generation import Generation
 from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.text.assembler import TextDelta
+
+log = logging.getLogger(__name__)
 
 _DONE: Final = b"data: [DONE]\n\n"
 _STREAM_HEADERS: Final = [
@@ -128,8 +131,9 @@ class GenerationAnswer(Response):
 
     async def _send_stream(self, deltas: list[tuple[int, TextDelta]], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        chunk = self._format.stream_head()
+        chunk = b""
         try:
+            chunk = self._format.stream_head()
             while deltas:
                 self._raise_failure(deltas)
                 chunk += b"".join([self._format.stream_delta(i, delta) for i, delta in deltas])
@@ -139,7 +143,13 @@ class GenerationAnswer(Response):
                 deltas = await self._generation.take()
             chunk = self._format.stream_tail(self._generation.num_tokens)
         except _FAILURES as error:
-            chunk += b"data: " + compact(error_body(error)).encode() + b"\n\n"
+            chunk += _error_event(error)
+        except _ClientGone:
+            raise
+        except Exception as error:
+            # The status is sent already: only an event can tell.
+            log.error("a stream broke off", exc_info=error)
+            chunk += _error_event(error)
         await send({"type": "http.response.body", "body": chunk + _DONE})
 
     def _raise_failure(self, deltas: list[tuple[int, TextDelta]]) -> None:
@@ -162,6 +172,10 @@ class GenerationAnswer(Response):
         if not self._is_engine_ready():
             return EngineUnavailable(reason=message, retry_after_s=5.0)
         return GenerationFailed(message or "the engine could not complete the request")
+
+
+def _error_event(error: Exception) -> bytes:
+    return b"data: " + compact(error_body(error)).encode() + b"\n\n"
 
 
 class _ClientGone(Exception):

@@ -17,6 +17,7 @@ from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.errors import install_error_handlers
 from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generation import Generations
+from loraplex_server.api.guard import Guard
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.request_metrics import RequestMetrics
@@ -32,7 +33,8 @@ def create_app(services: Services) -> FastAPI:
     base_name = services.base_names[0]
     registry.register(EngineCollector(services.engine, names, base_name))
     app = FastAPI(title="loraplex", version=version("loraplex"), description=_DESCRIPTION)
-    app.add_middleware(Envelope)
+    app.add_middleware(Guard, api_key=services.config.api_key)
+    app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
     install_error_handlers(app)
     front = Front(
         engine=services.engine,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Final
 
 from loraplex_scheduler.plan import SampledToken
 from loraplex_server.text.vocabulary import Vocabulary
 
-#: Stands for minus infinity, which JSON cannot write (as in vLLM).
+#: Stands for minus infinity, which JSON cannot write (as in vLLM), and for what is no number.
 _LEAST: Final = -9999.0
+
+
+def _shown(logprob: float) -> float:
+    return max(logprob, _LEAST) if math.isfinite(logprob) else _LEAST
 
 
 def chat_logprobs(vocabulary: Vocabulary, tokens: Iterable[SampledToken]) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def chat_logprobs(vocabulary: Vocabulary, tokens: Iterable[SampledToken]) -> dic
 def _chat_entry(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": vocabulary.token_text(token_id),
-        "logprob": max(logprob, _LEAST),
+        "logprob": _shown(logprob),
         "bytes": list(vocabulary.token_bytes(token_id)),
     }
 
@@ -49,10 +54,10 @@ class CompletionLogprobs:
         for token in tokens:
             assert token.logprobs is not None, "the engine reports what the sampling asked for"
             name, logprob = vocabulary.token_text(token.token_id), token.logprobs.logprob
-            top = {vocabulary.token_text(i): max(value, _LEAST) for i, value in token.logprobs.top}
+            top = {vocabulary.token_text(i): _shown(value) for i, value in token.logprobs.top}
             shown.append(name)
-            logprobs.append(max(logprob, _LEAST))
-            tops.append({**top, name: max(logprob, _LEAST)})
+            logprobs.append(_shown(logprob))
+            tops.append({**top, name: _shown(logprob)})
             offsets.append(self._offset)
             self._offset += self._num_chars(token.token_id)
         return {

@@ -88,12 +88,13 @@ def greeting(services: Services, listener: socket.socket) -> str:
     host = _ANY_ADDRESS.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     info, model = services.engine.info, services.base_names[0]
+    key = ' -H "authorization: Bearer $LORAPLEX_API_KEY"' if services.config.api_key else ""
     pool_mib = info.num_pages * info.page_bytes >> 20
     return (
         f"\nloraplex serves {model} at {url}\n"
         f"  {info.dtype} on {info.device}, {info.max_model_len} tokens of context, "
         f"a pool of {info.num_pages} pages ({pool_mib} MiB)\n"
-        f"  try: curl {url}/v1/chat/completions -H 'content-type: application/json' "
+        f"  try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} "
         f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
         "  stop with Ctrl-C\n\n"
     )

@@ -13,7 +13,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from loraplex_server.adapters.errors import InvalidUpload
+from loraplex_server.adapters.errors import InvalidUpload, UploadTooLarge
 from loraplex_server.adapters.upload import PartWriter, UploadStaging
 from loraplex_server.api.errors import InvalidRequest
 
@@ -47,9 +47,20 @@ class UploadReceiver:
     """Writes the file parts of one body to `staging`; used by one thread at a time."""
 
     def __init__(
-        self, boundary: bytes, staging: UploadStaging, check_name: Callable[[str], None]
+        self,
+        boundary: bytes,
+        staging: UploadStaging,
+        check_name: Callable[[str], None],
+        *,
+        max_body_bytes: int,
     ) -> None:
-        """Prepare to receive; `check_name` refuses a bad name before its files arrive."""
+        """Prepare to receive.
+
+        Args:
+            check_name: refuses a bad name before its files arrive.
+            max_body_bytes: of the whole body; the files alone have the staging's limit.
+        """
+        self._max_body_bytes = max_body_bytes
         self._staging = staging
         self._check_name = check_name
         self._values: dict[str, str] = {}
@@ -73,6 +84,7 @@ class UploadReceiver:
                     "on_part_end": self._end_part,
                     "on_end": self._end,
                 },
+                max_size=max_body_bytes,
             )
         except FormParserError as error:
             raise InvalidUpload(f"the multipart boundary is unusable: {error}") from error
@@ -83,10 +95,14 @@ class UploadReceiver:
         Raises:
             InvalidUpload, InvalidRequest, InvalidAdapterName, UploadTooLarge, StorageFailed
         """
+        if self._is_complete and chunk.strip():
+            raise InvalidUpload("the multipart body goes on behind its closing boundary")
         try:
-            self._parser.write(chunk)
+            num_bytes = self._parser.write(chunk)
         except FormParserError as error:
             raise InvalidUpload(f"the multipart body is malformed: {error}") from error
+        if num_bytes < len(chunk):
+            raise UploadTooLarge(self._max_body_bytes)
 
     def finish(self) -> UploadForm:
         """Return the form at the end of the body; raises as `feed` does."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import socket
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from loraplex_server.api import adapters as uploads
 from loraplex_server.engine.messages import EngineStats
 from tests.server.api.conftest import BASE, MAX_UPLOAD_BYTES, make_adapter, wait_until
 
@@ -256,3 +258,57 @@ def test_openais_delete_takes_an_adapter_but_not_the_base(server, client, adapte
         client.models.delete(adapter)
     with pytest.raises(openai.BadRequestError):
         client.models.delete(BASE)
+
+
+def test_half_a_surrogate_pair_in_a_config_is_a_bad_request(server, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for field in ("base_model_name_or_path", "revision"):
+        text = json.dumps(config | {field: "\ud800"})
+        (folder / "adapter_config.json").write_text(text)
+        answer = server.upload("pirate", folder, check_base="false")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_upload")
+    assert server.catalog.list() == ()
+
+
+FORM = "multipart/form-data; boundary=b"
+WEIGHTS_PART = (
+    b'--b\r\ncontent-disposition: form-data; name="files"; '
+    b'filename="adapter_model.safetensors"\r\n\r\n'
+)
+
+
+@contextlib.contextmanager
+def open_upload(server):
+    """Begin an upload and go silent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(
+            f"POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 900000\r\n"
+            f"content-type: {FORM}\r\n\r\n".encode()
+            + WEIGHTS_PART
+        )
+        yield connection
+
+
+def test_only_so_many_uploads_are_open_at_once(server, folder, monkeypatch):
+    monkeypatch.setattr(uploads, "_MAX_OPEN_UPLOADS", 2)
+    staging = server.data_dir / "staging"
+    with open_upload(server), open_upload(server):
+        wait_until(lambda: len([*staging.iterdir()]) == 2)
+        refused = server.upload("pirate", folder)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_uploads"
+        assert int(refused.headers["retry-after"]) > 0
+    wait_until(lambda: not any(staging.iterdir()))
+    assert server.upload("pirate", folder).status_code == 201
+
+
+def test_a_silent_sender_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(uploads, "_IDLE_S", 0.1)
+    with open_upload(server) as connection:
+        answer = connection.recv(65536)
+        while b"}}" not in answer:
+            answer += connection.recv(65536)
+    assert b" 408 " in answer.partition(b"\r\n")[0]
+    assert b"upload_timeout" in answer
+    wait_until(lambda: not any((server.data_dir / "staging").iterdir()))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -8,7 +10,14 @@ from loraplex_memory.errors import MemoryAccountError
 from loraplex_scheduler.errors import SchedulerError
 from loraplex_scheduler.plan import EndEvent, FinishReason
 from loraplex_server.adapters.errors import AdapterError
-from loraplex_server.api.errors import ERROR_TABLE, ApiError, shape_of
+from loraplex_server.api.completions import CompletionFormat
+from loraplex_server.api.errors import (
+    ERROR_TABLE,
+    ApiError,
+    InvalidRequest,
+    error_response,
+    shape_of,
+)
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.messages import EngineState
 from loraplex_server.model.errors import ModelError
@@ -74,7 +83,7 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(
 
 def test_a_huge_body_is_refused(server):
     with server.http() as http:
-        answer = http.post("/v1/completions", content=(b"x" * (1 << 20) for _ in range(40)))
+        answer = http.post("/v1/completions", content=(b"x" * (1 << 20) for _ in range(9)))
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
 
@@ -198,3 +207,25 @@ def test_request_ids_come_back(server):
     assert len(drawn) == 2
     unusable = httpx.get(f"{server.url}/health", headers={"x-request-id": "a b" * 100})
     assert unusable.headers["x-request-id"] != "a b" * 100
+
+
+@pytest.mark.parametrize("method", ["stream_head", "stream_delta", "stream_tail"])
+def test_an_unforeseen_exception_in_a_stream_is_an_event(server, monkeypatch, caplog, method):
+    def explode(*_: object) -> bytes:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(CompletionFormat, method, explode)
+    body = {"model": BASE, "prompt": "abcdef", "stream": True}
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == 200
+    *_, error, done, _ = answer.text.split("\n\n")
+    assert '"code":"internal_error"' in error
+    assert done == "data: [DONE]"
+    assert "secret" not in answer.text
+    assert "ZeroDivisionError: secret" in caplog.text
+
+
+def test_an_error_may_quote_half_a_surrogate_pair():
+    answer = error_response(InvalidRequest("unknown field `\ud800`", param="\ud800"))
+    assert answer.body.isascii()
+    assert json.loads(answer.body)["error"]["param"] == "\ud800"
