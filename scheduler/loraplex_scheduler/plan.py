@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -115,9 +115,10 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One token per sampled sequence, by request id."""
+    """One token per sampled sequence, by request id; or why there can be none."""
 
     tokens: dict[str, SampledToken]
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from loraplex_scheduler.plan import (
     Plan,
     PlannedAdapter,
     Request,
+    SampledToken,
     SequenceStep,
     StepResult,
     TokenEvent,
@@ -195,13 +196,11 @@ class Scheduler:
             if sequence is None or sequence.num_computed != step.start:
                 continue
             sequence.num_computed += len(step.token_ids)
-            if step.is_sampled:
-                token = result.tokens[step.request_id]
-                sequence.token_ids.append(token.token_id)
-                reason = sequence.finish_reason(self.limits.eos_token_ids)
-                if reason is not None:
-                    self._end(sequence)
-                events.append(TokenEvent(step.request_id, token, reason))
+            if step.request_id in result.failures:
+                message = result.failures[step.request_id]
+                events += self.abort(step.request_id, FinishReason.FAILED, message)
+            elif step.is_sampled:
+                events.append(self._append(sequence, result.tokens[step.request_id]))
         return events
 
     def check(self) -> None:
@@ -346,6 +345,13 @@ class Scheduler:
         evicted = self._residency.evict_idle(num_pages, spared)
         self.num_evictions += len(evicted)
         return bool(evicted)
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        sequence.token_ids.append(token.token_id)
+        reason = sequence.finish_reason(self.limits.eos_token_ids)
+        if reason is not None:
+            self._end(sequence)
+        return TokenEvent(sequence.request_id, token, reason)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

@@ -29,6 +29,8 @@ from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
 
 #: As the API process has it; its module is the program and cannot be imported.
+log = logging.getLogger(__name__)
+
 _LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 #: `auto` takes this share of the memory that is free once the model is loaded, and no more than
@@ -95,7 +97,9 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     # Before the pool is sized: it takes a share of the memory that the weights leave.
     weights = load_weights(facts.source, facts.spec, dtype=dtype)
     limits = choose_limits(config, facts, dtype)
-    model = Transformer(facts.spec, weights, max_model_len=limits.scheduler.max_model_len)
+    max_model_len = limits.scheduler.max_model_len
+    warn_of_long_rope(facts.spec, max_model_len)
+    model = Transformer(facts.spec, weights, max_model_len=max_model_len)
     pool = PagePool(facts.layout, limits.num_pages, dtype=dtype)
     return assemble_core(model, pool, limits.scheduler, wake)
 
@@ -135,6 +139,23 @@ class EngineLimits:
 
     num_pages: int
     scheduler: SchedulerLimits
+
+
+def warn_of_long_rope(spec: ModelSpec, max_model_len: int) -> None:
+    """Say that a longrope model computes short texts otherwise than transformers does.
+
+    transformers changes the frequencies with the longest text of a batch; ours may not depend on
+    company, so one regime holds for the engine's life.
+    """
+    original = spec.rope.original_max_positions
+    if original is not None and max_model_len > original:
+        log.warning(
+            "%s uses its long-context frequencies for every text, as max_model_len is %d; adapters "
+            "trained on short texts want --max-model-len %d",
+            spec.base_name,
+            max_model_len,
+            original,
+        )
 
 
 def check_step(config: Config) -> None:

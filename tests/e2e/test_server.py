@@ -353,7 +353,8 @@ def test_the_command_line_lists_pushes_chats_and_removes(server):
 def test_a_client_that_leaves_mid_stream_frees_its_pages(server):
     body = {"model": BASE, "prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: its collection would close the stream
+        next(lines)
         assert server.pool()["kv"] > 0
     server.wait_until_no_kv(timeout_s=10)
 

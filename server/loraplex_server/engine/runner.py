@@ -17,6 +17,10 @@ from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.transformer import Transformer
 
+_NOT_FINITE = (
+    "the model produced values that are not finite; if only this adapter does, its weights overflow"
+)
+
 
 class Runner:
     """Owned by the engine step. Holds no state of any sequence: a plan says everything."""
@@ -46,9 +50,7 @@ class Runner:
             self._pool,
             torch.tensor([row for _, row in sampled], dtype=torch.int64),
         )
-        tokens = sample(logits, [step for step, _ in sampled])
-        ids = [step.request_id for step, _ in sampled]
-        return StepResult(dict(zip(ids, tokens, strict=True)))
+        return _draw(logits, [step for step, _ in sampled])
 
     def _lora_batch(self, plan: Plan) -> LoRABatch | None:
         rows = _rows_by_adapter(plan.sequences)
@@ -62,6 +64,22 @@ class Runner:
             for planned in (plan.adapters[adapter_id] for adapter_id in rows)
         ]
         return build_lora_batch(adapters, list(rows.values()), self._pool.layout.chunk_elems)
+
+
+def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
+    """Draw a token of each row, but none from a row that is not finite.
+
+    An adapter's finite weights can still overflow; its request fails, its neighbours do not.
+    """
+    if not steps:
+        return StepResult({})
+    is_sound = torch.isfinite(logits.amax(-1)).tolist()
+    if not all(is_sound):
+        logits = logits[torch.tensor(is_sound)]
+    sound = [step for step, ok in zip(steps, is_sound, strict=True) if ok]
+    tokens = {s.request_id: t for s, t in zip(sound, sample(logits, sound), strict=True)}
+    failed = [step.request_id for step, ok in zip(steps, is_sound, strict=True) if not ok]
+    return StepResult(tokens, dict.fromkeys(failed, _NOT_FINITE))
 
 
 def _rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:

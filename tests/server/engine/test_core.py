@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 
+from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
 from loraplex_scheduler.plan import EndEvent, FinishReason, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from tests.support.engine import GatedPool, drive, greedy_request, make_core, save_adapter
@@ -79,6 +81,23 @@ def test_a_file_of_other_shapes_fails_the_load_not_the_engine(core, make_adapter
     events = events_of(core, greedy_request("r", PROMPT, lying))
     assert events[-1].finish_reason is FinishReason.FAILED
     assert core.stats().pages_adapters == 0
+
+
+def test_an_adapter_that_overflows_fails_its_request_and_nobody_else(core, make_adapter):
+    adapter = make_adapter("loud")
+    weights = {
+        key: dataclasses.replace(pair, a=pair.a * 1e18, b=pair.b * 1e18)
+        for key, pair in read_adapter_file(Path(adapter.path)).items()
+    }
+    write_adapter_file(Path(adapter.path), weights)
+    events = events_of(
+        core, greedy_request("loud", PROMPT, adapter), greedy_request("fine", PROMPT)
+    )
+    (failure,) = [e for e in events if e.request_id == "loud"]
+    assert failure.finish_reason is FinishReason.FAILED
+    assert "not finite" in failure.message
+    assert events[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    assert core.stats().pages_kv == 0
 
 
 def test_a_request_that_never_fits_is_refused_with_one_event(core):
