@@ -223,17 +223,21 @@ def figures_table(jobs: list[Job], elapsed_s: float, pool: Pool) -> Table:
 
 
 def next_steps(base_url: str) -> str:
+    # Spelled so that they work as they are, in a shell that has activated nothing.
+    folder = Path(sys.executable).parent
+    with suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
     return f"""
   curl {base_url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "pirate", "messages": [{{"role": "user", "content": "How do I boil an egg?"}}]}}'
 
-  python -c "from openai import OpenAI
+  {folder}/python -c "from openai import OpenAI
   client = OpenAI(base_url='{base_url}/v1', api_key='none')
   print(client.completions.create(model='pirate', prompt='The sea', max_tokens=20).choices[0].text)"
 
-  loraplex --base-url {base_url} chat --model pirate
-  loraplex --base-url {base_url} adapters list
-  loraplex serve --help"""
+  {folder}/loraplex --base-url {base_url} chat --model pirate
+  {folder}/loraplex --base-url {base_url} adapters list
+  {folder}/loraplex serve --help"""
 
 
 if __name__ == "__main__":
