@@ -14,7 +14,8 @@ from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.residency import AdapterResidency
-from loraplex_scheduler.scheduler import Scheduler, SchedulerLimits
+from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.errors import EngineConfigError

@@ -13,9 +13,9 @@ from loraplex_memory.adapter_file import ranks_of, write_adapter_file
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
+from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_scheduler.scheduler import SchedulerLimits
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.model.transformer import Transformer

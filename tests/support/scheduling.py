@@ -7,9 +7,10 @@ from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.residency import AdapterResidency
+from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import Plan, Request, SampledToken, StepResult
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_scheduler.scheduler import Scheduler, SchedulerLimits
+from loraplex_scheduler.scheduler import Scheduler
 
 TINY = ModelGeometry(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64
