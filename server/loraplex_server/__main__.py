@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraplex_server.config import Config, ConfigError, load_config
+from loraplex_server.logs import set_up_logging
 
 if TYPE_CHECKING:
     from loraplex_server.api.services import Services
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loraplex_server")
 
-_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 #: As uvicorn has it.
 _BACKLOG = 2048
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
     except ConfigError as error:
         return _fail(error, code=2)
-    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    set_up_logging(config.log_level)
     try:
         with _bind(config) as listener:
             _warn_if_open(config, listener)

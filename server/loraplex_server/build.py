@@ -23,16 +23,14 @@ from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
 from loraplex_server.engine.runner import Runner
+from loraplex_server.logs import set_up_logging
 from loraplex_server.machine import available_bytes, num_processors
 from loraplex_server.model.loader import load_weights
 from loraplex_server.model.source import ModelSource, resolve_model
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
 
-#: As the API process has it; its module is the program and cannot be imported.
 log = logging.getLogger(__name__)
-
-_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 #: `auto` takes this share of the memory that is free once the model is loaded, and no more than
 #: the cap: pages of a CPU pool are committed when they are first written.
@@ -75,7 +73,7 @@ def build_engine_handle(config: Config) -> ProcessEngine:
 
 def _build_in_process(config: Config, wake: Callable[[], None]) -> EngineCore:
     """The engine process knows nothing of settings: what it needs of them is set up here."""
-    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    set_up_logging(config.log_level)
     return build_core(config, wake)
 
 
