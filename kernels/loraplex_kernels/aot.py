@@ -1,0 +1,99 @@
+"""Ahead-of-time compile cases: what each Triton kernel is compiled with when no GPU is there.
+
+Every `*_triton.py` exports `aot_cases(shape: ModelShape) -> list[AotCase]`: the variants that
+serving a model of that shape launches. Equal variants of different models are compiled once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model the compiled kernels depend on; counts of elements."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    page_tokens: int = 16
+
+    @property
+    def page_elems(self) -> int:
+        """Elements of one page in one layer (DESIGN.md, "Page geometry")."""
+        return 2 * self.page_tokens * self.num_kv_heads * self.head_dim
+
+    @property
+    def chunk_elems(self) -> int:
+        """See `PoolLayout.chunk_elems`."""
+        sizes = [size for site in self.sites.values() for size in (site[0], *site[1])]
+        return math.gcd(self.page_elems, *sizes)
+
+    @property
+    def sites(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Input width and output widths of the four fused sites of a layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "qkv": (self.hidden_size, (q, kv, kv)),
+            "o": (q, (self.hidden_size,)),
+            "gate_up": (self.hidden_size, (self.intermediate_size, self.intermediate_size)),
+            "down": (self.intermediate_size, (self.hidden_size,)),
+        }
+
+
+MODEL_SHAPES = (
+    ModelShape("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+    ModelShape("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000),
+    ModelShape("qwen3-8b", 36, 4096, 32, 8, 128, 12288, 151936),
+    ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152),
+)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One compiled variant of one kernel.
+
+    Attributes:
+        name: kernel and variant, for the table.
+        fn: the `@triton.jit` function.
+        signature: type of each run-time argument as Triton writes it: `*bf16`, `*fp32`, `*i32`,
+            `i32`, `i64`, `fp32`. Arguments that are in `constexprs` may be left out.
+        constexprs: value of each constexpr argument (also of one that Triton would specialise: an
+            integer of 1, a None).
+        attrs: hints by argument position, `{(i,): [["tt.divisibility", 16]]}`. By default every
+            pointer is aligned to 16 bytes, as torch allocates them, and no integer is divisible.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        must_vectorise: names of the pointer arguments (the weight path: the pool) of which every
+            global load must move 16 bytes per thread, or go through cp.async or TMA.
+        options: further compile options, such as `{"maxnreg": 128}` or `{"launch_pdl": True}`.
+        min_capability: lowest compute capability that launches this variant (90 for TMA and PDL).
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Mapping[tuple[int, ...], list[list[Any]]] | None = None
+    num_warps: int = 4
+    num_stages: int = 3
+    must_vectorise: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    min_capability: int = 80
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.must_vectorise, tuple):
+            raise TypeError("must_vectorise is a tuple of pointer argument names")
+        known = {*self.signature, *self.constexprs}
+        missing = [arg for arg in self.fn.arg_names if arg not in known]
+        unknown = sorted(known.union(self.must_vectorise).difference(self.fn.arg_names))
+        if missing or unknown:
+            raise ValueError(f"{self.name}: arguments missing {missing}, unknown {unknown}")
