@@ -7,7 +7,81 @@ import torch.nn.functional as F
 
 from loraplex_kernels import reference
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.model_tables import HeadNorms, LoRASite, RopeTable
 from loraplex_kernels.native import MAX_GROUPS, load_native
+
+
+class CpuBackend:
+    """Batches are host tensors already: there is nothing to bring anywhere."""
+
+    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> CpuOps:
+        return CpuOps(attention, lora)
+
+
+class CpuOps:
+    """Implements `ops.StepOps`."""
+
+    def __init__(self, attention: AttentionBatch, lora: LoRABatch | None) -> None:
+        self._attention = attention
+        self._lora = lora
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return reference.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return reference.silu_mul(gate_up)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        rope: RopeTable,
+        norms: HeadNorms | None,
+        eps: float,
+    ) -> torch.Tensor:
+        if self._cos_sin is None:  # every layer rotates by the same angles
+            self._cos_sin = rope.at(self._attention.positions)
+        kv_heads, head_dim = kv.shape[3:]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        num_heads = heads.shape[1] - 2 * kv_heads
+        qk, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
+        if norms is not None:
+            weight = torch.cat((norms.q.expand(num_heads, -1), norms.k.expand(kv_heads, -1)))
+            qk = reference.rms_norm(qk, weight, eps)
+        qk = reference.rotate(qk, *self._cos_sin)
+        reference.write_kv(kv, qk[:, num_heads:], value, self._attention)
+        return qk[:, :num_heads]
+
+    def attend(
+        self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        return paged_attention(query, kv, self._attention, scale=scale, window=window)
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool_layer: torch.Tensor,
+        *,
+        layer: int,
+        site: LoRASite,
+    ) -> None:
+        if self._lora is not None:
+            add_lora(
+                y,
+                x,
+                pool_layer,
+                self._lora,
+                layer=layer,
+                projections=site.projections,
+                out_features=site.out_features,
+            )
 
 
 def add_lora(

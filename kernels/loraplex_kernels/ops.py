@@ -1,42 +1,93 @@
-"""The operations the model calls; this file alone chooses an implementation.
+"""The operations the model calls; this file alone chooses who computes them.
 
-Signatures and meaning are those of `reference`.
+A `KernelBackend` lives as long as the engine. Before each forward pass it turns the step's batches
+into `StepOps`, which is all that the model sees of them. `cpu.py` computes on the host, `gpu.py`
+through Triton; `reference.py` defines what both compute.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from loraplex_kernels import cpu
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
-from loraplex_kernels.reference import write_kv
-
-__all__ = ["add_lora", "paged_attention", "write_kv"]
+from loraplex_kernels.model_tables import HeadNorms, LoRASite, RopeTable
 
 
-def add_lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    pool_layer: torch.Tensor,
-    batch: LoRABatch,
-    *,
-    layer: int,
-    projections: tuple[int, ...],
-    out_features: tuple[int, ...],
-) -> None:
-    """Add the LoRA delta of one site to `y` in place; see `reference.add_lora`."""
-    cpu.add_lora(
-        y, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
-    )
+class StepOps(Protocol):
+    """The operations of one forward pass over `T` tokens, bound to its batches.
+
+    All tensors are on the backend's device and of the model's dtype.
+    """
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `reference.rms_norm`."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `reference.add_rms_norm`."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `reference.silu_mul`."""
+        ...
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        rope: RopeTable,
+        norms: HeadNorms | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Norm and rotate the heads of each token, and write its K and V into their page.
+
+        Args:
+            qkv: `[T, (heads + 2 kv_heads) head_dim]`.
+            kv: `[P, 2, page_tokens, kv_heads, head_dim]`, one layer of the pool; written.
+            rope: the model's one table, indexed by each token's position.
+            norms: for models with q/k norm, applied before the rotation.
+            eps: of the norms.
+
+        Returns:
+            The rotated queries `[T, heads, head_dim]`.
+        """
+        ...
+
+    def attend(
+        self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """See `reference.paged_attention`."""
+        ...
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool_layer: torch.Tensor,
+        *,
+        layer: int,
+        site: LoRASite,
+    ) -> None:
+        """See `reference.add_lora`; does nothing when no token of the step has an adapter."""
+        ...
 
 
-def paged_attention(
-    query: torch.Tensor,
-    kv: torch.Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Attend over paged KV; see `reference.paged_attention`."""
-    return cpu.paged_attention(query, kv, batch, scale=scale, window=window)
+class KernelBackend(Protocol):
+    """Owned by the runner; one per engine."""
+
+    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> StepOps:
+        """Bring a step's batches to where its operations read them."""
+        ...
+
+
+def choose_backend(device: torch.device) -> KernelBackend:
+    """Return who computes on `device`."""
+    if device.type == "cpu":
+        from loraplex_kernels.cpu import CpuBackend
+
+        return CpuBackend()
+    raise ValueError(f"there are no kernels for {device}")

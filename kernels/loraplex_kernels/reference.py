@@ -131,3 +131,46 @@ def paged_attention(
         out[row : row + num_queries] = torch.einsum("hqk,khd->qhd", probs, value).to(out.dtype)
         row += num_queries
     return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension: float32, rounded to the dtype of `x`, then weighted.
+
+    Args:
+        x: `[T, H]`; or `[T, heads, head_dim]` for the norm of each head.
+        weight: broadcast to `x`, of its dtype.
+        eps: added to the mean square.
+    """
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norm of `x + residual`, and that sum; either argument may be overwritten."""
+    residual = x.add_(residual)
+    return rms_norm(residual, weight, eps), residual
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads by position; elements from `rot_dim` on pass through.
+
+    Args:
+        x: `[T, heads, head_dim]`.
+        cos: `[T, 1, rot_dim]`.
+        sin: `[T, 1, rot_dim]`, the first half negated: element `i` pairs with `i + rot_dim / 2`.
+
+    Returns:
+        A new tensor of the shape and dtype of `x`.
+    """
+    rot_dim = cos.shape[-1]
+    if rot_dim == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(rot_dim // 2, dims=-1), sin)
+    turned = rotate(x[..., :rot_dim], cos, sin)
+    return torch.cat((turned, x[..., rot_dim:]), dim=-1)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up`, `[T, I]`, of `[T, 2 I]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loraplex_kernels import cpu, native, ops, reference
+from loraplex_kernels import cpu, native, reference
 from loraplex_kernels.batch import build_attention_batch
 
 PAGE = 16
@@ -32,7 +32,7 @@ def make_case(spans, *, heads=9, kv_heads=3, dim=64, dtype=torch.float32, seed=0
             kv[table[t // PAGE], 1, t % PAGE] = value[t]
         dense.append((key, value))
     new = [torch.cat([d[i][s:] for d, (s, _) in zip(dense, spans, strict=True)]) for i in (0, 1)]
-    ops.write_kv(kv, new[0], new[1], batch)
+    reference.write_kv(kv, new[0], new[1], batch)
     query = torch.randn(sum(n for _, n in spans), heads, dim).to(dtype)
     return batch, kv, query, dense
 
@@ -68,7 +68,7 @@ SPANS = {
 def test_attention_equals_dense_math(spans, window, heads, kv_heads, dim):
     batch, kv, query, dense = make_case(spans, heads=heads, kv_heads=kv_heads, dim=dim)
     expected = dense_attention(query, dense, spans, 0.2, window)
-    for attention in (reference.paged_attention, ops.paged_attention):
+    for attention in (reference.paged_attention, cpu.paged_attention):
         out = attention(query, kv, batch, scale=0.2, window=window)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
@@ -76,14 +76,14 @@ def test_attention_equals_dense_math(spans, window, heads, kv_heads, dim):
 def test_bfloat16_stays_within_its_rounding():
     batch, kv, query, dense = make_case(SPANS["mixed"], dtype=torch.bfloat16)
     expected = dense_attention(query, dense, SPANS["mixed"], 0.125, None)
-    out = ops.paged_attention(query, kv, batch, scale=0.125)
+    out = cpu.paged_attention(query, kv, batch, scale=0.125)
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_large_scores_do_not_overflow():
     batch, kv, query, dense = make_case(SPANS["decodes"])
     expected = dense_attention(query, dense, SPANS["decodes"], 30.0, None)
-    out = ops.paged_attention(query, kv, batch, scale=30.0)
+    out = cpu.paged_attention(query, kv, batch, scale=30.0)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -94,13 +94,13 @@ def test_a_query_gets_the_same_bits_in_any_company_and_any_chunk(window, dtype):
         pytest.skip("no C compiler: torch's kernels pick their order by size")
     spans = [(46, 1), (0, 50), (7, 40)]
     batch, kv, query, _ = make_case(spans, dtype=dtype)
-    together = ops.paged_attention(query, kv, batch, scale=0.2, window=window)
+    together = cpu.paged_attention(query, kv, batch, scale=0.2, window=window)
     row = 0
     for s, (start, count) in enumerate(spans):
         table = batch.block_tables[s, : -(-(start + count) // PAGE)].tolist()
         for i in range(count):  # each query as if it had been decoded alone
             alone = build_attention_batch([(start + i, 1)], [table], PAGE)
-            out = ops.paged_attention(query[row : row + 1], kv, alone, scale=0.2, window=window)
+            out = cpu.paged_attention(query[row : row + 1], kv, alone, scale=0.2, window=window)
             assert torch.equal(out[0], together[row])
             row += 1
 
@@ -108,7 +108,7 @@ def test_a_query_gets_the_same_bits_in_any_company_and_any_chunk(window, dtype):
 def test_a_nan_in_the_prefix_is_not_hidden():
     batch, kv, query, _ = make_case(SPANS["decodes"])
     kv[batch.block_tables[3, 2], 0, 5] = torch.nan
-    out = ops.paged_attention(query, kv, batch, scale=0.2)
+    out = cpu.paged_attention(query, kv, batch, scale=0.2)
     assert [bool(row.isnan().any()) for row in out] == [False, False, False, True, False]
 
 

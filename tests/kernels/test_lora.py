@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplex_kernels import cpu, ops, reference
+from loraplex_kernels import cpu, reference
 from loraplex_kernels.native import load_native
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry
 from tests.support.kernel_cases import SMOLLM2, LoRACase, make_lora_case
@@ -62,7 +62,7 @@ def test_delta_equals_dense_math(popularity, ranks, site):
     x = torch.randn(num_tokens, SMOLLM2.in_features(SITES[site][0]))
     for layer in (0, 1):
         expected = dense_delta(case, rows, x, layer, site)
-        for add_lora in (reference.add_lora, ops.add_lora):
+        for add_lora in (reference.add_lora, cpu.add_lora):
             y = torch.randn(num_tokens, expected.shape[1])
             before = y.clone()
             pages = case.pool.layer(layer)
@@ -98,7 +98,7 @@ def test_rows_without_an_adapter_are_untouched():
     case = make_lora_case([uniform(8), uniform(0)], rows)
     x, y = torch.randn(6, 576), torch.randn(6, 960)
     before = y.clone()
-    ops.add_lora(y, x, case.pool.layer(0), case.batch, layer=0, **site_args("qkv", SMOLLM2))
+    cpu.add_lora(y, x, case.pool.layer(0), case.batch, layer=0, **site_args("qkv", SMOLLM2))
     changed = (y != before).any(dim=1).tolist()
     assert changed == [False, True, False, False, False, False]
 
@@ -113,7 +113,7 @@ def test_a_rows_delta_is_bit_identical_in_any_company(dtype):
     for rows in ([[4]], [[0, 4]], [[1, 2, 3, 4, 5]], [list(range(9))]):
         case = make_lora_case([MIXED], rows, dtype=dtype)
         y = base.clone()
-        ops.add_lora(y, x, case.pool.layer(0), case.batch, layer=0, **site_args("qkv", SMOLLM2))
+        cpu.add_lora(y, x, case.pool.layer(0), case.batch, layer=0, **site_args("qkv", SMOLLM2))
         outcomes.append(y[4])
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 

@@ -12,6 +12,7 @@ from loraplex_kernels.batch import (
     build_attention_batch,
     build_lora_batch,
 )
+from loraplex_kernels.ops import choose_backend
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.model.sampler import sample
@@ -28,6 +29,7 @@ class Runner:
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self._model = model
         self._pool = pool
+        self._backend = choose_backend(model.device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -45,8 +47,7 @@ class Runner:
         ]
         logits = self._model.forward(
             token_ids,
-            attention,
-            self._lora_batch(plan),
+            self._backend.prepare(attention, self._lora_batch(plan)),
             self._pool,
             torch.tensor([row for _, row in sampled], dtype=torch.int64),
         )

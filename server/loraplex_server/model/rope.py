@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies from transformers, cos and sin tables, the rotation.
+"""Rotary position embedding: frequencies from transformers, cos and sin tables.
 
 The formulas of every scaling kind are transformers' own (`ROPE_INIT_FUNCTIONS`), so that a base
 model means here what it means there. The layout is Hugging Face's half rotation: element `i` pairs
@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from loraplex_kernels.model_tables import RopeTable
 from loraplex_server.model.errors import UnsupportedModel
 
 _COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -126,44 +127,15 @@ def _checked_type(parameters: dict[str, Any]) -> str:
     return rope_type
 
 
-@dataclass(frozen=True)
-class RopeTable:
-    """Cos and sin of every position, in the model's dtype: `[max_model_len, rot_dim]` each.
-
-    `sin` carries the sign of the half rotation: its first half is negated, so that
-    `rotate(x) = x * cos + roll(x, rot_dim / 2) * sin`.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def build(
-        cls, spec: RopeSpec, max_model_len: int, *, dtype: torch.dtype, device: torch.device
-    ) -> RopeTable:
-        """Compute the table in float32, then round it to `dtype`, as transformers does."""
-        inv_freq = torch.tensor(spec.frequencies(max_model_len), dtype=torch.float32)
-        angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inv_freq
-        cos = angles.cos().mul_(spec.attention_factor)
-        sin = angles.sin().mul_(spec.attention_factor)
-        return cls(
-            torch.cat((cos, cos), dim=-1).to(device, dtype),
-            torch.cat((-sin, sin), dim=-1).to(device, dtype),
-        )
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin `[T, 1, rot_dim]` of int64 `positions` `[T]`."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads `[T, heads, head_dim]` by `cos` and signed `sin` `[T, 1, rot_dim]`.
-
-    Returns:
-        A new tensor of the shape and dtype of `x`.
-    """
-    rot_dim = cos.shape[-1]
-    if rot_dim == x.shape[-1]:
-        return torch.addcmul(x * cos, x.roll(rot_dim // 2, dims=-1), sin)
-    turned = rotate(x[..., :rot_dim], cos, sin)
-    return torch.cat((turned, x[..., rot_dim:]), dim=-1)
+def build_rope_table(
+    spec: RopeSpec, max_model_len: int, *, dtype: torch.dtype, device: torch.device
+) -> RopeTable:
+    """Compute the table in float32, then round it to `dtype`, as transformers does."""
+    inv_freq = torch.tensor(spec.frequencies(max_model_len), dtype=torch.float32)
+    angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inv_freq
+    cos = angles.cos().mul_(spec.attention_factor)
+    sin = angles.sin().mul_(spec.attention_factor)
+    return RopeTable(
+        torch.cat((cos, cos), dim=-1).to(device, dtype),
+        torch.cat((-sin, sin), dim=-1).to(device, dtype),
+    )

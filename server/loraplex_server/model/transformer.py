@@ -7,46 +7,17 @@ same. The pass holds no state: KV lives in the pool, what to compute is in its a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from loraplex_kernels import ops
-from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.model_tables import HeadNorms, LoRASite
+from loraplex_kernels.ops import StepOps
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Site
 from loraplex_memory.pool import PagePool
 from loraplex_server.model.errors import UnsupportedModel
-from loraplex_server.model.rope import RopeTable, rotate
+from loraplex_server.model.rope import build_rope_table
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.weights import LayerWeights, ModelWeights
-
-
-@dataclass(frozen=True)
-class LoRASite:
-    """Projections that share an input, as `ops.add_lora` takes them."""
-
-    projections: tuple[int, ...]
-    out_features: tuple[int, ...]
-
-    @classmethod
-    def of(cls, site: Site, geometry: ModelGeometry) -> LoRASite:
-        names = SITES[site]
-        return cls(
-            tuple(PROJECTIONS.index(name) for name in names),
-            tuple(geometry.out_features(name) for name in names),
-        )
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What every layer of one forward pass needs."""
-
-    attention: AttentionBatch
-    lora: LoRABatch | None
-    pool: PagePool
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class Transformer:
@@ -76,14 +47,10 @@ class Transformer:
         self.spec = spec
         self.max_model_len = max_model_len or longest
         self._weights = weights
-        self._rope = RopeTable.build(
+        self._rope = build_rope_table(
             spec.rope, self.max_model_len, dtype=weights.dtype, device=weights.device
         )
-        self._head_norms = [_head_norm(spec.geometry, layer) for layer in weights.layers]
-        self._qkv_site = LoRASite.of("qkv", spec.geometry)
-        self._o_site = LoRASite.of("o", spec.geometry)
-        self._gate_up_site = LoRASite.of("gate_up", spec.geometry)
-        self._down_site = LoRASite.of("down", spec.geometry)
+        self._sites = {site: lora_site(site, spec.geometry) for site in SITES}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,100 +64,88 @@ class Transformer:
     def forward(
         self,
         token_ids: torch.Tensor,
-        attention: AttentionBatch,
-        lora: LoRABatch | None,
+        ops: StepOps,
         pool: PagePool,
-        logit_rows: torch.Tensor,
+        logit_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the tokens of a step, write their KV, and return logits of some of them.
 
         Args:
-            token_ids: int64 `[T]`, sequence by sequence.
-            attention: where each token belongs.
-            lora: which rows use which adapter; None for the base model alone.
+            token_ids: integers `[T]`, sequence by sequence.
+            ops: the operations, bound to where each token belongs and which adapter it uses.
             pool: KV pages (written) and adapter pages (read).
-            logit_rows: int64 `[N]`, the token rows whose logits are wanted.
+            logit_rows: integers `[N]`, the token rows whose logits are wanted; None for all.
 
         Returns:
             float32 `[N, vocab_size]`.
         """
-        cos, sin = self._rope.at(attention.positions)
-        step = _Step(attention, lora, pool, cos, sin)
-        hidden = F.embedding(token_ids, self._weights.embedding)
-        for index, layer in enumerate(self._weights.layers):
-            hidden = self._attend(hidden, index, layer, step)
-            hidden = self._mlp(hidden, index, layer, step)
-        last = self._norm(hidden.index_select(0, logit_rows), self._weights.norm)
-        return self._weights.lm_head(last).float()
+        layers, eps = self._weights.layers, self.spec.rms_norm_eps
+        residual = F.embedding(token_ids, self._weights.embedding)
+        x = ops.rms_norm(residual, layers[0].input_norm, eps)
+        norms_after = [*(layer.input_norm for layer in layers[1:]), self._weights.norm]
+        for index, layer in enumerate(layers):
+            out = self._attention(x, index, layer, ops, pool)
+            x, residual = ops.add_rms_norm(out, residual, layer.post_norm, eps)
+            out = self._mlp(x, index, layer, ops, pool)
+            if index == len(layers) - 1 and logit_rows is not None:
+                out, residual = (t.index_select(0, logit_rows) for t in (out, residual))
+            x, residual = ops.add_rms_norm(out, residual, norms_after[index], eps)
+        return self._weights.lm_head(x).float()
 
-    def _attend(
-        self, hidden: torch.Tensor, index: int, layer: LayerWeights, step: _Step
+    def _attention(
+        self, x: torch.Tensor, index: int, layer: LayerWeights, ops: StepOps, pool: PagePool
     ) -> torch.Tensor:
-        """Return `hidden` plus attention, `[T, H]`."""
-        g, pool = self.spec.geometry, step.pool
-        x = self._norm(hidden, layer.input_norm)
+        """Return what attention adds to the normed `x` `[T, H]`."""
         qkv = layer.qkv(x)
-        self._add_lora(qkv, x, index, self._qkv_site, step)
-        heads = qkv.view(qkv.shape[0], -1, g.head_dim)
-        num_rotated = g.num_heads + g.num_kv_heads
-        qk, value = heads[:, :num_rotated], heads[:, num_rotated:]
-        head_norm = self._head_norms[index]
-        if head_norm is not None:
-            qk = self._norm(qk, head_norm)
-        qk = rotate(qk, step.cos, step.sin)
+        self._add_lora(qkv, x, index, "qkv", ops, pool)
         kv = pool.kv(index)
-        ops.write_kv(kv, qk[:, g.num_heads :], value, step.attention)
-        mixed = ops.paged_attention(
-            qk[:, : g.num_heads],
+        query = ops.rotate_and_store(
+            qkv, kv, self._rope, _head_norms(layer), self.spec.rms_norm_eps
+        )
+        mixed = ops.attend(
+            query,
             kv,
-            step.attention,
-            scale=g.head_dim**-0.5,
+            scale=self.spec.geometry.head_dim**-0.5,
             window=self.spec.sliding_windows[index],
         ).flatten(1)
         out = layer.o(mixed)
-        self._add_lora(out, mixed, index, self._o_site, step)
-        return out.add_(hidden)
+        self._add_lora(out, mixed, index, "o", ops, pool)
+        return out
 
     def _mlp(
-        self, hidden: torch.Tensor, index: int, layer: LayerWeights, step: _Step
+        self, x: torch.Tensor, index: int, layer: LayerWeights, ops: StepOps, pool: PagePool
     ) -> torch.Tensor:
-        """Return `hidden` plus the gated MLP, `[T, H]`."""
-        x = self._norm(hidden, layer.post_norm)
+        """Return what the gated MLP adds to the normed `x` `[T, H]`."""
         gate_up = layer.gate_up(x)
-        self._add_lora(gate_up, x, index, self._gate_up_site, step)
-        gate, up = gate_up.chunk(2, dim=-1)
-        product = F.silu(gate).mul_(up)
+        self._add_lora(gate_up, x, index, "gate_up", ops, pool)
+        product = ops.silu_mul(gate_up)
         out = layer.down(product)
-        self._add_lora(out, product, index, self._down_site, step)
-        return out.add_(hidden)
+        self._add_lora(out, product, index, "down", ops, pool)
+        return out
 
     def _add_lora(
-        self, y: torch.Tensor, x: torch.Tensor, index: int, site: LoRASite, step: _Step
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        index: int,
+        site: Site,
+        ops: StepOps,
+        pool: PagePool,
     ) -> None:
-        if step.lora is not None:
-            ops.add_lora(
-                y,
-                x,
-                step.pool.layer(index),
-                step.lora,
-                layer=index,
-                projections=site.projections,
-                out_features=site.out_features,
-            )
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm over the last dimension: float32, rounded to the dtype of `x`, then weighted."""
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.spec.rms_norm_eps)
-        return normed.to(x.dtype).mul_(weight)
+        ops.add_lora(y, x, pool.layer(index), layer=index, site=self._sites[site])
 
 
-def _head_norm(geometry: ModelGeometry, layer: LayerWeights) -> torch.Tensor | None:
-    """Return the weights of q/k norm per head, `[heads + kv_heads, D]`, so that one norm does."""
+def lora_site(site: Site, geometry: ModelGeometry) -> LoRASite:
+    """Return the site as the kernels take it."""
+    names = SITES[site]
+    return LoRASite(
+        index=list(SITES).index(site),
+        projections=tuple(PROJECTIONS.index(name) for name in names),
+        out_features=tuple(geometry.out_features(name) for name in names),
+    )
+
+
+def _head_norms(layer: LayerWeights) -> HeadNorms | None:
     if layer.q_norm is None or layer.k_norm is None:
         return None
-    return torch.cat(
-        (
-            layer.q_norm.expand(geometry.num_heads, -1),
-            layer.k_norm.expand(geometry.num_kv_heads, -1),
-        )
-    )
+    return HeadNorms(layer.q_norm, layer.k_norm)

@@ -13,6 +13,7 @@ from loraplex_kernels.batch import (
     build_attention_batch,
     build_lora_batch,
 )
+from loraplex_kernels.ops import choose_backend
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.packing import pack_adapter
@@ -27,6 +28,7 @@ class PagedRun:
         self, model: Transformer, *, num_pages: int = 64, page_tokens: int = 4, seed: int = 0
     ) -> None:
         self.model = model
+        self._backend = choose_backend(model.device)
         self.layout = PoolLayout(model.spec.geometry, page_tokens)
         self.pool = PagePool(self.layout, num_pages, dtype=model.dtype)
         self.lengths: dict[str, int] = {}
@@ -63,8 +65,8 @@ class PagedRun:
             spans, [self._tables[name] for name in names], self.layout.page_tokens
         )
         tokens = torch.tensor([t for name in names for t in new_tokens[name]])
-        lora = self._lora_batch(names, new_tokens, adapters or {})
-        logits = self.model.forward(tokens, batch, lora, self.pool, torch.arange(len(tokens)))
+        ops = self._backend.prepare(batch, self._lora_batch(names, new_tokens, adapters or {}))
+        logits = self.model.forward(tokens, ops, self.pool)
         return dict(zip(names, logits.split([count for _, count in spans]), strict=True))
 
     def _lora_batch(self, names, new_tokens, adapters) -> LoRABatch | None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from loraplex_kernels.reference import rotate
 from loraplex_server.model.errors import UnsupportedModel
-from loraplex_server.model.rope import RopeTable, rotate
+from loraplex_server.model.rope import build_rope_table
 from loraplex_server.model.transformer import Transformer
 from loraplex_server.model.weights import fill_weights, random_weights
 from tests.server.model.paged_run import PagedRun
@@ -24,7 +25,7 @@ PHI3_LONG = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 6
 
 
 def test_rotation_is_the_half_rotation_of_transformers():
-    table = RopeTable.build(tiny_spec().rope, 50, dtype=torch.float32, device=torch.device("cpu"))
+    table = build_rope_table(tiny_spec().rope, 50, dtype=torch.float32, device=torch.device("cpu"))
     positions = torch.tensor([0, 7, 49, 3])
     x = torch.randn(4, 3, 8, generator=torch.manual_seed(0))
     angles = positions[:, None].float() * torch.tensor(tiny_spec().rope.inv_freq).repeat(2)
