@@ -18,24 +18,26 @@ from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.errors import EngineConfigError
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
 from loraplex_server.engine.runner import Runner
 from loraplex_server.logs import set_up_logging
-from loraplex_server.machine import available_bytes, num_processors
+from loraplex_server.machine import num_processors
 from loraplex_server.model.loader import load_weights
 from loraplex_server.model.source import ModelSource, resolve_model
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
+from loraplex_server.sizing import (
+    auto_pool_bytes,
+    choose_device,
+    choose_dtype,
+    choose_limits,
+    choose_num_pages,
+    choose_step_sizes,
+)
 
 log = logging.getLogger(__name__)
-
-#: `auto` takes this share of the memory that is free once the model is loaded, and no more than
-#: the cap: pages of a CPU pool are committed when they are first written.
-_POOL_SHARE = 0.25
-_POOL_CAP_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,22 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
         ModelError: the model cannot be served.
         EngineConfigError: the settings do not fit the model or the machine.
     """
-    check_step(config)
+    device = choose_device(config.device)
+    sizes = choose_step_sizes(config, device)
     torch.set_num_threads(config.threads or num_processors())
     facts = resolve_facts(config)
-    dtype = choose_dtype(config.dtype)
-    load_native()  # compiles for seconds on a new machine, which the first request would wait for
+    dtype = choose_dtype(config.dtype, device)
+    if device.type == "cpu":
+        load_native()  # compiles for seconds on a new machine: the first request would wait
     # Before the pool is sized: it takes a share of the memory that the weights leave.
-    weights = load_weights(facts.source, facts.spec, dtype=dtype)
-    limits = choose_limits(config, facts, dtype)
-    max_model_len = limits.scheduler.max_model_len
-    warn_of_long_rope(facts.spec, max_model_len)
-    model = Transformer(facts.spec, weights, max_model_len=max_model_len)
-    pool = PagePool(facts.layout, limits.num_pages, dtype=dtype)
-    return assemble_core(model, pool, limits.scheduler, wake)
+    weights = load_weights(facts.source, facts.spec, dtype=dtype, device=device)
+    pool_bytes = config.pool_bytes or auto_pool_bytes(device)
+    num_pages = choose_num_pages(pool_bytes, facts.layout, dtype.itemsize)
+    limits = choose_limits(config, facts.spec, num_pages, sizes)
+    warn_of_long_rope(facts.spec, limits.max_model_len)
+    model = Transformer(facts.spec, weights, max_model_len=limits.max_model_len)
+    pool = PagePool(facts.layout, num_pages, dtype=dtype, device=device)
+    return assemble_core(model, pool, limits, wake)
 
 
 def assemble_core(
@@ -132,14 +137,6 @@ def assemble_core(
     )
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """Sizes that follow from settings, model and machine together."""
-
-    num_pages: int
-    scheduler: SchedulerLimits
-
-
 def warn_of_long_rope(spec: ModelSpec, max_model_len: int) -> None:
     """Say that a longrope model computes short texts otherwise than transformers does.
 
@@ -155,75 +152,3 @@ def warn_of_long_rope(spec: ModelSpec, max_model_len: int) -> None:
             max_model_len,
             original,
         )
-
-
-def check_step(config: Config) -> None:
-    """Raise EngineConfigError unless a step has room for a token of every running sequence."""
-    if config.max_step_tokens < config.max_running:
-        raise EngineConfigError(
-            f"max_step_tokens is {config.max_step_tokens} and max_running {config.max_running}: "
-            "a step must have room for one token of every running sequence; "
-            "raise max_step_tokens or lower max_running"
-        )
-
-
-def choose_limits(config: Config, facts: ModelFacts, dtype: torch.dtype) -> EngineLimits:
-    """Settle the sizes left to `auto` and check the others.
-
-    Raises:
-        EngineConfigError: the settings do not fit the model or the machine.
-    """
-    num_pages = choose_num_pages(config.pool_bytes, facts.layout, dtype.itemsize)
-    limits = SchedulerLimits(
-        max_step_tokens=config.max_step_tokens,
-        max_running=config.max_running,
-        max_model_len=choose_max_model_len(config, facts.spec, num_pages),
-        eos_token_ids=facts.spec.eos_token_ids,
-    )
-    return EngineLimits(num_pages, limits)
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """Return the dtype of weights, KV cache and adapters.
-
-    `auto` is bfloat16 where the processor multiplies it natively (measured three times as fast as
-    float32 there) and float32 elsewhere.
-    """
-    if name == "auto":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def choose_num_pages(pool_bytes: int | None, layout: PoolLayout, elem_bytes: int) -> int:
-    """Return how many pages fit into the pool's bytes.
-
-    Raises:
-        EngineConfigError: not even one.
-    """
-    if pool_bytes is None:
-        pool_bytes = min(_POOL_CAP_BYTES, int(_POOL_SHARE * available_bytes()))
-    num_pages = pool_bytes // layout.page_bytes(elem_bytes)
-    if num_pages < 1:
-        raise EngineConfigError(
-            f"pool_bytes is {pool_bytes} and one page of this model takes "
-            f"{layout.page_bytes(elem_bytes)}: give the pool more memory"
-        )
-    return num_pages
-
-
-def choose_max_model_len(config: Config, spec: ModelSpec, num_pages: int) -> int:
-    """Return the longest sequence: the model's limit, unless the pool or a setting is smaller.
-
-    Raises:
-        EngineConfigError: a length was asked for that the model or the pool does not have.
-    """
-    in_pool = num_pages * config.page_tokens
-    most = min(spec.max_position_embeddings, in_pool)
-    if config.max_model_len is None:
-        return most
-    if config.max_model_len > most:
-        raise EngineConfigError(
-            f"max_model_len is {config.max_model_len}; the model allows "
-            f"{spec.max_position_embeddings} tokens and the pool holds {in_pool}"
-        )
-    return config.max_model_len

@@ -154,7 +154,9 @@ class Config:
     dtype: str = _setting(
         _choice("auto", "float32", "bfloat16"), "auto", "model", "arithmetic of the model", "TYPE"
     )
-    device: str = _setting(_choice("auto", "cpu"), "auto", "model", "where it runs", "DEVICE")
+    device: str = _setting(
+        _choice("auto", "cpu", "cuda"), "auto", "model", "where it runs; auto: a GPU if any", "TYPE"
+    )
     max_model_len: int | None = _setting(
         _or_auto(_integer(1)), None, "model", "most tokens of prompt and answer; auto: the model's"
     )
@@ -170,8 +172,12 @@ class Config:
         "size of the page pool, e.g. 512MiB; auto: by memory",
         "SIZE",
     )
-    max_step_tokens: int = _setting(_integer(1), 512, "memory", "most tokens of one engine step")
-    max_running: int = _setting(_integer(1), 64, "memory", "most sequences in one engine step")
+    max_step_tokens: int | None = _setting(
+        _or_auto(_integer(1)), None, "memory", "most tokens of one step; auto: 512, on a GPU 2048"
+    )
+    max_running: int | None = _setting(
+        _or_auto(_integer(1)), None, "memory", "most sequences of one step; auto: 64, on a GPU 256"
+    )
 
     data_dir: Path = _setting(  # noqa: RUF009 - returns a field, as dataclasses.field does
         _folder, default_data_dir, "adapters", "where adapters are stored", "FOLDER"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_kernels.native import load_native
-from loraplex_server import build
+from loraplex_server import build, sizing
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError
 from tests.support.tiny_models import save_tiny_model
@@ -73,7 +73,7 @@ def test_the_pool_is_sized_by_what_the_weights_leave(make, monkeypatch):
 
     load_weights = build.load_weights
     monkeypatch.setattr(build, "load_weights", load)
-    monkeypatch.setattr(build, "available_bytes", lambda: 4 * MIB if is_loaded else 400 * MIB)
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 4 * MIB if is_loaded else 400 * MIB)
     core = make(pool_bytes=None)
     assert core.info.num_pages * core.info.page_bytes == pytest.approx(MIB, rel=0.05)
 

@@ -22,6 +22,7 @@ from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.services import Services
+from loraplex_server.sizing import choose_device, choose_step_sizes
 
 _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names the adapter."
 
@@ -73,11 +74,12 @@ def create_app(services: Services) -> FastAPI:
 
 def _generations(services: Services, metrics: RequestMetrics) -> Generations:
     config = services.config
+    sizes = choose_step_sizes(config, choose_device(config.device))
     return Generations(
         engine=services.engine,
         vocabulary=services.vocabulary,
         metrics=metrics,
-        max_sequences=config.max_running + config.max_queued,
+        max_sequences=sizes.max_running + config.max_queued,
         timeout_s=config.request_timeout_s,
         clock=services.clock,
     )

@@ -1,0 +1,138 @@
+"""What settings, model and machine together decide: device, dtype, sizes of steps and pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from loraplex_memory.layout import PoolLayout
+from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_server.config import Config
+from loraplex_server.engine.errors import EngineConfigError
+from loraplex_server.machine import available_bytes
+from loraplex_server.model.spec import ModelSpec
+
+#: On a CPU `auto` takes this share of the memory that is free once the model is loaded, and no
+#: more than the cap: pages are committed when they are first written.
+_CPU_POOL_SHARE: Final = 0.25
+_CPU_POOL_CAP_BYTES: Final = 4 << 30
+
+#: On a GPU nobody else needs the memory; the rest is for fragments and the driver.
+_GPU_POOL_SHARE: Final = 0.92
+
+#: Tokens and sequences of a step: a GPU needs more of them to be busy.
+_STEP_SIZES: Final = {"cpu": (512, 64), "cuda": (2048, 256)}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return where to compute; `auto` is the GPU where there is one.
+
+    Raises:
+        EngineConfigError: a GPU was asked for and torch sees none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise EngineConfigError(
+            "device is cuda and torch sees no GPU: check `nvidia-smi`, install the CUDA build of "
+            "torch, or serve with --device cpu"
+        )
+    if name == "auto":
+        name = "cuda" if has_gpu else "cpu"
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights, KV cache and adapters.
+
+    `auto` is bfloat16 where the hardware multiplies it natively (measured three times as fast as
+    float32 on such a CPU) and float32 elsewhere.
+    """
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Most tokens and most sequences of one step."""
+
+    max_step_tokens: int
+    max_running: int
+
+
+def choose_step_sizes(config: Config, device: torch.device) -> StepSizes:
+    """Settle the sizes of a step.
+
+    Raises:
+        EngineConfigError: a step has no room for a token of every running sequence.
+    """
+    max_step_tokens, max_running = _STEP_SIZES[device.type]
+    max_running = config.max_running or min(max_running, config.max_step_tokens or max_running)
+    max_step_tokens = config.max_step_tokens or max(max_step_tokens, max_running)
+    if max_step_tokens < max_running:
+        raise EngineConfigError(
+            f"max_step_tokens is {max_step_tokens} and max_running {max_running}: "
+            "a step must have room for one token of every running sequence; "
+            "raise max_step_tokens or lower max_running"
+        )
+    return StepSizes(max_step_tokens, max_running)
+
+
+def auto_pool_bytes(device: torch.device, step_bytes: int = 0) -> int:
+    """Return the size of a pool that was not set.
+
+    Args:
+        step_bytes: on a GPU, what the largest step needs besides weights and pool.
+    """
+    if device.type == "cpu":
+        return min(_CPU_POOL_CAP_BYTES, int(_CPU_POOL_SHARE * available_bytes()))
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, int(_GPU_POOL_SHARE * free) - step_bytes)
+
+
+def choose_num_pages(pool_bytes: int, layout: PoolLayout, elem_bytes: int) -> int:
+    """Return how many pages fit into the pool's bytes.
+
+    Raises:
+        EngineConfigError: not even one.
+    """
+    num_pages = pool_bytes // layout.page_bytes(elem_bytes)
+    if num_pages < 1:
+        raise EngineConfigError(
+            f"pool_bytes is {pool_bytes} and one page of this model takes "
+            f"{layout.page_bytes(elem_bytes)}: give the pool more memory"
+        )
+    return num_pages
+
+
+def choose_limits(
+    config: Config, spec: ModelSpec, num_pages: int, sizes: StepSizes
+) -> SchedulerLimits:
+    """Return the scheduler's limits.
+
+    Raises:
+        EngineConfigError: a length was asked for that the model or the pool does not have.
+    """
+    return SchedulerLimits(
+        max_step_tokens=sizes.max_step_tokens,
+        max_running=sizes.max_running,
+        max_model_len=_choose_max_model_len(config, spec, num_pages),
+        eos_token_ids=spec.eos_token_ids,
+    )
+
+
+def _choose_max_model_len(config: Config, spec: ModelSpec, num_pages: int) -> int:
+    """Return the longest sequence: the model's limit, unless the pool or a setting is smaller."""
+    in_pool = num_pages * config.page_tokens
+    most = min(spec.max_position_embeddings, in_pool)
+    if config.max_model_len is None:
+        return most
+    if config.max_model_len > most:
+        raise EngineConfigError(
+            f"max_model_len is {config.max_model_len}; the model allows "
+            f"{spec.max_position_embeddings} tokens and the pool holds {in_pool}"
+        )
+    return config.max_model_len

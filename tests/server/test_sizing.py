@@ -1,0 +1,70 @@
+"""Sizes left to `auto`, by device, and settings that contradict each other or the machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraplex_server import sizing
+from loraplex_server.config import Config
+from loraplex_server.engine.errors import EngineConfigError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GIB = 1 << 30
+
+
+@pytest.fixture
+def _has_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 141 * GIB))
+
+
+@pytest.mark.usefixtures("_has_gpu")
+def test_auto_takes_the_gpu_where_there_is_one():
+    assert sizing.choose_device("auto") == CUDA
+    assert sizing.choose_device("cuda") == CUDA
+    assert sizing.choose_device("cpu") == CPU
+    assert sizing.choose_dtype("auto", CUDA) is torch.bfloat16
+
+
+def test_auto_is_the_cpu_elsewhere_and_asking_for_a_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sizing.choose_device("auto") == CPU
+    with pytest.raises(EngineConfigError, match=r"nvidia-smi.*--device cpu"):
+        sizing.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ({}, CPU, (512, 64)),
+        ({}, CUDA, (2048, 256)),
+        ({"max_running": 4}, CPU, (512, 4)),
+        ({"max_running": 700}, CPU, (700, 700)),
+        ({"max_step_tokens": 16}, CUDA, (16, 16)),
+        ({"max_step_tokens": 32, "max_running": 8}, CUDA, (32, 8)),
+    ],
+)
+def test_a_step_has_room_for_a_token_of_everyone(settings, device, expected):
+    sizes = sizing.choose_step_sizes(Config(**settings), device)
+    assert (sizes.max_step_tokens, sizes.max_running) == expected
+
+
+def test_a_step_smaller_than_what_runs_is_refused():
+    with pytest.raises(EngineConfigError, match="max_step_tokens is 8 and max_running 9"):
+        sizing.choose_step_sizes(Config(max_step_tokens=8, max_running=9), CPU)
+
+
+@pytest.mark.usefixtures("_has_gpu")
+def test_a_gpus_pool_leaves_room_for_the_largest_step():
+    without = sizing.auto_pool_bytes(CUDA)
+    assert without == int(0.92 * 100 * GIB)
+    assert without - sizing.auto_pool_bytes(CUDA, step_bytes=3 * GIB) == 3 * GIB
+    assert sizing.auto_pool_bytes(CUDA, step_bytes=200 * GIB) == 0
+
+
+def test_a_cpus_pool_is_capped(monkeypatch):
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 8 * GIB)
+    assert sizing.auto_pool_bytes(CPU) == 2 * GIB
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 800 * GIB)
+    assert sizing.auto_pool_bytes(CPU) == 4 * GIB
