@@ -2,14 +2,24 @@
 
 Every `*_triton.py` exports `aot_cases(shape: ModelShape) -> list[AotCase]`: the variants that
 serving a model of that shape launches. Equal variants of different models are compiled once.
+
+`python -m loraplex_kernels.aot` compiles them all for sm_80, sm_90 and sm_100, prints a table of
+registers, spills and shared memory, and exits 1 on a violation (`aot_build` says what one is).
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraplex_kernels.aot_build import AotResult
 
 
 @dataclass(frozen=True)
@@ -97,3 +107,57 @@ class AotCase:
         unknown = sorted(known.union(self.must_vectorise).difference(self.fn.arg_names))
         if missing or unknown:
             raise ValueError(f"{self.name}: arguments missing {missing}, unknown {unknown}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print the table, and return the exit status."""
+    # Kernel files import this module for `AotCase`; what compiles them is imported only to do it.
+    from loraplex_kernels import aot_build, aot_inspect
+
+    names = [shape.name for shape in MODEL_SHAPES]
+    parser = argparse.ArgumentParser(prog="python -m loraplex_kernels.aot", description=__doc__)
+    parser.add_argument("--module", action="append", help="kernel module (default: all)")
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100]
+    )
+    parser.add_argument("--model", nargs="+", default=names, choices=names)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args(arguments)
+    shapes = [shape for shape in MODEL_SHAPES if shape.name in args.model]
+    modules = args.module or aot_build.kernel_modules()
+    try:
+        results = aot_build.build_all(modules, args.capability, shapes, args.jobs)
+    except aot_inspect.AotToolError as error:
+        sys.stderr.write(f"cannot compile kernels here: {error}\n")
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results]))
+    sys.stdout.write(_table(results) + "\n")
+    return 1 if any(result.violations for result in results) else 0
+
+
+def _table(results: Sequence[AotResult]) -> str:
+    """One line per variant and chip; its violations follow."""
+    width = max((len(result.name) for result in results), default=0)
+    lines = [f"{'variant':<{width}}  chip    regs stack local  shared mma    weights  time  models"]
+    for result in results:
+        usage = result.usage
+        shown = f"{'':>16} {result.shared_bytes:>7} {'':<7}"
+        if usage is not None:
+            shown = (
+                f"{usage.registers:>4} {usage.stack_bytes:>5} {usage.local_bytes:>5} "
+                f"{result.shared_bytes:>7} {usage.mma or '-':<7}"
+            )
+        lines.append(
+            f"{result.name:<{width}}  sm_{result.capability:<4} {shown} "
+            f"{result.weight_loads:>6} {result.compile_s:>4.1f}s  {', '.join(result.models)}"
+        )
+        lines += [f"    VIOLATION {text}" for text in result.violations]
+    bad = sum(bool(result.violations) for result in results)
+    lines.append(f"{len(results)} compiled, {bad} with violations")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

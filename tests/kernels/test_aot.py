@@ -1,0 +1,114 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills and with wide loads.
+
+The compiler runs in a process of its own: here `TRITON_INTERPRET=1` turns kernels into Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loraplex_kernels
+from loraplex_kernels.aot import MODEL_SHAPES, AotCase
+from loraplex_kernels.aot_inspect import load_widths
+from tests.support.aot_toys import aot_cases as toy_cases
+
+REPO = Path(__file__).parents[2]
+KERNEL_FILES = sorted(Path(loraplex_kernels.__file__).parent.glob("*_triton.py"))
+
+
+def run_aot(folder: Path, *arguments: str, **env: str) -> tuple[int, list[dict], str]:
+    """Run `python -m loraplex_kernels.aot` with an empty cache; status, results, output."""
+    report = folder / "report.json"
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "loraplex_kernels.aot", "--json", str(report), *arguments],
+        cwd=REPO,
+        env={**clean, "TRITON_CACHE_DIR": str(folder / "cache"), **env},
+        capture_output=True,
+        text=True,
+    )
+    results = json.loads(report.read_text()) if report.exists() else []
+    return done.returncode, results, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def all_kernels(tmp_path_factory):
+    if not KERNEL_FILES:
+        pytest.skip("no Triton kernels yet")
+    return run_aot(tmp_path_factory.mktemp("aot"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_kernel_spills_outgrows_the_chip_or_reads_weights_narrowly(all_kernels):
+    status, results, output = all_kernels
+    print(output)
+    bad = [
+        f"{r['name']} sm_{r['capability']}: {r['violations']}" for r in results if r["violations"]
+    ]
+    assert not bad
+    assert status == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_launched_kernel_is_compiled_for_every_chip(all_kernels):
+    _, results, _ = all_kernels
+    for path in KERNEL_FILES:
+        source = path.read_text()
+        jitted = set(re.findall(r"@triton\.jit[^\n]*\ndef (\w+)", source))
+        launched = jitted & set(re.findall(r"(\w+)\[[^\n]*\]\(", source))
+        for chip in (90, 100):
+            compiled = {r["kernel"] for r in results if r["capability"] == chip}
+            assert launched <= compiled, path.name
+
+
+def test_the_harness_catches_what_it_is_there_for(tmp_path):
+    status, results, output = run_aot(
+        tmp_path, "--module", "tests.support.aot_toys", "--capability", "90", "--jobs", "1"
+    )
+    found = {result["name"]: " ".join(result["violations"]) for result in results}
+    assert status == 1, output
+    assert found["good"] == ""
+    assert "loads of pool move [2] bytes" in found["narrow"]
+    assert "spills" in found["spilling"]
+    assert "shared memory" in found["large"]
+    assert "does not build it for sm_90" in found["not-built"]
+    assert all(result["models"] == [shape.name for shape in MODEL_SHAPES] for result in results)
+
+
+def test_it_refuses_to_run_where_kernels_are_interpreted(tmp_path):
+    status, _, output = run_aot(
+        tmp_path, "--module", "tests.support.aot_toys", TRITON_INTERPRET="1"
+    )
+    assert status == 2
+    assert "TRITON_INTERPRET" in output
+
+
+def test_a_case_names_the_arguments_it_forgot():
+    good = toy_cases(MODEL_SHAPES[0])[0]
+    with pytest.raises(ValueError, match=r"missing \['out'\].*unknown \['outt'\]"):
+        AotCase("x", good.fn, {"pool": "*bf16", "pages": "*i32", "outt": "*fp32"}, good.constexprs)
+
+
+def test_loads_are_traced_through_pointer_arithmetic_to_their_argument():
+    llir = """
+define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) captures(none) %1, i32 %2) {
+  %4 = getelementptr [2 x i8], ptr addrspace(1) %0, i64 %9
+  %5 = phi ptr addrspace(1) [ %4, %a ], [ %6, %b ]
+  %6 = getelementptr i8, ptr addrspace(1) %5, i64 64
+  %7 = call { i32, i32, i32, i32 } asm sideeffect "@$9 ld.global.v4.b32 { $0 }, [ $8 + 0 ];", \
+"=r,l"(i32 0, ptr addrspace(1) %5, i1 %25)
+  %8 = call i16 asm sideeffect "ld.global.b16 { $0 }, [ $1 + 0 ];", "=c,l"(ptr addrspace(1) %1)
+  call void asm sideeffect "cp.async.cg.shared.global [ $0 + 0 ], [ $1 + 0 ], 0x10, 0x10;", \
+"r,l"(ptr addrspace(3) %s, ptr addrspace(1) %6)
+  %10 = call i32 asm "ld.global.b32 { $0 }, [ $1 + 0 ];", "=r,l"(ptr addrspace(1) %unknown)
+"""
+    assert load_widths(llir, ("pool", "x", "n")) == {"pool": [16, 16], "x": [2], "?": [4]}
