@@ -103,7 +103,7 @@ class _Mirror:
         is_cuda = device.type == "cuda"
         self.data = torch.zeros(size, dtype=torch.int32, pin_memory=is_cuda)
         self.values = self.data.numpy()
-        self._copied = torch.cuda.Event() if is_cuda else None
+        self._copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Wait until the last copy out of this mirror has ended."""
