@@ -12,9 +12,7 @@ and no younger sequence may evict the adapter it waits for.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Set as AbstractSet
-from itertools import takewhile
 from weakref import WeakValueDictionary
 
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -38,14 +36,14 @@ from loraplex_scheduler.plan import (
     StepResult,
     TokenEvent,
 )
+from loraplex_scheduler.roster import Roster
 from loraplex_scheduler.sequence import Sequence
 
 
 class Scheduler:
     """Owned by the engine step (one thread). Drives the accounts; touches no tensor.
 
-    Always true between calls: a sequence is either waiting (no pages, no pin) or running (pages for
-    all its tokens so far, its adapter resident and pinned).
+    Always true between calls: a sequence is either waiting or running, see `Roster`.
     """
 
     def __init__(
@@ -59,9 +57,7 @@ class Scheduler:
         self._layout = layout
         self._allocator = allocator
         self._residency = residency
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._by_id: dict[str, Sequence] = {}
+        self._roster = Roster(residency)
         # Offsets depend on content alone, so sequences of one adapter share them while they live.
         self._layouts: WeakValueDictionary[str, AdapterLayout] = WeakValueDictionary()
         self._next_order = 0
@@ -72,21 +68,21 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._roster.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id)
+        return len(self._roster) > 0
 
     def running_adapters(self) -> set[str]:
-        return {s.adapter_id for s in self._running if s.adapter_id}
+        return {s.adapter_id for s in self._roster.running if s.adapter_id}
 
     def waiting_adapters(self) -> set[str]:
-        return {s.adapter_id for s in self._waiting if s.adapter_id}
+        return {s.adapter_id for s in self._roster.waiting if s.adapter_id}
 
     # ---- requests come and go --------------------------------------------------------------
 
@@ -96,15 +92,14 @@ class Scheduler:
         Raises:
             RequestRefused: it could not run even alone; nothing was queued.
         """
-        if request.request_id in self._by_id:
+        if self._roster.get(request.request_id) is not None:
             raise RequestRefused(reason=f"request id {request.request_id} is in use")
         adapter_layout = self._adapter_layout(request.adapter)
         max_len = self._max_len(request, adapter_layout)
         table = PageTable(self._allocator, self._layout.page_tokens)
         sequence = Sequence(request, self._next_order, table, adapter_layout, max_len)
         self._next_order += 1
-        self._by_id[request.request_id] = sequence
-        insort(self._waiting, sequence, key=_service_order)
+        self._roster.add(sequence)
         if sequence.adapter_id:
             self._residency.keep(sequence.adapter_id)
 
@@ -115,17 +110,17 @@ class Scheduler:
         message: str = "",
     ) -> list[Event]:
         """End a request now, between steps; no event when it has ended already."""
-        sequence = self._by_id.get(request_id)
+        sequence = self._roster.get(request_id)
         if sequence is None:
             return []
-        self._end(sequence)
+        self._roster.remove(sequence)
         return [EndEvent(request_id, reason, message)]
 
     def expire(self, now: float) -> list[Event]:
         """End every request whose deadline has passed."""
         late = [
-            request_id
-            for request_id, sequence in self._by_id.items()
+            sequence.request_id
+            for sequence in self._roster
             if (deadline := sequence.request.deadline_s) is not None and deadline <= now
         ]
         message = "the request did not finish before its deadline"
@@ -138,7 +133,7 @@ class Scheduler:
     def fail_load(self, adapter_id: str, message: str) -> list[Event]:
         """The adapter cannot be loaded: its waiting requests fail, everyone else goes on."""
         self._residency.fail_load(adapter_id)
-        waiting = [s.request_id for s in self._waiting if s.adapter_id == adapter_id]
+        waiting = [s.request_id for s in self._roster.waiting if s.adapter_id == adapter_id]
         return [e for i in waiting for e in self.abort(i, FinishReason.FAILED, message)]
 
     def discard_adapter(self, adapter_id: str) -> None:
@@ -146,7 +141,7 @@ class Scheduler:
 
         Pages of an adapter that is still loading go back when the load has ended.
         """
-        if all(s.adapter_id != adapter_id for s in self._by_id.values()):
+        if all(s.adapter_id != adapter_id for s in self._roster):
             self._residency.discard(adapter_id)
 
     # ---- the step --------------------------------------------------------------------------
@@ -166,7 +161,7 @@ class Scheduler:
         """Book what a plan computed; sequences that ended meanwhile are passed over."""
         events: list[Event] = []
         for step in plan.sequences:
-            sequence = self._by_id.get(step.request_id)
+            sequence = self._roster.get(step.request_id)
             if sequence is None or sequence.num_computed != step.start:
                 continue
             sequence.num_computed += len(step.token_ids)
@@ -181,19 +176,9 @@ class Scheduler:
         """Raise AssertionError if any account is off; cheap enough for tests to call each step."""
         self._allocator.check()
         self._residency.check()
-        live = {s.request_id for s in self._waiting} | {s.request_id for s in self._running}
-        assert live == set(self._by_id), "a request is lost"
-        assert len(live) == len(self._waiting) + len(self._running), "a request is doubled"
-        assert all(not s.table.pages for s in self._waiting), "a waiting sequence holds pages"
-        pages = [page for s in self._running for page in s.table.pages]
-        assert len(pages) == len(set(pages)), "two sequences hold the same page"
-        assert len(pages) == self._allocator.num_held(PageUse.KV), "KV pages leaked"
-        for sequence in self._running:
-            assert sequence.table.capacity >= sequence.num_computed, "tokens without a page"
-            if sequence.adapter_id:
-                assert self._residency.is_resident(sequence.adapter_id), "adapter gone"
-        pins = [s.adapter_id for s in self._running if s.adapter_id]
-        assert self._residency.num_pins() == len(pins), "pins and running sequences disagree"
+        self._roster.check()
+        pages = sum(len(s.table.pages) for s in self._roster)
+        assert pages == self._allocator.num_held(PageUse.KV), "KV pages leaked"
 
     # ---- deciding --------------------------------------------------------------------------
 
@@ -201,7 +186,7 @@ class Scheduler:
         """Plan the running sequences, decodes before longer catch-ups, each by age."""
         steps: dict[str, SequenceStep] = {}
         budget = self.limits.max_step_tokens
-        for sequence in sorted(self._running, key=lambda s: s.num_pending > 1):
+        for sequence in sorted(self._roster.running, key=lambda s: s.num_pending > 1):
             num_tokens = min(sequence.num_pending, budget)
             if num_tokens == 0 or not sequence.table.pages:  # preempted in this very loop
                 continue
@@ -218,24 +203,19 @@ class Scheduler:
         are held by adapters that are still loading.
         """
         while (missing := sequence.table.pages_missing(num_tokens)) > self._allocator.num_free:
-            awaited = self._adapters_awaited_before(sequence)
+            awaited = self._roster.adapters_awaited_before(sequence)
             if self._evict(missing - self._allocator.num_free, awaited):
                 continue
-            victim = self._running[-1]
-            if victim is sequence and len(self._running) == 1 and not awaited:
+            victim = self._roster.running[-1]
+            if victim is sequence and len(self._roster.running) == 1 and not awaited:
                 return False
-            self._preempt(victim)
+            self._roster.preempt(victim)
+            self.num_preemptions += 1
             steps.pop(victim.request_id, None)
             if victim is sequence:
                 return False
         sequence.table.grow(num_tokens)
         return True
-
-    def _adapters_awaited_before(self, sequence: Sequence) -> set[str]:
-        """Return the adapters of waiting sequences that are older than this one."""
-        order = _service_order(sequence)
-        older = takewhile(lambda s: _service_order(s) < order, self._waiting)
-        return {s.adapter_id for s in older if s.adapter_id}
 
     def _admit_waiting(self, steps: dict[str, SequenceStep], budget: int) -> list[AdapterLoad]:
         """Admit waiting sequences in order; start the loads that the next ones need.
@@ -247,8 +227,8 @@ class Scheduler:
         loads: list[AdapterLoad] = []
         awaited: set[str] = set()
         num_passed = num_set_aside = 0
-        for sequence in list(self._waiting):
-            if budget == 0 or len(self._running) + num_passed >= self.limits.max_running:
+        for sequence in list(self._roster.waiting):
+            if budget == 0 or len(self._roster.running) + num_passed >= self.limits.max_running:
                 break
             missing = sequence.table.pages_missing(len(sequence.token_ids))
             if sequence.adapter_id and not self._residency.is_resident(sequence.adapter_id):
@@ -294,16 +274,12 @@ class Scheduler:
         spared = {*awaited, sequence.adapter_id} if sequence.adapter_id else awaited
         if not self._make_free(num_pages + self._headroom(), spared):
             return False
-        sequence.table.grow(len(sequence.token_ids))
-        if sequence.adapter_id:
-            self._residency.pin(sequence.adapter_id)
-        self._waiting.remove(sequence)
-        insort(self._running, sequence, key=_service_order)
+        self._roster.admit(sequence)
         return True
 
     def _headroom(self) -> int:
         """Pages left to the running sequences, or their next tokens would preempt a newcomer."""
-        return len(self._running)
+        return len(self._roster.running)
 
     def _make_free(self, num_pages: int, spared: AbstractSet[str]) -> bool:
         """Evict idle adapters until `num_pages` are free, or change nothing and return False."""
@@ -324,28 +300,8 @@ class Scheduler:
         sequence.token_ids.append(token.token_id)
         reason = sequence.finish_reason(self.limits.eos_token_ids)
         if reason is not None:
-            self._end(sequence)
+            self._roster.remove(sequence)
         return TokenEvent(sequence.request_id, token, reason)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        sequence.num_computed = 0
-        insort(self._waiting, sequence, key=_service_order)
-        self.num_preemptions += 1
-
-    def _end(self, sequence: Sequence) -> None:
-        del self._by_id[sequence.request_id]
-        if sequence.table.pages:
-            self._release(sequence)
-        else:
-            self._waiting.remove(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Take a running sequence out: pages back, adapter unpinned."""
-        sequence.table.release()
-        self._running.remove(sequence)
-        if sequence.adapter_id:
-            self._residency.unpin(sequence.adapter_id)
 
     # ---- small answers ---------------------------------------------------------------------
 
@@ -393,7 +349,3 @@ class Scheduler:
             reason=f"the prompt has {num_prompt} tokens and needs room for one more; {limit}",
             param="prompt",
         )
-
-
-def _service_order(sequence: Sequence) -> tuple[float, int]:
-    return sequence.request.arrival_s, sequence.order
