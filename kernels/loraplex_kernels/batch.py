@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -18,13 +19,25 @@ import torch
 class PagedAdapter:
     """One adapter of a step: where its matrices lie and at which true ranks.
 
-    `ranks`, `a_chunks` and `b_chunks` are `[L, 7]`, projections in the order q k v o gate up down.
+    All tables are `[L, 7]`, projections in the order q k v o gate up down. Those of a resident
+    adapter never change: made int32 arrays once, they need no conversion each step.
+
+    Attributes:
+        pages: page ids in order, `[n]`.
+        ranks: true ranks, 0 for an absent module.
+        a_chunks: first chunk of A inside the adapter's pages.
+        b_chunks: first chunk of B.
+        scale_chunks: first chunk of a module's output scale, a vector as long as its output;
+            -1 for none. A module of rank 0 may have one.
+        bias_chunks: the same for its bias.
     """
 
-    pages: Sequence[int]
-    ranks: Sequence[Sequence[int]]
-    a_chunks: Sequence[Sequence[int]]
-    b_chunks: Sequence[Sequence[int]]
+    pages: npt.ArrayLike
+    ranks: npt.ArrayLike
+    a_chunks: npt.ArrayLike
+    b_chunks: npt.ArrayLike
+    scale_chunks: npt.ArrayLike | None = None
+    bias_chunks: npt.ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,9 @@ class LoRABatch:
         a_chunks: int32 `[L, G, 7]`, first chunk of A (rows `[R, in]`) inside the adapter's pages.
         b_chunks: int32 `[L, G, 7]`, first chunk of B (rows `[R, out]`, scale folded in).
         chunk_elems: elements of a chunk; a chunk never crosses a page border.
+        scale_chunks: int32 `[L, G, 7]`, first chunk of each module's output scale, -1 for none.
+            None, as is `bias_chunks`, when no adapter of the step has a scale or a bias.
+        bias_chunks: the same for the biases.
     """
 
     row_ids: torch.Tensor
@@ -49,6 +65,8 @@ class LoRABatch:
     a_chunks: torch.Tensor
     b_chunks: torch.Tensor
     chunk_elems: int
+    scale_chunks: torch.Tensor | None = None
+    bias_chunks: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -67,26 +85,45 @@ def build_lora_batch(
     """
     if not adapters:
         return None
-    width = max(len(adapter.pages) for adapter in adapters)
-    page_table = np.zeros((len(adapters), width), dtype=np.int32)
-    for g, adapter in enumerate(adapters):
-        page_table[g, : len(adapter.pages)] = adapter.pages
-    tables = [
-        np.array([getattr(adapter, name) for adapter in adapters], dtype=np.int32).swapaxes(0, 1)
-        for name in ("ranks", "a_chunks", "b_chunks")
-    ]
-    ranks, a_chunks, b_chunks = (torch.from_numpy(np.ascontiguousarray(t)) for t in tables)
-    row_ids = [row for segment in rows for row in segment]
-    indptr = [0, *accumulate(len(segment) for segment in rows)]
+    pages = [np.asarray(adapter.pages, dtype=np.int32) for adapter in adapters]
+    page_table = np.zeros((len(adapters), max(map(len, pages))), dtype=np.int32)
+    for g, page_ids in enumerate(pages):
+        page_table[g, : len(page_ids)] = page_ids
+    lengths = [len(segment) for segment in rows]
+    row_ids = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(lengths))
+    scale_chunks, bias_chunks = _stack_epilogues(adapters)
     return LoRABatch(
-        row_ids=torch.tensor(row_ids, dtype=torch.int32),
-        seg_indptr=torch.tensor(indptr, dtype=torch.int32),
+        row_ids=torch.from_numpy(row_ids),
+        seg_indptr=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         page_table=torch.from_numpy(page_table),
-        ranks=ranks,
-        a_chunks=a_chunks,
-        b_chunks=b_chunks,
+        ranks=_stack([adapter.ranks for adapter in adapters]),
+        a_chunks=_stack([adapter.a_chunks for adapter in adapters]),
+        b_chunks=_stack([adapter.b_chunks for adapter in adapters]),
         chunk_elems=chunk_elems,
+        scale_chunks=scale_chunks,
+        bias_chunks=bias_chunks,
     )
+
+
+def _stack(tables: Sequence[npt.ArrayLike]) -> torch.Tensor:
+    """Stack `[L, 7]` of each adapter to int32 `[L, G, 7]`."""
+    stacked = np.stack([np.asarray(table, dtype=np.int32) for table in tables], axis=1)
+    return torch.from_numpy(np.ascontiguousarray(stacked))
+
+
+def _stack_epilogues(
+    adapters: Sequence[PagedAdapter],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    scales = [adapter.scale_chunks for adapter in adapters]
+    biases = [adapter.bias_chunks for adapter in adapters]
+    if all(chunks is None for chunks in (*scales, *biases)):
+        return None, None
+    absent = np.full_like(np.asarray(adapters[0].ranks, dtype=np.int32), -1)
+    scale_chunks, bias_chunks = (
+        _stack([absent if chunks is None else chunks for chunks in tables])
+        for tables in (scales, biases)
+    )
+    return scale_chunks, bias_chunks
 
 
 @dataclass(frozen=True)

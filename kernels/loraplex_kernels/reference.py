@@ -20,18 +20,20 @@ def read_rows(
         pool_layer: `[P, page_elems]`.
         pages: int32 `[n]`, the adapter's pages in order.
         chunk: first chunk of the matrix.
-        shape: rows and row length of the matrix.
+        shape: rows and row length of the matrix. Every row begins a chunk.
         elems: elements of a chunk.
 
     Returns:
         The matrix `[rows, row_length]` in the pool's dtype.
     """
     page_elems = pool_layer.shape[1]
+    pitch = -(-shape[1] // elems) * elems
     start = chunk * elems
-    stop = start + shape[0] * shape[1]
+    stop = start + shape[0] * pitch
     first, last = start // page_elems, -(-stop // page_elems)
     flat = pool_layer[pages[first:last].long()].reshape(-1)
-    return flat[start - first * page_elems : stop - first * page_elems].view(shape)
+    rows = flat[start - first * page_elems : stop - first * page_elems].view(shape[0], pitch)
+    return rows[:, : shape[1]]
 
 
 def add_lora(
@@ -44,7 +46,10 @@ def add_lora(
     projections: tuple[int, ...],
     out_features: tuple[int, ...],
 ) -> None:
-    """Add `B_g (A_g x_t)` to each row `t` of segment `g`, slice by slice, in place.
+    """Add LoRA to one site in place, module by module.
+
+    `y_t = scale_g * (y_t + B_g (A_g x_t)) + bias_g` for each row `t` of segment `g`, in float32 and
+    rounded once; scale and bias only where the adapter has them.
 
     Args:
         y: `[T, sum(out_features)]`, the base outputs of the site; changed in place.
@@ -58,19 +63,27 @@ def add_lora(
     indptr = batch.seg_indptr.tolist()
     for g in range(batch.num_segments):
         rows = batch.row_ids[indptr[g] : indptr[g + 1]].long()
-        x_rows = x[rows].float()
+        pages, elems = batch.page_table[g], batch.chunk_elems
         column = 0
         for projection, width in zip(projections, out_features, strict=True):
-            rank = int(batch.ranks[layer, g, projection])
-            if rank:
+            columns = slice(column, column + width)
+            column += width
+            total = y[rows, columns].float()
+            if rank := int(batch.ranks[layer, g, projection]):
                 a_at = int(batch.a_chunks[layer, g, projection])
                 b_at = int(batch.b_chunks[layer, g, projection])
-                pages, elems = batch.page_table[g], batch.chunk_elems
                 a = read_rows(pool_layer, pages, a_at, (rank, x.shape[1]), elems).float()
                 b = read_rows(pool_layer, pages, b_at, (rank, width), elems).float()
-                delta = (x_rows @ a.T) @ b
-                y[rows, column : column + width] += delta.to(y.dtype)
-            column += width
+                total += (x[rows].float() @ a.T) @ b
+            if (at := _chunk(batch.scale_chunks, layer, g, projection)) >= 0:
+                total *= read_rows(pool_layer, pages, at, (1, width), elems).float()
+            if (at := _chunk(batch.bias_chunks, layer, g, projection)) >= 0:
+                total += read_rows(pool_layer, pages, at, (1, width), elems).float()
+            y[rows, columns] = total.to(y.dtype)
+
+
+def _chunk(table: torch.Tensor | None, layer: int, segment: int, projection: int) -> int:
+    return -1 if table is None else int(table[layer, segment, projection])
 
 
 def write_kv(

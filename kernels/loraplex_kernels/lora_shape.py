@@ -1,0 +1,116 @@
+"""Block sizes of the LoRA launches: decided by the shape of a site alone, never by the batch.
+
+That is what keeps a row's delta the same bits in any company: its sums are cut at the same places
+whoever else is in the step (DESIGN.md, invariant 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+#: Token rows of every tensor-core tile. One shape for all segments; a decode row rides with 15
+#: masked ones, which cost no bytes.
+ROW_TILE: Final = 16
+
+
+@dataclass(frozen=True)
+class LoRATuning:
+    """What may be tuned without changing a bit of the results, except `part_elems`.
+
+    Attributes:
+        segment_rows: rows of an item; its slice of the weights is read once for all of them.
+        serial_rows: from this many LoRA rows in a step on, a program adds the K parts itself: there
+            are items enough without the split, and the planes would outgrow the activations.
+        rank_tile: rank rows of a shrink item while K is split.
+        serial_rank_tile: the same from `serial_rows` on, where reading `x` again costs more than
+            masked rank rows.
+        part_elems: length of a K part, up to eight parts; twice that for longer rows.
+        block_k_cap, block_n_cap: most elements of a weight row in one tile.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: of the compiled kernels.
+    """
+
+    segment_rows: int = 64
+    serial_rows: int = 1024
+    rank_tile: int = 16
+    serial_rank_tile: int = 32
+    part_elems: int = 512
+    block_k_cap: int = 128
+    block_n_cap: int = 256
+    shrink_warps: int = 2
+    shrink_stages: int = 4
+    expand_warps: int = 4
+    expand_stages: int = 3
+
+
+@dataclass(frozen=True)
+class LoRAShape:
+    """Modules that share an input: one shrink and one expand launch.
+
+    Attributes:
+        index: position of the site among those of one work list.
+        modules: columns of the LoRA batch's tables (`ranks[:, :, module]`), one to three.
+        in_features: length of an A row; of an embedding, nothing (its A is gathered by token).
+        out_features: output width of each module; their sum is the width of `y`.
+        chunk_elems, page_elems: of the pool.
+        is_embedding: A is stored `[V, R]` and looked up by token id instead of multiplied.
+    """
+
+    index: int
+    modules: tuple[int, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    chunk_elems: int
+    page_elems: int
+    is_embedding: bool = False
+    tuning: LoRATuning = field(default_factory=LoRATuning)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.modules) == len(self.out_features) <= 3:
+            raise ValueError("a site has one to three modules and a width for each")
+        if self.page_elems % self.chunk_elems:
+            raise ValueError("a chunk must not cross a page border")
+
+    def row_pitch(self, width: int) -> int:
+        """Return the elements between rows of `width`: whole chunks."""
+        return -(-width // self.chunk_elems) * self.chunk_elems
+
+    @cached_property
+    def run_elems(self) -> int:
+        """Largest power of two that divides a chunk: no aligned run of it crosses a page."""
+        return self.chunk_elems & -self.chunk_elems
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether tiles are whole runs; if not, kernels look the page of each element up."""
+        return self.run_elems >= 16
+
+    @cached_property
+    def block_k(self) -> int:
+        """Elements of an A row in one tile."""
+        return min(self.run_elems, self.tuning.block_k_cap) if self.is_tiled else 32
+
+    @cached_property
+    def block_n(self) -> int:
+        """Elements of a B row in one tile."""
+        return min(self.run_elems, self.tuning.block_n_cap) if self.is_tiled else 32
+
+    @cached_property
+    def part_elems(self) -> int:
+        """Length of a K part: whole blocks, evenly cut, no longer than a page."""
+        longest = self.tuning.part_elems * (1 if self.in_features <= 8192 else 2)
+        longest = max(self.block_k, min(longest, self.page_elems))
+        num_parts = -(-self.in_features // longest)
+        even = -(-self.in_features // num_parts)
+        return -(-even // self.block_k) * self.block_k
+
+    @cached_property
+    def num_parts(self) -> int:
+        """K parts, added in order of their position; an embedding has none to add."""
+        return 1 if self.is_embedding else -(-self.in_features // self.part_elems)
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """Column blocks of each module."""
+        return tuple(-(-width // self.block_n) for width in self.out_features)

@@ -1,0 +1,538 @@
+"""Shrink and expand over paged weights of ragged ranks (SGMV), driven by a flat work list.
+
+    planes[p, t, r] = sum of A_g[r, k] x[t, k] over k in part p
+    y[t] = scale_g * (y[t] + sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g
+
+Every program strides the list that `lora_work` builds, whose bounds are in device memory: one
+captured graph serves any adapters at any mix of ranks. Weights are read through page ids, at their
+true rank. Nothing depends on company: K is cut by shape, parts are added in order of position,
+every product is the same tensor-core instruction on a tile of 16 rows, and no sum is atomic.
+
+Element `e` of an adapter's slice of a layer lies in page `pages[e // PAGE_ELEMS]` at offset
+`e % PAGE_ELEMS`. A tile takes power-of-two runs, aligned to their own length, of whole rows: none
+crosses a page border, so a row of a tile needs one page id and loads 16 bytes at a time. (Where
+that power of two is below 16, which only tests have, the page of each element is looked up.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from loraplex_kernels.aot import AotCase, ModelShape
+from loraplex_kernels.elementwise_triton import INTERPRETED, narrow
+from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
+from loraplex_kernels.lora_work import ITEM_FIELDS, NUM_LAUNCHES, LoRATables
+
+_M = tl.constexpr(ROW_TILE)
+_ITEM = tl.constexpr(ITEM_FIELDS)
+_SPAN = tl.constexpr(2 * NUM_LAUNCHES)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if INTERPRETED:  # it cannot multiply bfloat16; the products are exact either way
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _load_elements(pool_ptr, pages, e, mask, PAGE_ELEMS: tl.constexpr):
+    """Elements `e` of a slice, each through its own page id; 0 where `mask` is false."""
+    page = tl.load(pages + e // PAGE_ELEMS, mask=mask, other=0).to(tl.int64)
+    return tl.load(pool_ptr + page * PAGE_ELEMS + e % PAGE_ELEMS, mask=mask, other=0.0)
+
+
+@triton.jit
+def _multiply_part(
+    x_at,
+    pool_ptr,
+    pages,
+    weight_start,
+    row_mask,
+    rank_mask,
+    part,
+    K: tl.constexpr,
+    PITCH: tl.constexpr,
+    PART: tl.constexpr,
+    PAGE_ELEMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    IS_TILED: tl.constexpr,
+):
+    """`acc[t, r] = sum of A[r, k] x[t, k]` over `k` of one part, in float32 and in order of `k`."""
+    k0 = part * PART
+    k_len = tl.minimum(PART, K - k0)
+    cols = tl.arange(0, BLOCK_K)
+    start = weight_start + tl.arange(0, RANK_TILE) * PITCH + k0
+    first_page = start // PAGE_ELEMS
+    if IS_TILED:
+        # A part is at most a page long, so a row of it lies in one page or two. Their ids are read
+        # here, once: the loads inside the loop then depend on nothing that is still in flight.
+        last_page = (start + k_len - 1) // PAGE_ELEMS
+        page_a = tl.load(pages + first_page, mask=rank_mask, other=0).to(tl.int64)
+        page_b = tl.load(pages + last_page, mask=rank_mask, other=0).to(tl.int64)
+    acc = tl.zeros((_M, RANK_TILE), tl.float32)
+    for k in tl.range(0, k_len, BLOCK_K):
+        x_mask = row_mask[:, None]
+        a_mask = rank_mask[:, None]
+        if K % BLOCK_K != 0:
+            in_row = (k0 + k + cols < K)[None, :]
+            x_mask = x_mask & in_row
+            a_mask = a_mask & in_row
+        x = tl.load(x_at[:, None] + (k0 + k + cols)[None, :], mask=x_mask, other=0.0)
+        if IS_TILED:
+            e = tl.multiple_of(start + k, [BLOCK_K])
+            page = tl.where(e // PAGE_ELEMS == first_page, page_a, page_b)
+            at = tl.multiple_of(page * PAGE_ELEMS + e % PAGE_ELEMS, [BLOCK_K])
+            a = tl.load(pool_ptr + at[:, None] + cols[None, :], mask=a_mask, other=0.0)
+        else:
+            e = (start + k)[:, None] + cols[None, :]
+            a = _load_elements(pool_ptr, pages, e, a_mask, PAGE_ELEMS)
+        acc = _dot(x, tl.trans(a), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["span"])
+def shrink_kernel(
+    planes_ptr,
+    x_ptr,
+    pool_ptr,
+    rows_ptr,
+    pages_ptr,
+    items_ptr,
+    spans_ptr,
+    x_stride,
+    span,
+    K: tl.constexpr,
+    PITCH: tl.constexpr,
+    PART: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PAGE_ELEMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    IS_SERIAL: tl.constexpr,
+    IS_TILED: tl.constexpr,
+):
+    """`planes[p, t, r] = sum of A_g[r, k] x[t, k] over k in part p`, in float32.
+
+    A unit of work is one K part of an item: up to 64 rows of one adapter x up to `RANK_TILE` rank
+    rows of its A matrices, which share rows of `K` elements. With `IS_SERIAL` the program adds the
+    parts itself, in the order in which the expand kernel would, and writes one plane.
+
+    Args:
+        planes_ptr: float32; where an item's block `[part, row, pitch]` begins is in the item.
+        x_ptr: `[T, K]`, rows `x_stride` elements apart.
+        pool_ptr: `[P, PAGE_ELEMS]`, one layer of the pool.
+        rows_ptr, pages_ptr, items_ptr, spans_ptr: int32, see `lora_work.LoRAWork`.
+        span: which `[4, 2]` of the spans this launch follows.
+    """
+    first = tl.load(spans_ptr + span * _SPAN)
+    count = tl.load(spans_ptr + span * _SPAN + 1)
+    UNITS: tl.constexpr = 1 if IS_SERIAL else NUM_PARTS
+    t = tl.arange(0, _M)
+    r = tl.arange(0, RANK_TILE)
+    for unit in tl.range(tl.program_id(0), count * UNITS, tl.num_programs(0)):
+        item = items_ptr + (first + unit // UNITS) * _ITEM
+        row_start = tl.load(item)
+        row_count = tl.load(item + 1)
+        pages = pages_ptr + tl.load(item + 2)
+        weight_start = tl.load(item + 3)
+        rank_mask = r < tl.load(item + 4)
+        plane_start = tl.load(item + 5)
+        pitch = tl.load(item + 6)
+        part = unit % UNITS
+        for tile in tl.range(0, row_count, _M):
+            row_mask = tile + t < row_count
+            row = tl.load(rows_ptr + row_start + tile + t, mask=row_mask, other=0)
+            x_at = x_ptr + row.to(tl.int64) * x_stride
+            if IS_SERIAL:
+                total = tl.zeros((_M, RANK_TILE), tl.float32)
+                for p in tl.range(0, NUM_PARTS):
+                    total += _multiply_part(
+                        x_at,
+                        pool_ptr,
+                        pages,
+                        weight_start,
+                        row_mask,
+                        rank_mask,
+                        p,
+                        K,
+                        PITCH,
+                        PART,
+                        PAGE_ELEMS,
+                        BLOCK_K,
+                        RANK_TILE,
+                        IS_TILED,
+                    )
+            else:
+                total = _multiply_part(
+                    x_at,
+                    pool_ptr,
+                    pages,
+                    weight_start,
+                    row_mask,
+                    rank_mask,
+                    part,
+                    K,
+                    PITCH,
+                    PART,
+                    PAGE_ELEMS,
+                    BLOCK_K,
+                    RANK_TILE,
+                    IS_TILED,
+                )
+            at = plane_start + (part * row_count + tile + t) * pitch
+            mask = row_mask[:, None] & rank_mask[None, :]
+            tl.store(planes_ptr + at[:, None] + r[None, :], total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["span"])
+def gather_kernel(
+    planes_ptr,
+    token_ids_ptr,
+    pool_ptr,
+    rows_ptr,
+    pages_ptr,
+    items_ptr,
+    spans_ptr,
+    span,
+    PAGE_ELEMS: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+):
+    """`planes[0, t, r] = A_g^T[token_id(t), r]`: the shrink of an embedding.
+
+    `A^T` is `[V, R]` without gaps, so a token's row may cross a page border. Other arguments as in
+    `shrink_kernel`; `token_ids_ptr` is integers `[T]`.
+    """
+    first = tl.load(spans_ptr + span * _SPAN)
+    count = tl.load(spans_ptr + span * _SPAN + 1)
+    t = tl.arange(0, _M)
+    r = tl.arange(0, RANK_TILE)
+    for unit in tl.range(tl.program_id(0), count, tl.num_programs(0)):
+        item = items_ptr + (first + unit) * _ITEM
+        row_start = tl.load(item)
+        row_count = tl.load(item + 1)
+        pages = pages_ptr + tl.load(item + 2)
+        weight_start = tl.load(item + 3)
+        rank_mask = r < tl.load(item + 4)
+        plane_start = tl.load(item + 5)
+        pitch = tl.load(item + 6)
+        run_rank = tl.load(item + 7)
+        for tile in tl.range(0, row_count, _M):
+            row_mask = tile + t < row_count
+            row = tl.load(rows_ptr + row_start + tile + t, mask=row_mask, other=0)
+            token = tl.load(token_ids_ptr + row, mask=row_mask, other=0).to(tl.int32)
+            e = (weight_start + token * run_rank)[:, None] + r[None, :]
+            mask = row_mask[:, None] & rank_mask[None, :]
+            v = _load_elements(pool_ptr, pages, e, mask, PAGE_ELEMS)
+            at = plane_start + (tile + t) * pitch
+            tl.store(planes_ptr + at[:, None] + r[None, :], v.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["span"])
+def expand_kernel(
+    y_ptr,
+    planes_ptr,
+    pool_ptr,
+    vectors_ptr,
+    rows_ptr,
+    pages_ptr,
+    items_ptr,
+    spans_ptr,
+    y_stride,
+    span,
+    WIDTH_0: tl.constexpr,
+    WIDTH_1: tl.constexpr,
+    WIDTH_2: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    PAGE_ELEMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_TILED: tl.constexpr,
+):
+    """`y[t] = scale_g * (y[t] + sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g`, in place.
+
+    A unit of work is one column block of an item: up to 64 rows of one adapter x one module.
+    The sum over parts is rounded to the dtype of the weights, as the tensor cores take it; all else
+    is float32 until the one rounding into `y`.
+
+    Args:
+        y_ptr: `[T, WIDTH_0 + WIDTH_1 + WIDTH_2]`, rows `y_stride` elements apart.
+        vectors_ptr: the pool again, for scales and biases, which are no tiles and read slower.
+        WIDTH_0, WIDTH_1, WIDTH_2: output width of each module of the site; 0 for none.
+        CHUNK: rows of B are this many elements, or a multiple, apart.
+        NUM_PLANES: parts that the shrink kernel wrote.
+    """
+    BLOCKS_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_1: tl.constexpr = (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_2: tl.constexpr = (WIDTH_2 + BLOCK_N - 1) // BLOCK_N
+    PITCH_0: tl.constexpr = (WIDTH_0 + CHUNK - 1) // CHUNK * CHUNK
+    PITCH_1: tl.constexpr = (WIDTH_1 + CHUNK - 1) // CHUNK * CHUNK
+    PITCH_2: tl.constexpr = (WIDTH_2 + CHUNK - 1) // CHUNK * CHUNK
+    IS_EVEN: tl.constexpr = (WIDTH_0 % BLOCK_N + WIDTH_1 % BLOCK_N + WIDTH_2 % BLOCK_N) == 0
+    bounds = spans_ptr + span * _SPAN
+    end_0 = tl.load(bounds + 3) * BLOCKS_0
+    end_1 = end_0 + tl.load(bounds + 5) * BLOCKS_1
+    end_2 = end_1 + tl.load(bounds + 7) * BLOCKS_2
+    first_0 = tl.load(bounds + 2)
+    first_1 = tl.load(bounds + 4)
+    first_2 = tl.load(bounds + 6)
+    t = tl.arange(0, _M)
+    n = tl.arange(0, BLOCK_N)
+    for unit in tl.range(tl.program_id(0), end_2, tl.num_programs(0)):
+        index = first_0 + unit // BLOCKS_0
+        block = unit % BLOCKS_0
+        column = 0
+        width = WIDTH_0
+        weight_pitch = PITCH_0
+        if WIDTH_1 > 0:
+            if unit >= end_0:
+                index = first_1 + (unit - end_0) // BLOCKS_1
+                block = (unit - end_0) % BLOCKS_1
+                column = WIDTH_0
+                width = WIDTH_1
+                weight_pitch = PITCH_1
+        if WIDTH_2 > 0:
+            if unit >= end_1:
+                index = first_2 + (unit - end_1) // BLOCKS_2
+                block = (unit - end_1) % BLOCKS_2
+                column = WIDTH_0 + WIDTH_1
+                width = WIDTH_2
+                weight_pitch = PITCH_2
+        item = items_ptr + index * _ITEM
+        row_start = tl.load(item)
+        row_count = tl.load(item + 1)
+        pages = pages_ptr + tl.load(item + 2)
+        weight_start = tl.load(item + 3) + block * BLOCK_N
+        rank = tl.load(item + 4)
+        plane_start = tl.load(item + 5)
+        pitch = tl.load(item + 6)
+        epilogue = tl.load(item + 7)
+        cols = block * BLOCK_N + n
+        for tile in tl.range(0, row_count, _M):
+            row_mask = tile + t < row_count
+            row = tl.load(rows_ptr + row_start + tile + t, mask=row_mask, other=0)
+            y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + (column + cols)[None, :]
+            y_mask = row_mask[:, None]
+            b_in_row = (n >= 0)[None, :]
+            if not IS_EVEN:
+                y_mask = y_mask & (cols < width)[None, :]
+                # Rows are padded to whole chunks: rounding up to 16 bytes stays inside the row.
+                b_in_row = (cols < (width + 7) // 8 * 8 if IS_TILED else cols < width)[None, :]
+            y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32)
+            acc = tl.zeros((_M, BLOCK_N), tl.float32)
+            for r0 in tl.range(0, rank, _M):
+                r = r0 + t
+                rank_mask = r < rank
+                v_mask = row_mask[:, None] & rank_mask[None, :]
+                v_at = planes_ptr + plane_start + (tile + t)[:, None] * pitch + r[None, :]
+                v = tl.zeros((_M, _M), tl.float32)
+                for p in tl.static_range(NUM_PLANES):
+                    v += tl.load(v_at + p * (row_count * pitch), mask=v_mask, other=0.0)
+                start = weight_start + r * weight_pitch
+                b_mask = rank_mask[:, None] & b_in_row
+                if IS_TILED:
+                    page = tl.load(pages + start // PAGE_ELEMS, mask=rank_mask, other=0)
+                    at = page.to(tl.int64) * PAGE_ELEMS + start % PAGE_ELEMS
+                    at = tl.multiple_of(at, [BLOCK_N])
+                    b = tl.load(pool_ptr + at[:, None] + n[None, :], mask=b_mask, other=0.0)
+                else:
+                    e = start[:, None] + n[None, :]
+                    b = _load_elements(pool_ptr, pages, e, b_mask, PAGE_ELEMS)
+                acc = _dot(narrow(v, b.dtype), b, acc)
+            y += acc
+            if epilogue >= 0:
+                inside = cols < width
+                scale_start = tl.load(items_ptr + epilogue * _ITEM)
+                if scale_start >= 0:
+                    e = scale_start + cols
+                    scale = _load_elements(vectors_ptr, pages, e, inside, PAGE_ELEMS)
+                    y *= scale.to(tl.float32)[None, :]
+                bias_start = tl.load(items_ptr + epilogue * _ITEM + 1)
+                if bias_start >= 0:
+                    e = bias_start + cols
+                    bias = _load_elements(vectors_ptr, pages, e, inside, PAGE_ELEMS)
+                    y += bias.to(tl.float32)[None, :]
+            tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=y_mask)
+
+
+def shrink(
+    x: torch.Tensor,
+    pool_layer: torch.Tensor,
+    tables: LoRATables,
+    *,
+    layer: int,
+    shape: LoRAShape,
+    num_programs: int,
+) -> None:
+    """Fill the planes of one site of one layer.
+
+    Args:
+        x: `[T, in_features]` of the pool's dtype, rows contiguous; of an embedding, the token ids,
+            integers `[T]`.
+        pool_layer: `[P, page_elems]`, the pages that the page ids of `tables` mean.
+        tables: the step's work on the device.
+        layer: index into the spans.
+        shape: the site.
+        num_programs: size of the grid: enough to fill the device, however long the list is.
+    """
+    arrays = (tables.rows, tables.pages, tables.items, tables.spans)
+    span = layer * tables.spans.shape[1] + shape.index
+    if shape.is_embedding:
+        constants = {"PAGE_ELEMS": shape.page_elems, "RANK_TILE": _rank_tile(shape, tables.is_serial)}
+        gather_kernel[(num_programs,)](tables.planes, x, pool_layer, *arrays, span, **constants)
+        return
+    assert x.stride(1) == 1, "rows of x are contiguous"
+    shrink_kernel[(num_programs,)](
+        tables.planes,
+        x,
+        pool_layer,
+        *arrays,
+        x.stride(0),
+        span,
+        **_shrink_constants(shape, tables.is_serial),
+        num_warps=shape.tuning.shrink_warps,
+        num_stages=shape.tuning.shrink_stages,
+    )
+
+
+def expand(
+    y: torch.Tensor,
+    pool_layer: torch.Tensor,
+    tables: LoRATables,
+    *,
+    layer: int,
+    shape: LoRAShape,
+    num_programs: int,
+) -> None:
+    """Add the planes, times B, to `y` `[T, sum(out_features)]`; arguments as of `shrink`."""
+    assert y.stride(1) == 1, "rows of y are contiguous"
+    expand_kernel[(num_programs,)](
+        y,
+        tables.planes,
+        pool_layer,
+        pool_layer,
+        tables.rows,
+        tables.pages,
+        tables.items,
+        tables.spans,
+        y.stride(0),
+        layer * tables.spans.shape[1] + shape.index,
+        **_expand_constants(shape, tables.is_serial),
+        num_warps=shape.tuning.expand_warps,
+        num_stages=shape.tuning.expand_stages,
+    )
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pool_layer: torch.Tensor,
+    tables: LoRATables,
+    *,
+    layer: int,
+    shape: LoRAShape,
+    num_programs: int,
+) -> None:
+    """Do what `reference.add_lora` does, in two launches that read nothing on the host."""
+    place = {"layer": layer, "shape": shape, "num_programs": num_programs}
+    shrink(x, pool_layer, tables, **place)
+    expand(y, pool_layer, tables, **place)
+
+
+def _rank_tile(shape: LoRAShape, is_serial: bool) -> int:
+    return shape.tuning.serial_rank_tile if is_serial else shape.tuning.rank_tile
+
+
+def _shrink_constants(shape: LoRAShape, is_serial: bool) -> dict[str, int | bool]:
+    return {
+        "K": shape.in_features,
+        "PITCH": shape.row_pitch(shape.in_features),
+        "PART": shape.part_elems,
+        "NUM_PARTS": shape.num_parts,
+        "PAGE_ELEMS": shape.page_elems,
+        "BLOCK_K": shape.block_k,
+        "RANK_TILE": _rank_tile(shape, is_serial),
+        "IS_SERIAL": is_serial,
+        "IS_TILED": shape.is_tiled,
+    }
+
+
+def _expand_constants(shape: LoRAShape, is_serial: bool) -> dict[str, int | bool]:
+    widths = (*shape.out_features, 0, 0)
+    return {
+        "WIDTH_0": widths[0],
+        "WIDTH_1": widths[1],
+        "WIDTH_2": widths[2],
+        "CHUNK": shape.chunk_elems,
+        "NUM_PLANES": 1 if is_serial else shape.num_parts,
+        "PAGE_ELEMS": shape.page_elems,
+        "BLOCK_N": shape.block_n,
+        "IS_TILED": shape.is_tiled,
+    }
+
+
+def aot_cases(model: ModelShape) -> list[AotCase]:
+    """Return the variants that serving a model launches, each where K is split and where it isn't.
+
+    Sites without K parts of their own shape (embeddings) and the output head come once.
+    """
+    pool = {"chunk_elems": model.chunk_elems, "page_elems": model.page_elems}
+    sites = list(model.sites.items())
+    head = ("lm_head", (model.hidden_size, (model.vocab_size,)))
+    shapes = {
+        name: LoRAShape(0, tuple(range(len(widths))), in_features, widths, **pool)
+        for name, (in_features, widths) in [*sites, head]
+    }
+    embedding = LoRAShape(0, (0,), 0, (model.hidden_size,), is_embedding=True, **pool)
+    cases = [_gather_case(embedding)]
+    for name, shape in shapes.items():
+        for is_serial in (False, True):
+            variant = f"{name}, {'serial' if is_serial else 'split'}"
+            cases += [
+                _case(
+                    f"lora shrink {variant}",
+                    shrink_kernel,
+                    _shrink_constants(shape, is_serial),
+                    (shape.tuning.shrink_warps, shape.tuning.shrink_stages),
+                ),
+                _case(
+                    f"lora expand {variant}",
+                    expand_kernel,
+                    _expand_constants(shape, is_serial),
+                    (shape.tuning.expand_warps, shape.tuning.expand_stages),
+                ),
+            ]
+    return cases
+
+
+_POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16", "pool_ptr": "*bf16", "vectors_ptr": "*bf16"}
+
+
+def _case(name: str, fn: Any, constants: dict[str, int | bool], depth: tuple[int, int]) -> AotCase:
+    """Describe one variant in bfloat16; rows of activations are multiples of 16 elements."""
+    arguments = [arg for arg in fn.arg_names if arg not in constants]
+    types = _POINTERS | {"planes_ptr": "*fp32", "token_ids_ptr": "*i64"}
+    signature = {
+        arg: types.get(arg, "*i32") if arg.endswith("_ptr") else "i32" for arg in arguments
+    }
+    aligned = [i for i, arg in enumerate(fn.arg_names) if arg in arguments and arg != "span"]
+    return AotCase(
+        name,
+        fn,
+        signature,
+        constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        num_warps=depth[0],
+        num_stages=depth[1],
+        must_vectorise=("pool_ptr",) if fn is not gather_kernel else (),
+    )
+
+
+def _gather_case(shape: LoRAShape) -> AotCase:
+    constants = {"PAGE_ELEMS": shape.page_elems, "RANK_TILE": shape.tuning.rank_tile}
+    return _case("lora gather embedding", gather_kernel, dict(constants), (4, 3))
