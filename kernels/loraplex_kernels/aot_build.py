@@ -168,8 +168,12 @@ def _weight_loads(case: AotCase, widths: dict[str, list[int]]) -> str:
 
 
 def _not_built(capability: int, error: Exception) -> str:
-    first_line = (str(error).strip() or repr(error)).splitlines()[-1]
-    return f"triton {triton.__version__} does not build it for sm_{capability}: {first_line}"
+    # The compiler's message shows the source with a caret and may leave the reason to its cause.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    reason = lines[-1] if lines else repr(error)
+    if error.__cause__ is not None:
+        reason = f"{reason} ({error.__cause__})"
+    return f"triton {triton.__version__} does not build it for sm_{capability}: {reason}"
 
 
 def _violations(

@@ -26,6 +26,8 @@ _LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;\"]*?(?:, (0x[0-9a-f]+|\d+)|\.(\d+)\()")
 _LLVM_LOAD = re.compile(r"= load (?:volatile )?(?:<(\d+) x )?(?:i|float|half|bfloat)(\d*)")
 _INCOMING = re.compile(r"\[ (%[\w.]+), %[\w.]+ \]")  # of a phi
+_SENT = re.compile(r"= ptrtoint ptr addrspace\(1\) (%[\w.]+)")
+_RECEIVED = re.compile(r"^\s*(%[\w.]+) = inttoptr\b")
 _DERIVED = re.compile(r"^\s*(%[\w.]+) = (?:getelementptr|select|phi|freeze|bitcast)\b")
 
 
@@ -93,6 +95,10 @@ def load_widths(llir: str, arguments: tuple[str, ...]) -> dict[str, list[int]]:
         for line in lines
         if (match := _DERIVED.match(line))
     }
+    # A layout change takes pointers through shared memory or shuffles as integers: one that comes
+    # back may be any that went.
+    sent = [match[1] for line in lines if (match := _SENT.search(line))]
+    parents |= {match[1]: sent for line in lines if (match := _RECEIVED.match(line))}
     header = next(line for line in lines if line.startswith("define") and "_kernel void" in line)
     roots = dict(zip(re.findall(r"%[\w.]+", header.partition("(")[2]), arguments, strict=False))
     widths: dict[str, list[int]] = {}

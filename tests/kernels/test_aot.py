@@ -112,3 +112,18 @@ define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) captures(none) %
   %10 = call i32 asm "ld.global.b32 { $0 }, [ $1 + 0 ];", "=r,l"(ptr addrspace(1) %unknown)
 """
     assert load_widths(llir, ("pool", "x", "n")) == {"pool": [16, 16], "x": [2], "?": [4]}
+
+
+def test_loads_are_traced_through_a_layout_change_of_their_pointers():
+    llir = """
+define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1) {
+  %3 = getelementptr [2 x i8], ptr addrspace(1) %1, i64 %9
+  %4 = ptrtoint ptr addrspace(1) %3 to i64
+  store <1 x i64> %4, ptr addrspace(3) %60, align 8
+  %5 = load i64, ptr addrspace(3) %61, align 8
+  %6 = inttoptr i64 %5 to ptr addrspace(1)
+  %7 = getelementptr [2 x i8], ptr addrspace(1) %6, i64 %46
+  call void asm sideeffect "cp.async.cg.shared.global [ $0 + 0 ], [ $1 + 0 ], 0x10, $2;", \
+"r,l,r"(ptr addrspace(3) %69, ptr addrspace(1) %7, i32 %328)
+"""
+    assert load_widths(llir, ("out", "pool")) == {"pool": [16]}
