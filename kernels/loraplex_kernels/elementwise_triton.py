@@ -182,7 +182,8 @@ def rotate_and_store_kernel(
     kv_head = (head - HEADS)[:, None]
     kv_at = kv + page_at + tl.where(is_v, PAGE_TOKENS * ROW - ROW, 0) + kv_head * HEAD_DIM
     q_at = out + token * out_stride + head[:, None] * HEAD_DIM
-    is_kv = (head >= HEADS)[:, None] & (slot >= 0)
+    # Compared as a vector: the interpreter spreads a scalar's truth value as integers.
+    is_kv = ((head >= HEADS) & (tl.zeros([TILE], tl.int64) + slot >= 0))[:, None]
     tl.store(q_at + half[None, :], turned_low, mask=in_half & is_q)
     tl.store(q_at + ROTATED + half[None, :], turned_high, mask=in_half & is_q)
     tl.store(kv_at + half[None, :], turned_low, mask=in_half & is_kv)

@@ -1,4 +1,4 @@
-"""What a model tells the kernels once, at construction: its LoRA sites, its rotation, its norms."""
+"""What the kernels are told once, when an engine is built: about its model and its largest step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ class LoRASite:
     Attributes:
         index: position in the order qkv, o, gate_up, down.
         projections: indices in the order q k v o gate up down.
+        in_features: width of the input.
         out_features: output width of each of them; their sum is the width of the output.
     """
 
     index: int
     projections: tuple[int, ...]
+    in_features: int
     out_features: tuple[int, ...]
 
 
@@ -44,3 +46,42 @@ class HeadNorms:
 
     q: torch.Tensor
     k: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KernelModel:
+    """Sizes of a model and its pool, as far as compiled kernels depend on them.
+
+    Attributes:
+        page_tokens: tokens of a page.
+        page_elems, chunk_elems: see `PoolLayout` in the memory package.
+        sites: the LoRA sites of a layer, in the order of their `index`.
+        dtype: of weights, activations and pool.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_tokens: int
+    page_elems: int
+    chunk_elems: int
+    sites: tuple[LoRASite, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepCapacity:
+    """The largest step: what static tables and scratch are made for.
+
+    Attributes:
+        max_tokens: most token rows.
+        max_sequences: most sequences.
+        max_pages: most page ids in the block tables of all sequences together.
+        plane_elems: float32 elements between LoRA's two launches.
+    """
+
+    max_tokens: int
+    max_sequences: int
+    max_pages: int
+    plane_elems: int = 1 << 24

@@ -12,7 +12,13 @@ from typing import Protocol
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
-from loraplex_kernels.model_tables import HeadNorms, LoRASite, RopeTable
+from loraplex_kernels.model_tables import (
+    HeadNorms,
+    KernelModel,
+    LoRASite,
+    RopeTable,
+    StepCapacity,
+)
 
 
 class StepOps(Protocol):
@@ -80,14 +86,33 @@ class KernelBackend(Protocol):
     """Owned by the runner; one per engine."""
 
     def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> StepOps:
-        """Bring a step's batches to where its operations read them."""
+        """Bring a step's batches to where its operations read them; good for this step alone."""
         ...
 
 
-def choose_backend(device: torch.device) -> KernelBackend:
-    """Return who computes on `device`."""
-    if device.type == "cpu":
-        from loraplex_kernels.cpu import CpuBackend
+class DeviceBackend(KernelBackend, Protocol):
+    """A backend whose operations on decode steps can be recorded once and replayed."""
 
-        return CpuBackend()
-    raise ValueError(f"there are no kernels for {device}")
+    def fill(self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int) -> bool:
+        """Fill the static tables with a decode step; False when they are too small for it."""
+        ...
+
+    def static_ops(self, num_rows: int, *, has_lora: bool) -> StepOps:
+        """Return the operations of all decode steps of so many rows, whatever `fill` brings."""
+        ...
+
+
+def host_backend() -> KernelBackend:
+    """Return the backend of a CPU."""
+    from loraplex_kernels.cpu import CpuBackend
+
+    return CpuBackend()
+
+
+def device_backend(
+    model: KernelModel, capacity: StepCapacity, device: torch.device
+) -> DeviceBackend:
+    """Return the backend of a GPU; of a CPU only under the Triton interpreter, for tests."""
+    from loraplex_kernels.gpu import GpuBackend
+
+    return GpuBackend(model, capacity, device)

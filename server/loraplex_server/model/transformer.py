@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from loraplex_kernels.model_tables import HeadNorms, LoRASite
+from loraplex_kernels.model_tables import HeadNorms, KernelModel, LoRASite
 from loraplex_kernels.ops import StepOps
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Site
 from loraplex_memory.pool import PagePool
@@ -67,6 +67,8 @@ class Transformer:
         ops: StepOps,
         pool: PagePool,
         logit_rows: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the tokens of a step, write their KV, and return logits of some of them.
 
@@ -75,6 +77,7 @@ class Transformer:
             ops: the operations, bound to where each token belongs and which adapter it uses.
             pool: KV pages (written) and adapter pages (read).
             logit_rows: integers `[N]`, the token rows whose logits are wanted; None for all.
+            out: float32 `[N, vocab_size]` to write into.
 
         Returns:
             float32 `[N, vocab_size]`.
@@ -84,13 +87,14 @@ class Transformer:
         x = ops.rms_norm(residual, layers[0].input_norm, eps)
         norms_after = [*(layer.input_norm for layer in layers[1:]), self._weights.norm]
         for index, layer in enumerate(layers):
-            out = self._attention(x, index, layer, ops, pool)
-            x, residual = ops.add_rms_norm(out, residual, layer.post_norm, eps)
-            out = self._mlp(x, index, layer, ops, pool)
+            delta = self._attention(x, index, layer, ops, pool)
+            x, residual = ops.add_rms_norm(delta, residual, layer.post_norm, eps)
+            delta = self._mlp(x, index, layer, ops, pool)
             if index == len(layers) - 1 and logit_rows is not None:
-                out, residual = (t.index_select(0, logit_rows) for t in (out, residual))
-            x, residual = ops.add_rms_norm(out, residual, norms_after[index], eps)
-        return self._weights.lm_head(x).float()
+                delta, residual = (t.index_select(0, logit_rows) for t in (delta, residual))
+            x, residual = ops.add_rms_norm(delta, residual, norms_after[index], eps)
+        logits = self._weights.lm_head(x)
+        return logits.float() if out is None else out.copy_(logits)
 
     def _attention(
         self, x: torch.Tensor, index: int, layer: LayerWeights, ops: StepOps, pool: PagePool
@@ -141,6 +145,7 @@ def lora_site(site: Site, geometry: ModelGeometry) -> LoRASite:
     return LoRASite(
         index=list(SITES).index(site),
         projections=tuple(PROJECTIONS.index(name) for name in names),
+        in_features=geometry.in_features(names[0]),
         out_features=tuple(geometry.out_features(name) for name in names),
     )
 
@@ -149,3 +154,19 @@ def _head_norms(layer: LayerWeights) -> HeadNorms | None:
     if layer.q_norm is None or layer.k_norm is None:
         return None
     return HeadNorms(layer.q_norm, layer.k_norm)
+
+
+def kernel_model(pool: PagePool) -> KernelModel:
+    """Return the model and its pool as the kernels know them."""
+    layout, geometry = pool.layout, pool.layout.geometry
+    return KernelModel(
+        num_layers=geometry.num_layers,
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        page_tokens=layout.page_tokens,
+        page_elems=layout.page_elems,
+        chunk_elems=layout.chunk_elems,
+        sites=tuple(lora_site(site, geometry) for site in SITES),
+        dtype=pool.dtype,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from loraplex_kernels.batch import (
     build_attention_batch,
     build_lora_batch,
 )
-from loraplex_kernels.ops import choose_backend
+from loraplex_kernels.ops import KernelBackend, host_backend
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.packing import pack_adapter
@@ -25,12 +25,18 @@ class PagedRun:
     """A pool, the sequences in it and its adapters; every page is handed out once, at random."""
 
     def __init__(
-        self, model: Transformer, *, num_pages: int = 64, page_tokens: int = 4, seed: int = 0
+        self,
+        model: Transformer,
+        *,
+        num_pages: int = 64,
+        page_tokens: int = 4,
+        seed: int = 0,
+        backend: Callable[[PagePool], KernelBackend] = lambda pool: host_backend(),
     ) -> None:
         self.model = model
-        self._backend = choose_backend(model.device)
         self.layout = PoolLayout(model.spec.geometry, page_tokens)
         self.pool = PagePool(self.layout, num_pages, dtype=model.dtype)
+        self._backend = backend(self.pool)
         self.lengths: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}
         self._adapters: dict[str, PagedAdapter] = {}

@@ -1,0 +1,284 @@
+"""The GPU path: a step's batches as work lists in device memory, its operations as Triton kernels.
+
+Import it only where Triton is to be used; `ops.py` does.
+
+The tables are at fixed addresses (`static_tables`), so operations bound to them once can be
+captured in a CUDA graph and replayed for every later step (decision record 8). A step that
+outgrows them gets tables of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+import torch
+
+from loraplex_kernels import attention_launch, elementwise_triton, lora_triton
+from loraplex_kernels.attention_launch import DecodeScratch
+from loraplex_kernels.attention_work import (
+    AttentionTables,
+    AttentionTiling,
+    AttentionWork,
+    build_attention_work,
+)
+from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.lora_shape import LoRAShape
+from loraplex_kernels.lora_work import (
+    ITEM_FIELDS,
+    NUM_LAUNCHES,
+    LoRATables,
+    LoRAWork,
+    build_lora_work,
+)
+from loraplex_kernels.model_tables import (
+    HeadNorms,
+    KernelModel,
+    LoRASite,
+    RopeTable,
+    StepCapacity,
+)
+from loraplex_kernels.static_tables import StaticTables, TablesFull
+
+#: Programs of a persistent grid, for each multiprocessor.
+_LORA_PROGRAMS: Final = 8
+_ATTENTION_PROGRAMS: Final = 4
+
+#: Multiprocessors where there are none: under the interpreter each program is a Python call.
+_INTERPRETED_PROCESSORS: Final = 1
+
+#: LoRA items and page ids of adapters that the static tables hold: 256 adapters on all linears.
+_MAX_LORA_ITEMS: Final = 1 << 16
+_MAX_LORA_PAGES: Final = 1 << 18
+
+
+class GpuBackend:
+    """Implements `ops.DeviceBackend`. Owns the static tables and the scratch of every layer."""
+
+    def __init__(self, model: KernelModel, capacity: StepCapacity, device: torch.device) -> None:
+        self._model = model
+        self._capacity = capacity
+        self._device = device
+        self._num_processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else _INTERPRETED_PROCESSORS
+        )
+        self._tiling = AttentionTiling.of(
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            elem_bytes=model.dtype.itemsize,
+        )
+        self._lora_shapes = [
+            LoRAShape(
+                index=site.index,
+                modules=site.projections,
+                in_features=site.in_features,
+                out_features=site.out_features,
+                chunk_elems=model.chunk_elems,
+                page_elems=model.page_elems,
+            )
+            for site in model.sites
+        ]
+        shapes = self._attention_table_shapes() | self._lora_table_shapes()
+        self._tables = StaticTables(shapes, device)
+        self._scratch = self._new_scratch(self._max_decode_items)
+        self._planes = torch.empty(capacity.plane_elems, dtype=torch.float32, device=device)
+
+    @property
+    def _max_decode_items(self) -> int:
+        """A sequence's last split may be short; the others cover whole pages of its own."""
+        in_pages = self._capacity.max_pages * self._model.page_tokens // self._tiling.split_tokens
+        return self._capacity.max_sequences + in_pages
+
+    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> GpuOps:
+        """Bring a step of any size to the device; its operations are good for this step alone."""
+        num_rows = len(attention.positions)
+        attention_work, lora_work = self._lay_out(attention, lora, num_rows)
+        if self._try_upload(attention_work, lora_work):
+            items = len(attention_work.prefill_items)
+            lora_tables = self._static_lora(is_serial=lora_work.is_serial) if lora_work else None
+            return self._ops(self._static_attention(num_rows, items), self._scratch, lora_tables)
+        tables = attention_work.to(self._device)
+        scratch = self._new_scratch(len(tables.decode_items))
+        return self._ops(tables, scratch, lora_work.to(self._device) if lora_work else None)
+
+    def fill(self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int) -> bool:
+        """Fill the static tables with a decode step; False when they are too small for it.
+
+        Args:
+            attention: sequences of one query each.
+            lora: which rows use which adapter.
+            num_rows: token rows after padding, as given to `static_ops`.
+        """
+        return self._try_upload(*self._lay_out(attention, lora, num_rows))
+
+    def static_ops(self, num_rows: int, *, has_lora: bool) -> GpuOps:
+        """Return the operations of all decode steps of `num_rows`, whatever `fill` brings."""
+        lora = self._static_lora(is_serial=False) if has_lora else None
+        return self._ops(self._static_attention(num_rows, num_prefill_items=0), self._scratch, lora)
+
+    def _lay_out(
+        self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int
+    ) -> tuple[AttentionWork, LoRAWork | None]:
+        attention_work = build_attention_work(
+            attention,
+            page_tokens=self._model.page_tokens,
+            tiling=self._tiling,
+            num_rows=num_rows,
+        )
+        return attention_work, build_lora_work(lora, self._lora_shapes) if lora else None
+
+    def _try_upload(self, attention: AttentionWork, lora: LoRAWork | None) -> bool:
+        arrays = {f.name: getattr(attention, f.name) for f in fields(attention)}
+        if lora is not None:
+            if lora.plane_elems > self._capacity.plane_elems:
+                return False
+            arrays |= {f"lora_{name}": getattr(lora, name) for name in _LORA_TABLES}
+        try:
+            self._tables.upload(arrays)
+        except TablesFull:
+            return False
+        return True
+
+    def _ops(
+        self, attention: AttentionTables, scratch: DecodeScratch, lora: LoRATables | None
+    ) -> GpuOps:
+        return GpuOps(
+            attention=attention,
+            scratch=scratch,
+            tiling=self._tiling,
+            lora=lora,
+            lora_shapes=self._lora_shapes,
+            num_processors=self._num_processors,
+        )
+
+    def _static_attention(self, num_rows: int, num_prefill_items: int) -> AttentionTables:
+        """Return the static tables, those cut to the step that bound how much is launched."""
+        views = self._tables.views
+        cut = {
+            "item_start": views["item_start"][: min(num_rows, self._capacity.max_sequences) + 1],
+            "prefill_items": views["prefill_items"][:num_prefill_items],
+            "positions": views["positions"][:num_rows],
+            "slots": views["slots"][:num_rows],
+        }
+        return AttentionTables(**{f.name: views[f.name] for f in fields(AttentionTables)} | cut)
+
+    def _static_lora(self, *, is_serial: bool) -> LoRATables:
+        views = (self._tables.views[f"lora_{name}"] for name in _LORA_TABLES)
+        rows, pages, spans, items = views
+        return LoRATables(rows, pages, spans, items, self._planes, is_serial)
+
+    def _new_scratch(self, num_items: int) -> DecodeScratch:
+        model = self._model
+        return DecodeScratch.allocate(num_items, model.num_heads, model.head_dim, self._device)
+
+    def _attention_table_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens, sequences = self._capacity.max_tokens, self._capacity.max_sequences
+        prefill_items = tokens // self._tiling.query_tile + sequences
+        return {
+            "pages": (self._capacity.max_pages,),
+            "page_start": (sequences,),
+            "context_lens": (sequences,),
+            "query_start": (sequences + 1,),
+            "decode_items": (self._max_decode_items, 2),
+            "item_start": (sequences + 1,),
+            "prefill_items": (prefill_items, 2),
+            "counts": (3,),
+            "positions": (tokens,),
+            "slots": (tokens,),
+        }
+
+    def _lora_table_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "lora_rows": (self._capacity.max_tokens,),
+            "lora_pages": (_MAX_LORA_PAGES,),
+            "lora_spans": (self._model.num_layers, len(self._lora_shapes), NUM_LAUNCHES, 2),
+            "lora_items": (_MAX_LORA_ITEMS, ITEM_FIELDS),
+        }
+
+
+_LORA_TABLES: Final = ("rows", "pages", "spans", "items")
+
+
+@dataclass(frozen=True)
+class GpuOps:
+    """Implements `ops.StepOps` through Triton; waits for nothing and reads no device memory."""
+
+    attention: AttentionTables
+    scratch: DecodeScratch
+    tiling: AttentionTiling
+    lora: LoRATables | None
+    lora_shapes: list[LoRAShape]
+    num_processors: int
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return elementwise_triton.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return elementwise_triton.add_rms_norm(x, residual, weight, eps, out=x)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return elementwise_triton.silu_mul(gate_up)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        rope: RopeTable,
+        norms: HeadNorms | None,
+        eps: float,
+    ) -> torch.Tensor:
+        return elementwise_triton.rotate_and_store(
+            qkv,
+            kv,
+            rope.cos,
+            rope.sin,
+            self.attention.positions,
+            self.attention.slots,
+            q_norm=norms.q if norms else None,
+            k_norm=norms.k if norms else None,
+            eps=eps,
+        )
+
+    def attend(
+        self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        out = torch.empty_like(query)
+        attention_launch.decode_attention(
+            query,
+            kv,
+            self.attention,
+            self.scratch,
+            scale=scale,
+            tiling=self.tiling,
+            num_programs=_ATTENTION_PROGRAMS * self.num_processors,
+            out=out,
+            window=window,
+        )
+        return attention_launch.prefill_attention(
+            query, kv, self.attention, scale=scale, tiling=self.tiling, out=out, window=window
+        )
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool_layer: torch.Tensor,
+        *,
+        layer: int,
+        site: LoRASite,
+    ) -> None:
+        if self.lora is not None:
+            lora_triton.add_lora(
+                y,
+                x,
+                pool_layer,
+                self.lora,
+                layer=layer,
+                shape=self.lora_shapes[site.index],
+                num_programs=_LORA_PROGRAMS * self.num_processors,
+            )
