@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex_scheduler.plan import SequenceStep
+from loraplex_server.model.device_copy import copy_to
 
 _Keys = npt.NDArray[np.int64]
 
@@ -46,11 +47,12 @@ def edit_logits(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> torch.Ten
     flat, vocab = edited.view(-1), logits.shape[1]
     if banned:
         keys = [i * vocab + token for i, row in banned for token in row.banned_token_ids]
-        flat[torch.tensor(keys, device=flat.device)] = float("-inf")
+        flat[copy_to(flat.device, torch.tensor(keys))] = float("-inf")
     if biased:
         keys = [i * vocab + token for i, row in biased for token in row.sampling.logit_bias]
         values = list(chain.from_iterable(row.sampling.logit_bias.values() for _, row in biased))
-        flat[torch.tensor(keys, device=flat.device)] += flat.new_tensor(values)
+        bias = copy_to(flat.device, torch.tensor(values, dtype=flat.dtype))
+        flat[copy_to(flat.device, torch.tensor(keys))] += bias
     if penalised:
         _penalise(flat, vocab, penalised)
     return edited
@@ -74,13 +76,14 @@ def _penalise(
             sampling.frequency_penalty,
         )
     keys = np.unique(seen)
-    repetition = torch.from_numpy(table[0][keys // vocab]).to(flat.device)
-    index = torch.from_numpy(keys).to(flat.device)
+    repetition = copy_to(flat.device, torch.from_numpy(table[0][keys // vocab]))
+    index = copy_to(flat.device, torch.from_numpy(keys))
     values = flat[index]
     flat[index] = torch.where(values > 0, values / repetition, values * repetition)
     keys, counts = np.unique(output, return_counts=True)
     subtract = table[1][keys // vocab] + table[2][keys // vocab] * counts.astype(np.float32)
-    flat[torch.from_numpy(keys).to(flat.device)] -= torch.from_numpy(subtract).to(flat.device)
+    index = copy_to(flat.device, torch.from_numpy(keys))
+    flat[index] -= copy_to(flat.device, torch.from_numpy(subtract))
 
 
 def _keys(index: int, vocab: int, tokens: Iterable[int]) -> _Keys:

@@ -10,11 +10,13 @@ A row's token and its log probabilities depend on its own logits, parameters and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from loraplex_scheduler.plan import SampledToken, SequenceStep, TokenLogprobs
+from loraplex_server.model.device_copy import copy_from, copy_to
 from loraplex_server.model.draw import draw_tokens
 from loraplex_server.model.logit_edits import edit_logits
 
@@ -47,25 +49,61 @@ def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledTo
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
             tokens[index] = draw_tokens(edited[index], [rows[i] for i in drawn])
-    reports = _logprobs(logits, rows, tokens)
+    taken = take_logprobs(logits, rows, tokens)
+    reports = taken.reports() if taken else {}
     return [SampledToken(token, reports.get(i)) for i, token in enumerate(tokens.tolist())]
 
 
-def _logprobs(
+@dataclass(frozen=True)
+class RowLogprobs:
+    """The log probabilities of the rows that asked, still tensors on any device.
+
+    Attributes:
+        counts: how many of the likeliest each row lists, by row index, in the order of the tensors.
+        chosen: of the tokens that were chosen, float32 `[M]`.
+        top_ids: the likeliest tokens, int64 `[M, K]`.
+        top: their log probabilities, float32 `[M, K]`.
+    """
+
+    counts: dict[int, int]
+    chosen: torch.Tensor
+    top_ids: torch.Tensor
+    top: torch.Tensor
+
+    def to_host(self) -> RowLogprobs:
+        """Enqueue copies to the host; see `copy_from`."""
+        return RowLogprobs(
+            self.counts, copy_from(self.chosen), copy_from(self.top_ids), copy_from(self.top)
+        )
+
+    def reports(self) -> dict[int, TokenLogprobs]:
+        """Return what each row reports, by row index; waits for the tensors."""
+        pairs = zip(self.top_ids.tolist(), self.top.tolist(), strict=True)
+        return {
+            i: TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+            for (i, count), logprob, (ids, values) in zip(
+                self.counts.items(), self.chosen.tolist(), pairs, strict=True
+            )
+        }
+
+
+def take_logprobs(
     logits: torch.Tensor, rows: Sequence[SequenceStep], tokens: torch.Tensor
-) -> dict[int, TokenLogprobs]:
-    """Return the log probabilities of the rows that ask, by row index."""
-    asked = {
+) -> RowLogprobs | None:
+    """Compute the log probabilities of the rows that ask; waits for nothing.
+
+    Args:
+        logits: float32 `[N, V]`, before any edit.
+        rows: one per row of `logits`.
+        tokens: int64 `[N]`, what was chosen.
+    """
+    counts = {
         i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None
     }
-    if not asked:
-        return {}
-    index = torch.tensor(list(asked), device=logits.device)
+    if not counts:
+        return None
+    index = copy_to(logits.device, torch.tensor(list(counts)))
     logprobs = logits[index].log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[index, None]).squeeze(1).tolist()
+    chosen = logprobs.gather(1, tokens[index, None]).squeeze(1)
     top = logprobs.topk(min(_MAX_LOGPROBS, logits.shape[1]))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return {
-        i: TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
-        for (i, count), logprob, (ids, values) in zip(asked.items(), chosen, pairs, strict=True)
-    }
+    return RowLogprobs(counts, chosen, top.indices, top.values)
