@@ -5,7 +5,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test check format bench clean help
+# Scripts for a machine with a GPU take the Python that has torch and triton there: no environment.
+GPU_PYTHON ?= $(PYTHON)
+
+.PHONY: demo test test-gpu check format bench bench-gpu clean help
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -25,6 +28,9 @@ demo: $(READY)  ## serve the real model with four adapters and show what they do
 test: $(READY)  ## run every test
 	$(BIN)/python -m pytest
 
+test-gpu:  ## run every kernel and engine check compiled, on a GPU (under 8 minutes)
+	$(GPU_PYTHON) tests/support/gpu_suite.py
+
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,6 +43,9 @@ format: $(READY)  ## format and mend what lint can mend
 
 bench: $(READY)  ## compare with PEFT's mixed batch on this machine
 	$(BIN)/python server/bench/bench_serve.py
+
+bench-gpu:  ## kernels, decode steps and closed loops on a GPU (under 8 minutes)
+	$(GPU_PYTHON) server/bench/bench_gpu.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
