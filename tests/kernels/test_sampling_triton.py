@@ -7,9 +7,9 @@ import torch
 
 from tests.support.sampling_checks import SAMPLING_CHECKS
 
+CHECKS = dict(SAMPLING_CHECKS)
 
-@pytest.mark.parametrize(
-    "check", [check for _, check in SAMPLING_CHECKS], ids=[name for name, _ in SAMPLING_CHECKS]
-)
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 def test_sampling(check):
     check(torch.device("cpu"))

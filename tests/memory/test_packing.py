@@ -57,6 +57,14 @@ def test_every_matrix_lies_where_the_layout_says(weights, layout, dtype):
     assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.values())
 
 
+def test_packing_into_given_memory_overwrites_all_of_it(weights, layout):
+    fresh = pack_adapter(weights, layout, dtype=torch.bfloat16)
+    out = torch.full_like(fresh, float("nan"))
+    packed = pack_adapter(weights, layout, dtype=torch.bfloat16, out=out)
+    assert packed is out
+    assert torch.equal(packed, fresh)
+
+
 def test_a_module_that_is_missing_is_refused(weights, layout):
     del weights[0, "v"]
     with pytest.raises(ValueError, match="modules"):
