@@ -23,6 +23,7 @@ from loraplex_kernels.attention_triton import (
     prefill_options,
 )
 from loraplex_kernels.attention_work import AttentionTables, AttentionTiling
+from loraplex_kernels.elementwise_triton import STRICT
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def decode_attention(
         tables.query_start,
         scale * math.log2(math.e),
         query.stride(0),
-        **decode_constants(tiling, heads, kv_heads, head_dim, kv.shape[2], window),
+        **decode_constants(tiling, heads, kv.shape, window),
         **DECODE_OPTIONS,
+        **STRICT,
     )
     combine_splits_kernel[(min(num_sequences, len(query)), heads)](
         out,
@@ -109,6 +111,7 @@ def decode_attention(
         out.stride(0),
         **combine_constants(tiling, heads, head_dim),
         **COMBINE_OPTIONS,
+        **STRICT,
     )
     return out
 
@@ -127,8 +130,7 @@ def prefill_attention(
 
     `tables.prefill_items` should be cut to the step: each of them starts programs.
     """
-    _, heads, head_dim = query.shape
-    kv_heads = kv.shape[3]
+    heads, kv_heads = query.shape[1], kv.shape[3]
     if not len(tables.prefill_items):
         return out
     assert kv.is_contiguous(), "one layer of the pool"
@@ -145,7 +147,8 @@ def prefill_attention(
         scale * math.log2(math.e),
         query.stride(0),
         out.stride(0),
-        **prefill_constants(tiling, heads, kv_heads, head_dim, kv.shape[2], window),
+        **prefill_constants(tiling, heads, kv.shape, window),
         **prefill_options(tiling),
+        **STRICT,
     )
     return out

@@ -1,14 +1,14 @@
 """Paged attention in Triton: a split-KV kernel for decode, a varlen kernel for prefill.
 
-`reference.paged_attention` says what is computed, `attention_launch.py` launches it. KV blocks
-start at multiples of their size, counted from a sequence's first token, and a block that a row does
-not see leaves every bit of it alone; so a row's result depends on its own sequence only: neither on
-its company nor on how its prompt was cut into chunks.
+`reference.paged_attention` says what is computed, `attention_launch.py` launches it. KV blocks and
+query tiles start at multiples of their size, counted from a sequence's first token, and a block
+that a row does not see leaves every bit of it alone; so a row's result depends on its own sequence
+only: neither on its company nor on how its prompt was cut into chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from loraplex_kernels.aot import AotCase, ModelShape
 from loraplex_kernels.attention_work import AttentionTiling
-from loraplex_kernels.elementwise_triton import INTERPRETED, aligned, narrow
+from loraplex_kernels.elementwise_triton import INTERPRETED, STRICT, aligned, narrow
 
 DECODE_OPTIONS: Final = {"num_warps": 4, "num_stages": 3}
 COMBINE_OPTIONS: Final = {"num_warps": 2}
@@ -66,13 +66,19 @@ def _attend(
     dim = tl.arange(0, D)
     # Each block's page ids are loaded a block ahead, so that K and V wait for no other load and
     # the compiler can keep several blocks of them in flight.
-    token = start + tl.arange(0, BLOCK)
-    page = tl.load(pages + token // PAGE_TOKENS, mask=token < stop, other=0)
+    local = tl.arange(0, BLOCK)
+    page = tl.load(pages + (start + local) // PAGE_TOKENS, mask=start + local < stop, other=0)
     for first in tl.range(start, stop, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        row = page.to(tl.int64) * (2 * PAGE_TOKENS * ROW) + (token % PAGE_TOKENS) * ROW
-        ahead = token + BLOCK
-        page = tl.load(pages + ahead // PAGE_TOKENS, mask=ahead < stop, other=0)
+        token = first + local
+        ahead = first + BLOCK
+        if BLOCK % PAGE_TOKENS == 0:  # where a token lies in its page is the same in every block
+            slot = local % PAGE_TOKENS
+            page_index = ahead // PAGE_TOKENS + local // PAGE_TOKENS
+        else:
+            slot = token % PAGE_TOKENS
+            page_index = (ahead + local) // PAGE_TOKENS
+        row = page.to(tl.int64) * (2 * PAGE_TOKENS * ROW) + slot * ROW
+        page = tl.load(pages + page_index, mask=ahead + local < stop, other=0)
         loaded = (dim < HEAD_DIM)[None, :]
         if IS_MASKED:
             loaded &= (token < stop)[:, None]
@@ -243,6 +249,7 @@ def prefill_attention_kernel(
 
     One program per (item, KV head). Row `r` of the tile is query `r // GROUPS` of the tile with
     head `r % GROUPS` of the KV head, so that K and V are read once for all heads that share them.
+    A tile starts at a multiple of `QUERY_TILE`: a query has one row, however its prompt is cut.
     """
     GROUPS: tl.constexpr = HEADS // KV_HEADS
     item = tl.program_id(0) // KV_HEADS
@@ -250,22 +257,21 @@ def prefill_attention_kernel(
     if item >= tl.load(counts + 2):
         return
     sequence = tl.load(items + 2 * item)
-    tile_start = tl.load(items + 2 * item + 1) * QUERY_TILE
+    first_position = tl.load(items + 2 * item + 1) * QUERY_TILE
     context = tl.load(context_lens + sequence)
-    first_row = tl.load(query_start + sequence)
-    num_queries = tl.load(query_start + sequence + 1) - first_row
-    first_position = context - num_queries + tile_start
     stop = tl.minimum(first_position + QUERY_TILE, context)
+    # Token row of position 0, were it part of this step.
+    row_base = tl.load(query_start + sequence + 1) - context
+    start_position = tl.load(query_start + sequence) - row_base
 
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, D)
-    local = row // GROUPS
-    is_query = (row < QUERY_TILE * GROUPS) & (tile_start + local < num_queries)
+    position = first_position + row // GROUPS
+    is_query = (row < QUERY_TILE * GROUPS) & (position >= start_position) & (position < context)
     inside = is_query[:, None] & (dim < HEAD_DIM)[None, :]
-    token_row = (first_row + tile_start + local).to(tl.int64)
+    token_row = (row_base + position).to(tl.int64)
     column = (kv_head * GROUPS + row % GROUPS)[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(query + token_row[:, None] * query_stride + column, mask=inside, other=0.0)
-    position = first_position + local
 
     head_kv = kv + kv_head * HEAD_DIM
     head_pages = pages + tl.load(page_start + sequence)
@@ -298,22 +304,12 @@ def prefill_attention_kernel(
 
 
 def decode_constants(
-    tiling: AttentionTiling,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_tokens: int,
-    window: int | None,
+    tiling: AttentionTiling, heads: int, kv_shape: Sequence[int], window: int | None
 ) -> dict[str, int]:
-    """Return the constants of `decode_attention_kernel`."""
+    """Return the constants of `decode_attention_kernel`; `kv_shape` as `PagePool.kv` has it."""
     return {
-        "WINDOW": window or 0,
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "HEAD_DIM": head_dim,
-        "PAGE_TOKENS": page_tokens,
+        **_shape_constants(tiling, heads, kv_shape, window),
         "HEAD_TILE": tiling.head_tile,
-        "D": tiling.head_dim_padded,
         "SPLIT": tiling.split_tokens,
         "BLOCK": tiling.decode_tokens,
     }
@@ -330,24 +326,27 @@ def combine_constants(tiling: AttentionTiling, heads: int, head_dim: int) -> dic
 
 
 def prefill_constants(
-    tiling: AttentionTiling,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_tokens: int,
-    window: int | None,
+    tiling: AttentionTiling, heads: int, kv_shape: Sequence[int], window: int | None
 ) -> dict[str, int]:
     """Return the constants of `prefill_attention_kernel`."""
     return {
-        "WINDOW": window or 0,
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "HEAD_DIM": head_dim,
-        "PAGE_TOKENS": page_tokens,
+        **_shape_constants(tiling, heads, kv_shape, window),
         "QUERY_TILE": tiling.query_tile,
         "ROWS": tiling.prefill_rows,
-        "D": tiling.head_dim_padded,
         "BLOCK": tiling.prefill_tokens,
+    }
+
+
+def _shape_constants(
+    tiling: AttentionTiling, heads: int, kv_shape: Sequence[int], window: int | None
+) -> dict[str, int]:
+    return {
+        "WINDOW": window or 0,
+        "HEADS": heads,
+        "KV_HEADS": kv_shape[3],
+        "HEAD_DIM": kv_shape[4],
+        "PAGE_TOKENS": kv_shape[2],
+        "D": tiling.head_dim_padded,
     }
 
 
@@ -358,50 +357,36 @@ def prefill_options(tiling: AttentionTiling) -> dict[str, int]:
 
 def aot_cases(shape: ModelShape) -> list[AotCase]:
     """Return the attention kernels that serving a model of this shape in bfloat16 launches."""
-    tiling = AttentionTiling.of(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        elem_bytes=2,
-    )
-    sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_tokens)
-    cases = [_combine_case(tiling, shape)]
-    for window in (None, 4096):
-        name = "" if window is None else " window"
-        cases.append(
-            _case(
-                f"decode_attention{name}",
-                decode_attention_kernel,
-                decode_constants(tiling, *sizes, window),
-                DECODE_OPTIONS,
-            )
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    kv_shape = (0, 2, shape.page_tokens, kv_heads, head_dim)
+    tilings = {
+        capability: AttentionTiling.of(
+            heads, kv_heads, head_dim, elem_bytes=2, capability=capability
         )
-        cases.append(
-            _case(
-                f"prefill_attention{name}",
-                prefill_attention_kernel,
-                prefill_constants(tiling, *sizes, window),
-                prefill_options(tiling),
-            )
-        )
+        for capability in (80, 90)
+    }
+    if tilings[80] == tilings[90]:
+        del tilings[90]
+    constants = combine_constants(tilings[80], heads, head_dim)
+    cases = [_case("combine_splits", combine_splits_kernel, constants, COMBINE_OPTIONS)]
+    for suffix, window in (("", None), (" window", 4096)):
+        constants = decode_constants(tilings[80], heads, kv_shape, window)
+        name = f"decode_attention{suffix}"
+        cases.append(_case(name, decode_attention_kernel, constants, DECODE_OPTIONS))
+        for capability, tiling in tilings.items():
+            constants = prefill_constants(tiling, heads, kv_shape, window)
+            name = f"prefill_attention{suffix}"
+            options = {**prefill_options(tiling), "min_capability": capability}
+            cases.append(_case(name, prefill_attention_kernel, constants, options))
     return cases
 
 
-def _combine_case(tiling: AttentionTiling, shape: ModelShape) -> AotCase:
-    constants = combine_constants(tiling, shape.num_heads, shape.head_dim)
-    return _case("combine_splits", combine_splits_kernel, constants, COMBINE_OPTIONS)
-
-
 #: Run-time arguments that are neither int32 tables nor of the model's dtype.
-_TYPES = {
-    "out": "*bf16",
-    "query": "*bf16",
-    "kv": "*bf16",
-    "partial": "*fp32",
-    "stats": "*fp32",
+_TYPES: Final = {
+    **dict.fromkeys(("out", "query", "kv"), "*bf16"),
+    **dict.fromkeys(("partial", "stats"), "*fp32"),
+    **dict.fromkeys(("query_stride", "out_stride"), "i32"),
     "scale": "fp32",
-    "query_stride": "i32",
-    "out_stride": "i32",
 }
 
 
@@ -414,5 +399,6 @@ def _case(name: str, fn: Any, constants: Mapping[str, int], options: Mapping[str
         constants,
         attrs=aligned(fn, signature),
         must_vectorise=("kv",) if "kv" in signature else (),
+        options=STRICT,
         **options,
     )

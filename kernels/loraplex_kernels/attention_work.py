@@ -48,28 +48,41 @@ class AttentionTiling:
     @classmethod
     def of(
         cls,
-        *,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        *,
         elem_bytes: int,
+        capability: int = 90,
         split_tokens: int = 256,
     ) -> AttentionTiling:
-        """Choose tiles that fit registers and shared memory of compute capability 8.0 and later."""
+        """Choose tiles that fit registers and shared memory without spilling.
+
+        Args:
+            num_heads: query heads.
+            num_kv_heads: heads of K and V.
+            head_dim: elements of a head.
+            elem_bytes: of the model's dtype.
+            capability: compute capability of the chip, ten times the version.
+            split_tokens: KV tokens of one decode item.
+        """
         groups = num_heads // num_kv_heads
         padded = max(16, _power_of_two(head_dim))
         is_half = elem_bytes == 2
         # 16 KiB of K in flight per stage; float32 has no tensor cores and keeps its tiles small.
         decode_tokens = min(128, split_tokens, max(16, 16384 // (padded * elem_bytes)))
-        prefill_rows = max((128 if padded <= 128 else 64) if is_half else 32, _power_of_two(groups))
+        rows = (128 if padded == 128 else 64) if is_half else 32
+        rows = max(rows, _power_of_two(groups))
+        # Before 9.0, Q and the scores of a tile of 64 tokens do not fit beside 128 columns.
+        is_wide = padded > (128 if capability >= 90 else 64)
         return cls(
             head_dim_padded=padded,
             head_tile=max(16, _power_of_two(groups)),
             split_tokens=split_tokens,
             decode_tokens=decode_tokens,
-            prefill_rows=prefill_rows,
-            prefill_tokens=64 if is_half and padded <= 128 else 32,
-            query_tile=prefill_rows // groups,
+            prefill_rows=rows,
+            prefill_tokens=64 if is_half and not is_wide else 32,
+            query_tile=rows // groups,
         )
 
 
@@ -89,7 +102,8 @@ class AttentionWork:
         query_start: `[S + 1]`, first token row of each sequence.
         decode_items: `[N, 2]`, (sequence, split): one query over `split_tokens` of its KV.
         item_start: `[num_decode + 1]`, first decode item of each sequence that decodes.
-        prefill_items: `[N, 2]`, (sequence, query tile), longest context first, so that the last
+        prefill_items: `[N, 2]`, (sequence, tile): its new queries among positions
+            `[tile * query_tile, (tile + 1) * query_tile)`. Longest context first, so that the last
             programs to start are the short ones.
         counts: `[3]`, decode items, sequences that decode, prefill items. The kernels read these
             from device memory: the tables they come with may be larger, and stale beyond.
@@ -185,10 +199,11 @@ def _expand(counts: npt.NDArray[np.int32]) -> tuple[IntArray, IntArray, IntArray
 def _prefill_items(
     query_start: IntArray, contexts: IntArray, num_decode: int, query_tile: int
 ) -> IntArray:
-    num_queries = np.diff(query_start)[num_decode:]
-    sequences, tiles, _ = _expand(-(-num_queries // query_tile))
-    unseen = np.maximum(num_queries[sequences] - (tiles + 1) * query_tile, 0)
-    order = np.argsort(unseen - contexts[num_decode:][sequences], kind="stable")
+    stops = contexts[num_decode:]
+    first_tiles = (stops - np.diff(query_start)[num_decode:]) // query_tile
+    sequences, ranks, _ = _expand(-(-stops // query_tile) - first_tiles)
+    tiles = first_tiles[sequences] + ranks
+    order = np.argsort(-tiles, kind="stable")
     return np.stack((sequences[order] + np.int32(num_decode), tiles[order]), axis=1)
 
 

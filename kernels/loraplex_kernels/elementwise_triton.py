@@ -18,6 +18,9 @@ from loraplex_kernels.aot import AotCase, ModelShape
 #: Kernels under `TRITON_INTERPRET=1` are plain numpy; triton fixes that when it decorates them.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+#: Launch option: a product and a sum round one by one, as written, on every chip and compiler.
+STRICT: Final = {"enable_fp_fusion": False}
+
 #: Elements of one program of `silu_mul`, and heads of one program of `rotate_and_store`.
 _SILU_BLOCK: Final = 1024
 _HEAD_TILE: Final = 16
@@ -237,6 +240,7 @@ def _rms_norm(
             BLOCK=triton.next_power_of_2(width),
             IS_SUM=is_sum,
             num_warps=_norm_warps(width),
+            **STRICT,
         )
     return out
 
@@ -259,6 +263,7 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
             out.stride(0),
             WIDTH=width,
             BLOCK=_SILU_BLOCK,
+            **STRICT,
         )
     return out
 
@@ -312,6 +317,7 @@ def rotate_and_store(
             out.stride(0),
             **_rotation_constants(heads, kv_heads, head_dim, cos.shape[1], page_tokens),
             HAS_NORM=q_norm is not None,
+            **STRICT,
         )
     return out
 
@@ -371,4 +377,4 @@ _TYPES: Final = {
 def _case(name: str, fn: Any, constants: Mapping[str, Any], num_warps: int) -> AotCase:
     signature = {arg: _TYPES.get(arg, "*bf16") for arg in fn.arg_names if arg not in constants}
     attrs = aligned(fn, signature)
-    return AotCase(name, fn, signature, constants, attrs=attrs, num_warps=num_warps)
+    return AotCase(name, fn, signature, constants, attrs=attrs, num_warps=num_warps, options=STRICT)
