@@ -89,11 +89,6 @@ class DeviceSampler:
         """int64 `[max_rows]`, what the last launch chose; always the same memory."""
         return self._outcome[0]
 
-    @property
-    def tokens(self) -> torch.Tensor:
-        """int64 `[max_rows]`, always the same memory: what the last launch chose for each row."""
-        return self._outcome[0]
-
     @staticmethod
     def is_plain(rows: Sequence[SequenceStep]) -> bool:
         """No row edits its logits or reports log probabilities: a captured launch is enough."""
