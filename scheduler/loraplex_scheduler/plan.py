@@ -62,7 +62,10 @@ class SequenceStep:
     """The part of one sequence that a step computes.
 
     Attributes:
-        token_ids: the tokens `[start, start + len(token_ids))`; those before have valid KV.
+        start: the step computes the tokens `[start, start + num_tokens)`; those before have KV.
+        token_ids: the ids of these tokens, but for an awaited one.
+        awaits_token: one more token follows `token_ids`: the one that the step launched last, just
+            before this one, samples for this request. Nobody on the host knows its id yet.
         block_table: pages covering all of them.
         is_sampled: the step reaches the sequence's last token, so its next one is drawn.
         history: all token ids so far; only filled in when the sampling has penalties.
@@ -82,6 +85,12 @@ class SequenceStep:
     num_prompt: int
     position: int
     banned_token_ids: frozenset[int]
+    awaits_token: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes of this sequence, an awaited one included."""
+        return len(self.token_ids) + self.awaits_token
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,11 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One token per sampled sequence, by request id; or why there can be none."""
+    """One token per sampled sequence, by request id; or why there can be none.
+
+    A sequence that awaits a token which turns out not to exist may report anything: its request
+    has ended by the time this is booked.
+    """
 
     tokens: dict[str, SampledToken]
     failures: dict[str, str] = field(default_factory=dict)

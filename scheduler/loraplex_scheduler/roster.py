@@ -1,9 +1,12 @@
-"""Who is being served: every live sequence, waiting or running, in order of service.
+"""Who is being served: every live sequence, in order of service.
 
-    WAITING   no pages, no pin                              --admit-->   RUNNING
-    RUNNING   pages for its tokens, its adapter pinned      --preempt--> WAITING
+    WAITING    no pages, no pin                           --admit-->   RUNNING
+    RUNNING    pages for its tokens, its adapter pinned   --preempt--> WAITING
+                                                          --finish-->  FINISHING
+    FINISHING  no pages, no pin: its last token is on the way
 
-Moving a sequence moves what it holds with it, so no pin or page outlives its reason.
+Moving a sequence moves what it holds with it, so no pin or page outlives its reason. What a
+sequence gives back may be read and written by launched steps for a while: see `Scheduler`.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from loraplex_scheduler.sequence import Sequence
 
 
 class Roster:
-    """Owned by the scheduler. Both lists are oldest first; a live request id is in one of them."""
+    """Owned by the scheduler. A live sequence is in one of the lists; each is oldest first."""
 
     def __init__(self, residency: AdapterResidency) -> None:
         self._residency = residency
         self._by_id: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.finishing: list[Sequence] = []
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -41,7 +45,7 @@ class Roster:
 
     def admit(self, sequence: Sequence) -> None:
         """Take pages for all tokens of a waiting sequence, pin its adapter, let it run."""
-        sequence.table.grow(len(sequence.token_ids))
+        sequence.table.grow(sequence.num_tokens)
         if sequence.adapter_id:
             self._residency.pin(sequence.adapter_id)
         self.waiting.remove(sequence)
@@ -53,11 +57,18 @@ class Roster:
         sequence.num_computed = 0
         insort(self.waiting, sequence, key=_service_order)
 
+    def finish(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence that has nothing left to compute."""
+        self._release(sequence)
+        insort(self.finishing, sequence, key=_service_order)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""
         del self._by_id[sequence.request_id]
         if sequence.table.pages:
             self._release(sequence)
+        elif sequence.is_complete:
+            self.finishing.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -69,10 +80,17 @@ class Roster:
 
     def check(self) -> None:
         """Raise AssertionError if a sequence is lost, doubled, or holds what it may not."""
-        live = {s.request_id for s in self.waiting} | {s.request_id for s in self.running}
-        assert live == set(self._by_id), "a request is lost"
-        assert len(live) == len(self.waiting) + len(self.running), "a request is doubled"
-        assert all(not s.table.pages for s in self.waiting), "a waiting sequence holds pages"
+        listed = [*self.waiting, *self.running, *self.finishing]
+        assert len(listed) == len(self._by_id), "a request is lost or doubled"
+        assert all(self._by_id[s.request_id] is s for s in listed), "a request is not listed"
+        for sequence in (*self.waiting, *self.finishing):
+            assert not sequence.table.pages, "a sequence that does not run holds pages"
+        for sequence in (*self.waiting, *self.running):
+            assert not sequence.is_complete, "nothing is left to compute"
+            assert sequence.num_pending > 0, "nothing is left to compute"
+        for sequence in self.finishing:
+            assert sequence.is_complete, "a finishing sequence has tokens to compute"
+            assert sequence.num_awaited > 0, "a finishing sequence waits for nothing"
         pages = [page for s in self.running for page in s.table.pages]
         assert len(pages) == len(set(pages)), "two sequences hold the same page"
         for sequence in self.running:

@@ -1,8 +1,11 @@
 """Who runs next, on which pages, with which adapters loaded.
 
-One step is `schedule` (decide), the runner (compute), `commit` (book the result). Service is first
-come, first served; tokens already running go before new ones; when pages run out the newest running
-sequence gives its pages back and recomputes later.
+One step is `schedule` (decide), the runner's launch, `advance` (book what was launched), the
+runner's result, `commit` (book what was sampled). The next step may be scheduled, launched and
+advanced before this one is committed: its sequences then have a token whose id is not known yet.
+
+Service is first come, first served; tokens already running go before new ones; when pages run out
+the newest running sequence gives its pages back and recomputes later.
 
 Why nobody starves: a sequence never outgrows a pool that is empty but for its adapter. The oldest
 running one takes pages from every idle adapter and every younger sequence, so it finishes. A
@@ -22,6 +25,7 @@ from loraplex_memory.layout import PoolLayout
 from loraplex_memory.page_table import PageTable
 from loraplex_memory.residency import AdapterResidency, ResidencyState
 from loraplex_scheduler.errors import RequestRefused
+from loraplex_scheduler.flights import Flights
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import (
     AdapterLoad,
@@ -43,7 +47,13 @@ from loraplex_scheduler.sequence import Sequence
 class Scheduler:
     """Owned by the engine step (one thread). Drives the accounts; touches no tensor.
 
-    Always true between calls: a sequence is either waiting or running, see `Roster`.
+    Always true between calls: a sequence is waiting, running or finishing, see `Roster`.
+
+    Pages change hands in the accounts at once, though launched steps may still read and write them
+    for a former owner: a sequence that ended, gave way or has its last token on the way, or an
+    adapter that was evicted. That is safe if (1) launched steps run in the order of their launches,
+    as on one stream, and (2) a load's copies wait for all steps launched before it was submitted.
+    Whoever drives this object must see to both.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class Scheduler:
         self._allocator = allocator
         self._residency = residency
         self._roster = Roster(residency)
+        self._flights = Flights()
         # Offsets depend on content alone, so sequences of one adapter share them while they live.
         self._layouts: WeakValueDictionary[str, AdapterLayout] = WeakValueDictionary()
         self._next_order = 0
@@ -72,11 +83,18 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._roster.running)
+        """Sequences in the batch, those included whose last token is on the way."""
+        return len(self._roster.running) + len(self._roster.finishing)
 
     @property
     def has_work(self) -> bool:
-        return len(self._roster) > 0
+        """A request has not ended, or a launched step has not been committed."""
+        return len(self._roster) > 0 or len(self._flights) > 0
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """The launched step must be committed before the next one is scheduled."""
+        return any(sequence.needs_known_tokens for sequence in self._roster.running)
 
     def running_adapters(self) -> set[str]:
         return {s.adapter_id for s in self._roster.running if s.adapter_id}
@@ -147,24 +165,44 @@ class Scheduler:
     # ---- the step --------------------------------------------------------------------------
 
     def schedule(self) -> Plan:
-        """Decide one step. The pages and pins of the plan are taken when this returns."""
+        """Decide one step. The pages and pins of the plan are taken when this returns.
+
+        At most one launched step may be uncommitted, and none while `needs_known_tokens`. The plan
+        must be launched and advanced before anything else is asked of the scheduler, or, when it
+        has no sequences, be dropped.
+        """
+        assert len(self._flights) <= 1, "two steps are in flight"
         steps = self._continue_running()
-        budget = self.limits.max_step_tokens - sum(len(s.token_ids) for s in steps.values())
+        budget = self.limits.max_step_tokens - sum(s.num_tokens for s in steps.values())
         loads = self._admit_waiting(steps, budget)
         # Single-token spans first: attention treats them as one dense block (AttentionBatch).
-        ordered = sorted(steps.values(), key=lambda step: len(step.token_ids) != 1)
+        ordered = sorted(steps.values(), key=lambda step: step.num_tokens != 1)
         return Plan(
             sequences=tuple(ordered), loads=tuple(loads), adapters=self._planned_adapters(ordered)
         )
 
-    def commit(self, plan: Plan, result: StepResult) -> list[Event]:
-        """Book what a plan computed; sequences that ended meanwhile are passed over."""
-        events: list[Event] = []
+    def advance(self, plan: Plan) -> None:
+        """Book that a plan was launched; whoever's last token it samples leaves the batch now."""
+        sequences = []
         for step in plan.sequences:
             sequence = self._roster.get(step.request_id)
-            if sequence is None or sequence.num_computed != step.start:
+            assert sequence is not None, "a request ended between schedule and advance"
+            sequence.advance(step)
+            if sequence.is_complete:
+                self._roster.finish(sequence)
+            sequences.append(sequence)
+        self._flights.start(plan, tuple(sequences))
+
+    def commit(self, plan: Plan, result: StepResult) -> list[Event]:
+        """Book the result of the step launched longest ago.
+
+        Sequences that ended meanwhile are passed over; those that gave way meanwhile get their
+        token where they wait.
+        """
+        events: list[Event] = []
+        for step, sequence in self._flights.land(plan):
+            if self._roster.get(step.request_id) is not sequence:
                 continue
-            sequence.num_computed += len(step.token_ids)
             if step.request_id in result.failures:
                 message = result.failures[step.request_id]
                 events += self.abort(step.request_id, FinishReason.FAILED, message)
@@ -177,6 +215,9 @@ class Scheduler:
         self._allocator.check()
         self._residency.check()
         self._roster.check()
+        for sequence in self._roster:
+            num_awaited = self._flights.num_awaited(sequence)
+            assert sequence.num_awaited == num_awaited, "a token is lost or awaited in vain"
         pages = sum(len(s.table.pages) for s in self._roster)
         assert pages == self._allocator.num_held(PageUse.KV), "KV pages leaked"
 
@@ -193,7 +234,7 @@ class Scheduler:
             if not self._grow(sequence, sequence.num_computed + num_tokens, steps):
                 continue
             steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
-            budget = self.limits.max_step_tokens - sum(len(s.token_ids) for s in steps.values())
+            budget = self.limits.max_step_tokens - sum(s.num_tokens for s in steps.values())
         return steps
 
     def _grow(self, sequence: Sequence, num_tokens: int, steps: dict[str, SequenceStep]) -> bool:
@@ -230,7 +271,7 @@ class Scheduler:
         for sequence in list(self._roster.waiting):
             if budget == 0 or len(self._roster.running) + num_passed >= self.limits.max_running:
                 break
-            missing = sequence.table.pages_missing(len(sequence.token_ids))
+            missing = sequence.table.pages_missing(sequence.num_tokens)
             if sequence.adapter_id and not self._residency.is_resident(sequence.adapter_id):
                 if not self._await_adapter(sequence, awaited, num_set_aside, loads):
                     break
@@ -297,7 +338,7 @@ class Scheduler:
         return bool(evicted)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        sequence.token_ids.append(token.token_id)
+        sequence.append(token.token_id)
         reason = sequence.finish_reason(self.limits.eos_token_ids)
         if reason is not None:
             self._roster.remove(sequence)

@@ -1,10 +1,11 @@
 """One request on its way: which tokens it has, which are computed, which pages hold them.
 
-    [0, num_computed)              valid KV in the pages
-    [num_computed, len(tokens))    to compute; the step that reaches the end samples the next token
+    [0, num_computed)                   valid KV in the pages, once the launched steps have run
+    [num_computed, num_tokens)          to compute; the step that reaches the end samples the next
+    [len(token_ids), num_tokens)        awaited: sampled by a launched step, ids not known yet
 
 There is no prefill or decode phase: a sequence catches up with its own tokens within each step's
-budget. Preemption sets `num_computed` back to 0 and nothing else.
+budget. Preemption sets `num_computed` back to 0 and nothing else: a token on the way still comes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Sequence:
         self.max_len = max_len
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_computed = 0
+        self.num_awaited = 0
 
     @property
     def request_id(self) -> str:
@@ -45,19 +47,40 @@ class Sequence:
         return self.request.adapter.adapter_id if self.request.adapter else None
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer, awaited ones included."""
+        return len(self.token_ids) + self.num_awaited
+
+    @property
     def num_pending(self) -> int:
         """Tokens without KV; at least 1 while the sequence lives."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        """Tokens of the answer, awaited ones included."""
+        return self.num_tokens - len(self.request.prompt_token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """It has as many tokens as it may have, awaited ones included: nothing is left to run."""
+        return (
+            self.num_generated >= self.request.sampling.max_tokens
+            or self.num_tokens >= self.max_len
+        )
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Its next token cannot be sampled before the ids of the awaited ones are known."""
+        return self.num_awaited > 0 and self.request.sampling.has_penalties
 
     def step(self, num_tokens: int, eos_token_ids: frozenset[int]) -> SequenceStep:
         """Describe the computation of the next `num_tokens` tokens."""
+        assert self.num_awaited <= 1, "a step can take over a token from the step before it only"
         start, stop = self.num_computed, self.num_computed + num_tokens
         sampling = self.request.sampling
-        is_sampled = stop == len(self.token_ids)
+        is_sampled = stop == self.num_tokens
+        assert not (is_sampled and self.needs_known_tokens), "the last step must be booked first"
         return SequenceStep(
             request_id=self.request_id,
             adapter_id=self.adapter_id,
@@ -70,7 +93,20 @@ class Sequence:
             num_prompt=len(self.request.prompt_token_ids),
             position=stop,
             banned_token_ids=self._banned(eos_token_ids),
+            awaits_token=stop > len(self.token_ids),
         )
+
+    def advance(self, step: SequenceStep) -> None:
+        """Count what a launched step computes as computed, and what it samples as awaited."""
+        assert step.start == self.num_computed, "the step was planned for another state"
+        self.num_computed += step.num_tokens
+        self.num_awaited += step.is_sampled
+
+    def append(self, token_id: int) -> None:
+        """The id of the oldest awaited token is known."""
+        assert self.num_awaited > 0, "no step sampled this token"
+        self.token_ids.append(token_id)
+        self.num_awaited -= 1
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Return how the token just appended ends the sequence, or None."""
@@ -79,7 +115,7 @@ class Sequence:
             return FinishReason.STOP
         if last in eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
-        if self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.max_len:
+        if self.is_complete and self.num_awaited == 0:
             return FinishReason.LENGTH
         return None
 

@@ -13,6 +13,7 @@ from loraplex_scheduler.sampling import SamplingParams
 from tests.support.scheduling import (
     EOS,
     TINY,
+    compute,
     finish_loads,
     make_manifest,
     make_request,
@@ -32,7 +33,7 @@ def run(scheduler, *, token_id=9, max_steps=200):
             return events
         plan = scheduler.schedule()
         scheduler.check()
-        events += scheduler.commit(plan, result_of(plan, token_id))
+        events += compute(scheduler, plan, token_id)
         finish_loads(scheduler, plan)
         scheduler.check()
     raise AssertionError("the scheduler makes no progress")
@@ -56,8 +57,8 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     spans = []
     while scheduler.has_work:
         plan = scheduler.schedule()
-        spans += [(s.start, len(s.token_ids), s.is_sampled) for s in plan.sequences]
-        scheduler.commit(plan, result_of(plan))
+        spans += [(s.start, s.num_tokens, s.is_sampled) for s in plan.sequences]
+        compute(scheduler, plan)
     assert spans == [(0, 8, False), (8, 8, False), (16, 3, True)]
 
 
@@ -65,14 +66,14 @@ def test_decodes_are_not_held_up_by_a_long_prompt():
     scheduler = make_scheduler(max_step_tokens=8)
     scheduler.add(make_request("old", num_prompt=30, max_tokens=2))
     plan = scheduler.schedule()
-    scheduler.commit(plan, result_of(plan))
+    compute(scheduler, plan)
     scheduler.add(make_request("young", num_prompt=2, max_tokens=9, arrival_s=1.0))
     planned = []
     for _ in range(5):
         plan = scheduler.schedule()
-        planned.append({s.request_id: len(s.token_ids) for s in plan.sequences})
-        assert sum(len(s.token_ids) for s in plan.sequences) <= 8
-        scheduler.commit(plan, result_of(plan))
+        planned.append({s.request_id: s.num_tokens for s in plan.sequences})
+        assert sum(s.num_tokens for s in plan.sequences) <= 8
+        compute(scheduler, plan)
     running_together = [p for p in planned if "young" in p and "old" in p]
     assert running_together
     assert all(p["young"] >= 1 for p in running_together)
@@ -104,10 +105,10 @@ def test_a_request_waits_for_its_adapter_and_others_do_not():
     plan = scheduler.schedule()
     assert [load.adapter.adapter_id for load in plan.loads] == ["a"]
     assert [s.request_id for s in plan.sequences] == ["fast"]
-    scheduler.commit(plan, result_of(plan))
+    compute(scheduler, plan)
     again = scheduler.schedule()
     assert again.loads == ()
-    scheduler.commit(again, result_of(again))
+    compute(scheduler, again)
     scheduler.finish_load("a")
     plan = scheduler.schedule()
     assert {s.request_id for s in plan.sequences} == {"slow", "fast"}
@@ -148,7 +149,7 @@ def test_a_failed_load_fails_its_requests_and_nobody_else():
     scheduler.add(make_request("broken", adapter=make_manifest("a")))
     scheduler.add(make_request("fine"))
     plan = scheduler.schedule()
-    scheduler.commit(plan, result_of(plan))
+    compute(scheduler, plan)
     events = scheduler.fail_load("a", "the file is gone")
     assert events == [EndEvent("broken", FinishReason.FAILED, "the file is gone")]
     assert len(tokens_of(run(scheduler), "fine")) == 3
@@ -160,6 +161,7 @@ def test_abort_works_while_waiting_loading_running_and_after_the_end():
     scheduler.add(make_request("loading", adapter=make_manifest("a")))
     scheduler.add(make_request("running", arrival_s=1.0))
     plan = scheduler.schedule()
+    scheduler.advance(plan)
     for name in ("loading", "running"):
         (event,) = scheduler.abort(name)
         assert event.finish_reason is FinishReason.CANCELLED
@@ -216,7 +218,7 @@ def test_a_request_waiting_for_its_adapter_is_not_starved_by_younger_ones():
             )
         plan = scheduler.schedule()
         scheduler.check()
-        ended += [e.request_id for e in scheduler.commit(plan, result_of(plan)) if e.finish_reason]
+        ended += [e.request_id for e in compute(scheduler, plan) if e.finish_reason]
         loading = [(load, age + 1) for load, age in loading] + [(load, 0) for load in plan.loads]
         for load, _ in [pair for pair in loading if pair[1] == 3]:
             scheduler.finish_load(load.adapter.adapter_id)
@@ -229,12 +231,12 @@ def test_a_load_takes_no_page_that_a_running_sequence_needs_next():
     scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 3, max_step_tokens=64)
     scheduler.add(make_request("running", num_prompt=7, max_tokens=5))
     plan = scheduler.schedule()
-    scheduler.commit(plan, result_of(plan))
+    compute(scheduler, plan)
     scheduler.add(make_request("w", num_prompt=3, adapter=make_manifest("a", 8), arrival_s=1.0))
     while scheduler.num_running:  # the load takes as long as the answer
         plan = scheduler.schedule()
         assert [s.request_id for s in plan.sequences] == ["running"]
-        scheduler.commit(plan, result_of(plan))
+        compute(scheduler, plan)
     assert scheduler.num_preemptions == 0
 
 
@@ -257,7 +259,7 @@ def test_end_tokens_are_banned_until_min_tokens():
     while scheduler.has_work:
         plan = scheduler.schedule()
         banned += [s.banned_token_ids for s in plan.sequences]
-        scheduler.commit(plan, result_of(plan))
+        compute(scheduler, plan)
     assert banned == [{EOS, 7}, {EOS, 7}, frozenset(), frozenset()]
 
 

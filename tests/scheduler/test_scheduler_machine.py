@@ -1,12 +1,16 @@
 """Random lives of a scheduler: arrivals, aborts, loads that end or fail, in a pool too small.
 
-After every step the accounts must agree; at the end everything that was accepted has ended exactly
-once and every page is back.
+After every step the accounts must agree, and every page must hold what the step reads. At the end
+everything that was accepted has ended exactly once with its own answer, and every page is back.
+
+All of it at depth 0 (each step committed before the next), at depth 1 (one step in flight while the
+next is scheduled, as the engine does with overlap), and with both in any order.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import settings
@@ -15,60 +19,109 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.errors import RequestRefused
-from loraplex_scheduler.plan import AdapterLoad, Event
+from loraplex_scheduler.plan import AdapterLoad, Event, FinishReason, Plan, StepResult, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
-from tests.support.scheduling import make_manifest, make_request, make_scheduler, result_of
+from tests.support.scheduling import make_manifest, make_request, make_scheduler
+from tests.support.shadow_device import NOT_FINITE, ShadowDevice, answer_of
 
 ADAPTERS = [None, *(make_manifest(f"a{i}", rank) for i, rank in enumerate((1, 2, 4, 8, 8)))]
 
+STOPS = frozenset({7})
+
+#: Ends that the answer itself brings, as against those that come from outside.
+OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+
 
 class Life:
-    """Drives one scheduler and keeps count of who has ended."""
+    """Drives one scheduler, at most `depth` steps in flight, and keeps count of who has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
         self.scheduler: Scheduler = make_scheduler(num_pages=24, max_model_len=40)
+        self.device = ShadowDevice()
         self.loading: list[AdapterLoad] = []
-        self.open: set[str] = set()
-        self.ended: list[str] = []
-        self.count = 0
+        self.flights: deque[tuple[Plan, StepResult]] = deque()
+        self.open: dict[str, tuple[list[int], FinishReason]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.free_ids: list[str] = []
+        self.count = self.num_accepted = self.num_ended = 0
 
-    def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: float | None) -> None:
+    def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: object) -> None:
+        """Add a request, under the id of one that has ended where there is any."""
         self.count += 1
         request = make_request(
-            f"r{self.count}",
+            self.free_ids[-1] if self.free_ids else f"r{self.count}",
             num_prompt=num_prompt,
             max_tokens=max_tokens,
             adapter=ADAPTERS[adapter],
             arrival_s=float(self.count),
+            seed=self.count,
             **extra,
         )
         try:
             self.scheduler.add(request)
         except RequestRefused:
             return
-        self.open.add(request.request_id)
+        if self.free_ids:
+            self.free_ids.pop()
+        self.num_accepted += 1
+        max_len = self.scheduler._roster.get(request.request_id).max_len
+        self.open[request.request_id] = answer_of(request, max_len)
+        self.tokens[request.request_id] = []
 
     def book(self, events: list[Event]) -> None:
         for event in events:
             assert event.request_id in self.open, "an event after the terminal one"
+            tokens = self.tokens[event.request_id]
+            if isinstance(event, TokenEvent):
+                tokens.append(event.token.token_id)
+            answer, reason = self.open[event.request_id]
+            assert tokens == answer[: len(tokens)], "not the tokens of this request"
             if event.finish_reason is not None:
-                self.open.remove(event.request_id)
-                self.ended.append(event.request_id)
+                if event.finish_reason in OWN_ENDS or getattr(event, "message", "") == NOT_FINITE:
+                    assert (tokens, event.finish_reason) == (answer, reason)
+                del self.open[event.request_id]
+                self.free_ids.append(event.request_id)
+                self.num_ended += 1
 
-    def step(self, token_id: int = 9) -> None:
+    def step(self) -> None:
+        """Do as `EngineCore.step` does."""
+        while self.flights and self.scheduler.needs_known_tokens:
+            self.land()
+        num_launched = self.launch()
+        while len(self.flights) > min(num_launched, self.depth):
+            self.land()
+
+    def launch(self) -> int:
+        """Schedule and launch a step; return 0 when there was nothing to compute."""
         plan = self.scheduler.schedule()
         self.loading += plan.loads
+        for load in plan.loads:
+            self.device.begin_load(load)
         self.scheduler.check()
-        self.book(self.scheduler.commit(plan, result_of(plan, token_id)))
+        if not plan.sequences:
+            return 0
+        self.flights.append((plan, self.device.launch(plan)))
+        self.scheduler.advance(plan)
+        self.scheduler.check()
+        return 1
+
+    def land(self) -> None:
+        """Commit the step launched longest ago."""
+        self.book(self.scheduler.commit(*self.flights.popleft()))
+        self.scheduler.check()
 
     def end_load(self, index: int, succeeds: bool) -> None:
-        adapter_id = self.loading.pop(index % len(self.loading)).adapter.adapter_id
+        load = self.loading.pop(index % len(self.loading))
         if succeeds:
-            self.scheduler.finish_load(adapter_id)
+            self.device.end_load(load)
+            self.scheduler.finish_load(load.adapter.adapter_id)
         else:
-            self.book(self.scheduler.fail_load(adapter_id, "disk"))
+            self.book(self.scheduler.fail_load(load.adapter.adapter_id, "disk"))
 
     def drain(self) -> None:
+        while len(self.flights) > 1:
+            self.land()
         for _ in range(3000):
             if not self.scheduler.has_work:
                 break
@@ -76,7 +129,8 @@ class Life:
             while self.loading:
                 self.end_load(0, succeeds=True)
         assert not self.open, f"never ended: {sorted(self.open)}"
-        assert len(self.ended) == len(set(self.ended)), "a request ended twice"
+        assert not self.flights, "a launched step was never committed"
+        assert self.num_ended == self.num_accepted
         while self.loading:
             self.end_load(0, succeeds=True)
         assert self.scheduler._allocator.num_held(PageUse.KV) == 0
@@ -84,25 +138,23 @@ class Life:
         assert self.scheduler._allocator.num_free == 24, "pages leaked"
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
+class AnyLife(RuleBasedStateMachine):
+    """What can happen to a scheduler between steps."""
+
+    def __init__(self, depth: int) -> None:
         super().__init__()
-        self.life = Life()
+        self.life = Life(depth)
 
     @rule(
         adapter=st.integers(0, len(ADAPTERS) - 1),
         num_prompt=st.integers(1, 44),
         max_tokens=st.integers(1, 30),
         deadline_s=st.one_of(st.none(), st.integers(0, 30)),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
+        min_tokens=st.sampled_from([0, 0, 1]),
     )
-    def arrive(
-        self, adapter: int, num_prompt: int, max_tokens: int, deadline_s: float | None
-    ) -> None:
-        self.life.arrive(adapter, num_prompt, max_tokens, deadline_s=deadline_s)
-
-    @rule(token_id=st.sampled_from([0, 9, 9, 9, 9, 9]))
-    def step(self, token_id: int) -> None:
-        self.life.step(token_id)
+    def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: object) -> None:
+        self.life.arrive(adapter, num_prompt, max_tokens, stop_token_ids=STOPS, **extra)
 
     @precondition(lambda self: self.life.loading)
     @rule(index=st.integers(0, 9), succeeds=st.booleans())
@@ -132,22 +184,67 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.life.drain()
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+class SequentialLife(AnyLife):
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+
+    @rule()
+    def step(self) -> None:
+        self.life.step()
 
 
+class OverlappedLife(AnyLife):
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    @rule()
+    def step(self) -> None:
+        self.life.step()
+
+
+class InterleavedLife(AnyLife):
+    """Launches and commits as they come, with anything else in between."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    @precondition(lambda self: len(self.life.flights) <= 1)
+    @precondition(lambda self: not self.life.scheduler.needs_known_tokens)
+    @rule()
+    def launch(self) -> None:
+        self.life.launch()
+
+    @precondition(lambda self: self.life.flights)
+    @rule()
+    def land(self) -> None:
+        self.life.land()
+
+
+SETTINGS = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestSequential = SequentialLife.TestCase
+TestOverlapped = OverlappedLife.TestCase
+TestInterleaved = InterleavedLife.TestCase
+TestSequential.settings = TestOverlapped.settings = TestInterleaved.settings = SETTINGS
+
+
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_ten_thousand_random_steps_leak_no_page(seed):
-    rng, life = random.Random(seed), Life()
+def test_ten_thousand_random_steps_leak_no_page(seed, depth):
+    rng, life = random.Random(seed), Life(depth)
     for _ in range(2500):
         if rng.random() < 0.3 and len(life.open) < 40:
-            life.arrive(rng.randrange(len(ADAPTERS)), rng.randint(1, 44), rng.randint(1, 30))
+            life.arrive(
+                rng.randrange(len(ADAPTERS)),
+                rng.randint(1, 44),
+                rng.randint(1, 30),
+                presence_penalty=rng.choice([0.0] * 9 + [1.0]),
+            )
         if life.loading and rng.random() < 0.5:
             life.end_load(rng.randrange(9), succeeds=rng.random() < 0.9)
         if life.open and rng.random() < 0.05:
             life.book(life.scheduler.abort(rng.choice(sorted(life.open))))
-        life.step(rng.choice([0, 9, 9, 9, 9, 9, 9, 9]))
-        life.scheduler.check()
+        life.step()
     assert life.scheduler.num_preemptions > 0
     assert life.scheduler.num_evictions > 0
+    assert life.num_ended > 100
     life.drain()

@@ -1,4 +1,7 @@
-"""Schedulers over small pools, and a runner that computes nothing but obeys the contract."""
+"""Schedulers over small pools, and results for their plans without a model.
+
+`tests/support/shadow_device.py` has a device that checks the plans, too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.residency import AdapterResidency
 from loraplex_scheduler.limits import SchedulerLimits
-from loraplex_scheduler.plan import Plan, Request, SampledToken, StepResult
+from loraplex_scheduler.plan import Event, Plan, Request, SampledToken, StepResult
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_scheduler.scheduler import Scheduler
 
@@ -72,6 +75,12 @@ def result_of(plan: Plan, token_id: int = 9) -> StepResult:
     """Return `token_id` for every sampled sequence of the plan."""
     sampled = [step.request_id for step in plan.sequences if step.is_sampled]
     return StepResult({request_id: SampledToken(token_id) for request_id in sampled})
+
+
+def compute(scheduler: Scheduler, plan: Plan, token_id: int = 9) -> list[Event]:
+    """Book a plan as launched and its result right after, as without overlap."""
+    scheduler.advance(plan)
+    return scheduler.commit(plan, result_of(plan, token_id))
 
 
 def finish_loads(scheduler: Scheduler, plan: Plan) -> None:

@@ -1,6 +1,10 @@
-"""The engine as a plain object: schedule, run, commit. No process, no thread of its own.
+"""The engine as a plain object: schedule, launch, commit. No process, no thread of its own.
 
-Tests, the offline API and the engine process all drive this object.
+Tests, the offline API and the engine process all drive this object. With `overlap`, a step is
+committed only after the next one was launched, so that the device never waits for the host:
+
+    host     schedule 1, launch 1 | schedule 2, launch 2, commit 1 | schedule 3, launch 3, commit 2
+    device                          computes 1                       computes 2
 """
 
 from __future__ import annotations
@@ -15,22 +19,30 @@ from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Plan, Request
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo, EngineStats
-from loraplex_server.engine.runner import Runner
+from loraplex_server.engine.runner import Flight, StepRunner
 
 
 class EngineCore:
-    """Used from one thread. Every request given to `add` gets exactly one terminal event."""
+    """Used from one thread. Every request given to `add` gets exactly one terminal event.
+
+    Between steps at most one launched step is uncommitted, and without `overlap` none is.
+
+    Args:
+        overlap: schedule the next step while the runner computes one; for runners that do not
+            compute on the host's cores.
+    """
 
     def __init__(
         self,
         *,
         info: EngineInfo,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: StepRunner,
         loader: AdapterLoader,
         allocator: PageAllocator,
         residency: AdapterResidency,
         clock: Callable[[], float] = time.monotonic,
+        overlap: bool = False,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -39,6 +51,8 @@ class EngineCore:
         self._allocator = allocator
         self._residency = residency
         self._clock = clock
+        self._overlap = overlap
+        self._in_flight: tuple[Plan, Flight] | None = None
         self._num_steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -47,9 +61,9 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Some request has not ended yet, or some load has not been booked.
+        """Some request has not ended yet, or some step or load has not been booked.
 
-        A load outlives the requests that asked for it.
+        Steps and loads outlive the requests that asked for them.
         """
         return self.scheduler.has_work or self._loader.num_outstanding > 0
 
@@ -82,12 +96,18 @@ class EngineCore:
         started = self._clock()
         events = self.scheduler.expire(started)
         events += self._book_loads(load_timeout_s if self._is_waiting_for_loads else 0.0)
+        had_flight = self._in_flight is not None
+        if self.scheduler.needs_known_tokens:
+            events += self._land()
         plan = self.scheduler.schedule()
+        # Before the launch, so that loads start early, and after the launch of the step before:
+        # these pages may have been another's until now, and the loader has its copies wait for
+        # what was launched by the time of `submit`. This plan touches none of them.
         for load in plan.loads:
             self._loader.submit(load)
-        self._is_waiting_for_loads = not plan.sequences
-        if plan.sequences:
-            events += self._compute(plan)
+        events += self._fly(plan)
+        self._is_waiting_for_loads = not plan.sequences and not had_flight
+        if not self._is_waiting_for_loads:
             self._step_s += self._clock() - started
         return events
 
@@ -119,7 +139,8 @@ class EngineCore:
         self.scheduler.check()
 
     def close(self) -> None:
-        """Stop the loader's thread."""
+        """Stop the loader's thread. A step in flight is dropped, with nobody left to tell."""
+        self._in_flight = None
         self._loader.close()
 
     def _book_loads(self, timeout_s: float) -> list[Event]:
@@ -131,13 +152,29 @@ class EngineCore:
                 events += self.scheduler.fail_load(result.adapter_id, result.error)
         return events
 
-    def _compute(self, plan: Plan) -> list[Event]:
-        result = self._runner.run(plan)
-        events = self.scheduler.commit(plan, result)
-        self._num_steps += 1
-        self._prompt_tokens += sum(
-            min(len(step.token_ids), max(0, step.num_prompt - step.start))
-            for step in plan.sequences
-        )
+    def _fly(self, plan: Plan) -> list[Event]:
+        """Launch a plan, unless it is empty; then commit what may no longer be in flight."""
+        launched: tuple[Plan, Flight] | None = None
+        if plan.sequences:
+            launched = plan, self._runner.launch(plan)
+            self.scheduler.advance(plan)
+            self._num_steps += 1
+            self._prompt_tokens += sum(
+                min(step.num_tokens, max(0, step.num_prompt - step.start))
+                for step in plan.sequences
+            )
+        events = self._land()
+        self._in_flight = launched
+        if not self._overlap:
+            events += self._land()
+        return events
+
+    def _land(self) -> list[Event]:
+        """Wait for the step in flight, if there is one, and commit it."""
+        if self._in_flight is None:
+            return []
+        plan, flight = self._in_flight
+        self._in_flight = None
+        events = self.scheduler.commit(plan, flight.result())
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events

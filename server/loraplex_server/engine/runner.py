@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,35 +14,75 @@ from loraplex_kernels.batch import (
     build_attention_batch,
     build_lora_batch,
 )
-from loraplex_kernels.ops import choose_backend
+from loraplex_kernels.ops import host_backend
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.transformer import Transformer
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model produced values that are not finite; if only this adapter does, its weights overflow"
 )
 
 
+class Flight(Protocol):
+    """A step on its way through the device."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled; called once."""
+
+
+class StepRunner(Protocol):
+    """Computes plans, one after the other, in the order in which they are launched.
+
+    A plan says everything, but for one thing: where a sequence awaits a token, its last input is
+    what the launch before this one sampled for the same request id.
+    """
+
+    def launch(self, plan: Plan) -> Flight:
+        """Start computing a plan that has sequences; need not wait for anything."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A flight that had arrived when it was launched."""
+
+    step: StepResult
+
+    def result(self) -> StepResult:
+        return self.step
+
+
 class Runner:
-    """Owned by the engine step. Holds no state of any sequence: a plan says everything."""
+    """The runner of a CPU, owned by the engine step: a launch computes before it returns.
+
+    Holds no state of any sequence but the token ids that the last launch sampled.
+    """
 
     def __init__(self, model: Transformer, pool: PagePool) -> None:
         self._model = model
         self._pool = pool
-        self._backend = choose_backend(model.device)
+        self._backend = host_backend()
+        self._last_sampled: dict[str, int] = {}
+
+    def launch(self, plan: Plan) -> Landed:
+        result = self._compute(plan)
+        # Whoever failed may have been launched again before that was known; any id will do then,
+        # as what comes of it is dropped.
+        self._last_sampled = dict.fromkeys(result.failures, 0)
+        self._last_sampled |= {i: token.token_id for i, token in result.tokens.items()}
+        return Landed(result)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
+    def _compute(self, plan: Plan) -> StepResult:
         """Compute every sequence of the plan and draw the tokens it asks for."""
         steps = plan.sequences
         attention = build_attention_batch(
-            spans=[(step.start, len(step.token_ids)) for step in steps],
+            spans=[(step.start, step.num_tokens) for step in steps],
             block_tables=[step.block_table for step in steps],
             page_tokens=self._pool.layout.page_tokens,
         )
-        token_ids = torch.tensor([t for step in steps for t in step.token_ids], dtype=torch.int64)
+        token_ids = torch.tensor([t for s in steps for t in self._inputs(s)], dtype=torch.int64)
         ends = attention.query_indptr[1:].tolist()
         sampled = [
             (step, end - 1) for step, end in zip(steps, ends, strict=True) if step.is_sampled
@@ -52,6 +94,11 @@ class Runner:
             torch.tensor([row for _, row in sampled], dtype=torch.int64),
         )
         return _draw(logits, [step for step, _ in sampled])
+
+    def _inputs(self, step: SequenceStep) -> tuple[int, ...]:
+        if step.awaits_token:
+            return *step.token_ids, self._last_sampled[step.request_id]
+        return step.token_ids
 
     def _lora_batch(self, plan: Plan) -> LoRABatch | None:
         rows = _rows_by_adapter(plan.sequences)
@@ -80,7 +127,7 @@ def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
     sound = [step for step, ok in zip(steps, is_sound, strict=True) if ok]
     tokens = {s.request_id: t for s, t in zip(sound, sample(logits, sound), strict=True)}
     failed = [step.request_id for step, ok in zip(steps, is_sound, strict=True) if not ok]
-    return StepResult(tokens, dict.fromkeys(failed, _NOT_FINITE))
+    return StepResult(tokens, dict.fromkeys(failed, NOT_FINITE))
 
 
 def _rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
@@ -88,7 +135,7 @@ def _rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
     at = 0
     for step in steps:
-        stop = at + len(step.token_ids)
+        stop = at + step.num_tokens
         if step.adapter_id is not None:
             rows.setdefault(step.adapter_id, []).extend(range(at, stop))
         at = stop
