@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from loraplex_kernels import attention_launch, elementwise_triton, lora_triton
+from loraplex_kernels import attention_launch, elementwise_triton, lora_launch
 from loraplex_kernels.attention_launch import DecodeScratch
 from loraplex_kernels.attention_work import (
     AttentionTables,
@@ -273,7 +273,7 @@ class GpuOps:
         site: LoRASite,
     ) -> None:
         if self.lora is not None:
-            lora_triton.add_lora(
+            lora_launch.add_lora(
                 y,
                 x,
                 pool_layer,

@@ -28,7 +28,11 @@ class LoRATuning:
             masked rank rows.
         part_elems: length of a K part, up to eight parts; twice that for longer rows.
         block_k_cap, block_n_cap: most elements of a weight row in one tile.
-        shrink_warps, shrink_stages, expand_warps, expand_stages: of the compiled kernels.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: of the compiled kernels. The
+            shrink streams long rows through a pipeline; the expand has many small units instead,
+            and registers to spare for more programs on a multiprocessor.
+        narrow_registers: registers that a thread may use where tiles are narrower than the caps.
+            Left to itself, ptxas there spills two or four for one more program.
     """
 
     segment_rows: int = 64
@@ -37,11 +41,12 @@ class LoRATuning:
     serial_rank_tile: int = 32
     part_elems: int = 512
     block_k_cap: int = 128
-    block_n_cap: int = 256
-    shrink_warps: int = 2
-    shrink_stages: int = 4
+    block_n_cap: int = 128
+    shrink_warps: int = 4
+    shrink_stages: int = 3
     expand_warps: int = 4
-    expand_stages: int = 3
+    expand_stages: int = 1
+    narrow_registers: int = 80
 
 
 @dataclass(frozen=True)
@@ -114,3 +119,56 @@ class LoRAShape:
     def blocks(self) -> tuple[int, ...]:
         """Column blocks of each module."""
         return tuple(-(-width // self.block_n) for width in self.out_features)
+
+    def rank_tile(self, *, is_serial: bool) -> int:
+        """Return the rank rows of a shrink item."""
+        return self.tuning.serial_rank_tile if is_serial else self.tuning.rank_tile
+
+    def gather_constants(self, *, is_serial: bool) -> dict[str, int]:
+        """Return the compile-time arguments of the gather kernel."""
+        return {"PAGE_ELEMS": self.page_elems, "RANK_TILE": self.rank_tile(is_serial=is_serial)}
+
+    def shrink_constants(self, *, is_serial: bool) -> dict[str, int]:
+        """Return the compile-time arguments of the shrink kernel."""
+        return {
+            "K": self.in_features,
+            "PITCH": self.row_pitch(self.in_features),
+            "PART": self.part_elems,
+            "NUM_PARTS": self.num_parts,
+            "PAGE_ELEMS": self.page_elems,
+            "BLOCK_K": self.block_k,
+            "RANK_TILE": self.rank_tile(is_serial=is_serial),
+            "IS_SERIAL": is_serial,
+            "IS_TILED": self.is_tiled,
+        }
+
+    def expand_constants(self, *, is_serial: bool) -> dict[str, int]:
+        """Return the compile-time arguments of the expand kernel."""
+        widths = (*self.out_features, 0, 0)
+        return {
+            "WIDTH_0": widths[0],
+            "WIDTH_1": widths[1],
+            "WIDTH_2": widths[2],
+            "CHUNK": self.chunk_elems,
+            "NUM_PLANES": 1 if is_serial else self.num_parts,
+            "PAGE_ELEMS": self.page_elems,
+            "BLOCK_N": self.block_n,
+            "IS_TILED": self.is_tiled,
+        }
+
+    @cached_property
+    def shrink_options(self) -> dict[str, int]:
+        """Compile options of the shrink kernel."""
+        tuning = self.tuning
+        options = {"num_warps": tuning.shrink_warps, "num_stages": tuning.shrink_stages}
+        return options | self._register_limit(self.block_k < tuning.block_k_cap)
+
+    @cached_property
+    def expand_options(self) -> dict[str, int]:
+        """Compile options of the expand kernel."""
+        tuning = self.tuning
+        options = {"num_warps": tuning.expand_warps, "num_stages": tuning.expand_stages}
+        return options | self._register_limit(self.block_n < tuning.block_n_cap)
+
+    def _register_limit(self, is_narrow: bool) -> dict[str, int]:
+        return {"maxnreg": self.tuning.narrow_registers} if is_narrow else {}

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from loraplex_kernels.aot import AotCase, ModelShape
-from loraplex_kernels.elementwise_triton import INTERPRETED, narrow
+from loraplex_kernels.elementwise_triton import INTERPRETED, aligned, narrow
 from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
-from loraplex_kernels.lora_work import ITEM_FIELDS, NUM_LAUNCHES, LoRATables
+from loraplex_kernels.lora_work import ITEM_FIELDS, NUM_LAUNCHES
 
 _M = tl.constexpr(ROW_TILE)
 _ITEM = tl.constexpr(ITEM_FIELDS)
@@ -73,8 +72,8 @@ def _multiply_part(
         # A part is at most a page long, so a row of it lies in one page or two. Their ids are read
         # here, once: the loads inside the loop then depend on nothing that is still in flight.
         last_page = (start + k_len - 1) // PAGE_ELEMS
-        page_a = tl.load(pages + first_page, mask=rank_mask, other=0).to(tl.int64)
-        page_b = tl.load(pages + last_page, mask=rank_mask, other=0).to(tl.int64)
+        page_a = tl.load(pages + first_page, mask=rank_mask, other=0)
+        page_b = tl.load(pages + last_page, mask=rank_mask, other=0)
     acc = tl.zeros((_M, RANK_TILE), tl.float32)
     for k in tl.range(0, k_len, BLOCK_K):
         x_mask = row_mask[:, None]
@@ -87,7 +86,7 @@ def _multiply_part(
         if IS_TILED:
             e = tl.multiple_of(start + k, [BLOCK_K])
             page = tl.where(e // PAGE_ELEMS == first_page, page_a, page_b)
-            at = tl.multiple_of(page * PAGE_ELEMS + e % PAGE_ELEMS, [BLOCK_K])
+            at = tl.multiple_of(page.to(tl.int64) * PAGE_ELEMS + e % PAGE_ELEMS, [BLOCK_K])
             a = tl.load(pool_ptr + at[:, None] + cols[None, :], mask=a_mask, other=0.0)
         else:
             e = (start + k)[:, None] + cols[None, :]
@@ -133,6 +132,7 @@ def shrink_kernel(
     first = tl.load(spans_ptr + span * _SPAN)
     count = tl.load(spans_ptr + span * _SPAN + 1)
     UNITS: tl.constexpr = 1 if IS_SERIAL else NUM_PARTS
+    PARTS_OF_UNIT: tl.constexpr = NUM_PARTS if IS_SERIAL else 1
     t = tl.arange(0, _M)
     r = tl.arange(0, RANK_TILE)
     for unit in tl.range(tl.program_id(0), count * UNITS, tl.num_programs(0)):
@@ -149,34 +149,16 @@ def shrink_kernel(
             row_mask = tile + t < row_count
             row = tl.load(rows_ptr + row_start + tile + t, mask=row_mask, other=0)
             x_at = x_ptr + row.to(tl.int64) * x_stride
-            if IS_SERIAL:
-                total = tl.zeros((_M, RANK_TILE), tl.float32)
-                for p in tl.range(0, NUM_PARTS):
-                    total += _multiply_part(
-                        x_at,
-                        pool_ptr,
-                        pages,
-                        weight_start,
-                        row_mask,
-                        rank_mask,
-                        p,
-                        K,
-                        PITCH,
-                        PART,
-                        PAGE_ELEMS,
-                        BLOCK_K,
-                        RANK_TILE,
-                        IS_TILED,
-                    )
-            else:
-                total = _multiply_part(
+            total = tl.zeros((_M, RANK_TILE), tl.float32)
+            for p in tl.range(part, part + PARTS_OF_UNIT):
+                total += _multiply_part(
                     x_at,
                     pool_ptr,
                     pages,
                     weight_start,
                     row_mask,
                     rank_mask,
-                    part,
+                    p,
                     K,
                     PITCH,
                     PART,
@@ -278,27 +260,24 @@ def expand_kernel(
     end_0 = tl.load(bounds + 3) * BLOCKS_0
     end_1 = end_0 + tl.load(bounds + 5) * BLOCKS_1
     end_2 = end_1 + tl.load(bounds + 7) * BLOCKS_2
-    first_0 = tl.load(bounds + 2)
-    first_1 = tl.load(bounds + 4)
-    first_2 = tl.load(bounds + 6)
     t = tl.arange(0, _M)
     n = tl.arange(0, BLOCK_N)
     for unit in tl.range(tl.program_id(0), end_2, tl.num_programs(0)):
-        index = first_0 + unit // BLOCKS_0
+        index = tl.load(bounds + 2) + unit // BLOCKS_0
         block = unit % BLOCKS_0
         column = 0
         width = WIDTH_0
         weight_pitch = PITCH_0
-        if WIDTH_1 > 0:
+        if WIDTH_1 > 0:  # noqa: SIM102  decided when compiling, and then at run time
             if unit >= end_0:
-                index = first_1 + (unit - end_0) // BLOCKS_1
+                index = tl.load(bounds + 4) + (unit - end_0) // BLOCKS_1
                 block = (unit - end_0) % BLOCKS_1
                 column = WIDTH_0
                 width = WIDTH_1
                 weight_pitch = PITCH_1
-        if WIDTH_2 > 0:
+        if WIDTH_2 > 0:  # noqa: SIM102
             if unit >= end_1:
-                index = first_2 + (unit - end_1) // BLOCKS_2
+                index = tl.load(bounds + 6) + (unit - end_1) // BLOCKS_2
                 block = (unit - end_1) % BLOCKS_2
                 column = WIDTH_0 + WIDTH_1
                 width = WIDTH_2
@@ -323,7 +302,6 @@ def expand_kernel(
                 y_mask = y_mask & (cols < width)[None, :]
                 # Rows are padded to whole chunks: rounding up to 16 bytes stays inside the row.
                 b_in_row = (cols < (width + 7) // 8 * 8 if IS_TILED else cols < width)[None, :]
-            y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32)
             acc = tl.zeros((_M, BLOCK_N), tl.float32)
             for r0 in tl.range(0, rank, _M):
                 r = r0 + t
@@ -344,7 +322,8 @@ def expand_kernel(
                     e = start[:, None] + n[None, :]
                     b = _load_elements(pool_ptr, pages, e, b_mask, PAGE_ELEMS)
                 acc = _dot(narrow(v, b.dtype), b, acc)
-            y += acc
+            # Read only here: held across the products, y would cost a third of the occupancy.
+            y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32) + acc
             if epilogue >= 0:
                 inside = cols < width
                 scale_start = tl.load(items_ptr + epilogue * _ITEM)
@@ -360,179 +339,56 @@ def expand_kernel(
             tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=y_mask)
 
 
-def shrink(
-    x: torch.Tensor,
-    pool_layer: torch.Tensor,
-    tables: LoRATables,
-    *,
-    layer: int,
-    shape: LoRAShape,
-    num_programs: int,
-) -> None:
-    """Fill the planes of one site of one layer.
-
-    Args:
-        x: `[T, in_features]` of the pool's dtype, rows contiguous; of an embedding, the token ids,
-            integers `[T]`.
-        pool_layer: `[P, page_elems]`, the pages that the page ids of `tables` mean.
-        tables: the step's work on the device.
-        layer: index into the spans.
-        shape: the site.
-        num_programs: size of the grid: enough to fill the device, however long the list is.
-    """
-    arrays = (tables.rows, tables.pages, tables.items, tables.spans)
-    span = layer * tables.spans.shape[1] + shape.index
-    if shape.is_embedding:
-        constants = {"PAGE_ELEMS": shape.page_elems, "RANK_TILE": _rank_tile(shape, tables.is_serial)}
-        gather_kernel[(num_programs,)](tables.planes, x, pool_layer, *arrays, span, **constants)
-        return
-    assert x.stride(1) == 1, "rows of x are contiguous"
-    shrink_kernel[(num_programs,)](
-        tables.planes,
-        x,
-        pool_layer,
-        *arrays,
-        x.stride(0),
-        span,
-        **_shrink_constants(shape, tables.is_serial),
-        num_warps=shape.tuning.shrink_warps,
-        num_stages=shape.tuning.shrink_stages,
-    )
-
-
-def expand(
-    y: torch.Tensor,
-    pool_layer: torch.Tensor,
-    tables: LoRATables,
-    *,
-    layer: int,
-    shape: LoRAShape,
-    num_programs: int,
-) -> None:
-    """Add the planes, times B, to `y` `[T, sum(out_features)]`; arguments as of `shrink`."""
-    assert y.stride(1) == 1, "rows of y are contiguous"
-    expand_kernel[(num_programs,)](
-        y,
-        tables.planes,
-        pool_layer,
-        pool_layer,
-        tables.rows,
-        tables.pages,
-        tables.items,
-        tables.spans,
-        y.stride(0),
-        layer * tables.spans.shape[1] + shape.index,
-        **_expand_constants(shape, tables.is_serial),
-        num_warps=shape.tuning.expand_warps,
-        num_stages=shape.tuning.expand_stages,
-    )
-
-
-def add_lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    pool_layer: torch.Tensor,
-    tables: LoRATables,
-    *,
-    layer: int,
-    shape: LoRAShape,
-    num_programs: int,
-) -> None:
-    """Do what `reference.add_lora` does, in two launches that read nothing on the host."""
-    place = {"layer": layer, "shape": shape, "num_programs": num_programs}
-    shrink(x, pool_layer, tables, **place)
-    expand(y, pool_layer, tables, **place)
-
-
-def _rank_tile(shape: LoRAShape, is_serial: bool) -> int:
-    return shape.tuning.serial_rank_tile if is_serial else shape.tuning.rank_tile
-
-
-def _shrink_constants(shape: LoRAShape, is_serial: bool) -> dict[str, int | bool]:
-    return {
-        "K": shape.in_features,
-        "PITCH": shape.row_pitch(shape.in_features),
-        "PART": shape.part_elems,
-        "NUM_PARTS": shape.num_parts,
-        "PAGE_ELEMS": shape.page_elems,
-        "BLOCK_K": shape.block_k,
-        "RANK_TILE": _rank_tile(shape, is_serial),
-        "IS_SERIAL": is_serial,
-        "IS_TILED": shape.is_tiled,
-    }
-
-
-def _expand_constants(shape: LoRAShape, is_serial: bool) -> dict[str, int | bool]:
-    widths = (*shape.out_features, 0, 0)
-    return {
-        "WIDTH_0": widths[0],
-        "WIDTH_1": widths[1],
-        "WIDTH_2": widths[2],
-        "CHUNK": shape.chunk_elems,
-        "NUM_PLANES": 1 if is_serial else shape.num_parts,
-        "PAGE_ELEMS": shape.page_elems,
-        "BLOCK_N": shape.block_n,
-        "IS_TILED": shape.is_tiled,
-    }
-
-
 def aot_cases(model: ModelShape) -> list[AotCase]:
-    """Return the variants that serving a model launches, each where K is split and where it isn't.
+    """Return what serving a model launches: sites with K split and, for large steps, serial.
 
-    Sites without K parts of their own shape (embeddings) and the output head come once.
+    The output head computes a row per sequence, and so is never serial.
     """
-    pool = {"chunk_elems": model.chunk_elems, "page_elems": model.page_elems}
-    sites = list(model.sites.items())
-    head = ("lm_head", (model.hidden_size, (model.vocab_size,)))
-    shapes = {
-        name: LoRAShape(0, tuple(range(len(widths))), in_features, widths, **pool)
-        for name, (in_features, widths) in [*sites, head]
-    }
-    embedding = LoRAShape(0, (0,), 0, (model.hidden_size,), is_embedding=True, **pool)
-    cases = [_gather_case(embedding)]
-    for name, shape in shapes.items():
-        for is_serial in (False, True):
+    chunk_elems, page_elems = model.chunk_elems, model.page_elems
+    embedding = LoRAShape(0, (0,), 0, (model.hidden_size,), chunk_elems, page_elems, True)
+    constants = embedding.gather_constants(is_serial=False)
+    cases = [_case("lora gather embedding", gather_kernel, constants, {})]
+    head = (model.hidden_size, (model.vocab_size,))
+    for name, (in_features, widths) in {**model.sites, "lm_head": head}.items():
+        modules = tuple(range(len(widths)))
+        shape = LoRAShape(0, modules, in_features, widths, chunk_elems, page_elems)
+        for is_serial in (False, True) if name != "lm_head" else (False,):
             variant = f"{name}, {'serial' if is_serial else 'split'}"
-            cases += [
-                _case(
-                    f"lora shrink {variant}",
-                    shrink_kernel,
-                    _shrink_constants(shape, is_serial),
-                    (shape.tuning.shrink_warps, shape.tuning.shrink_stages),
-                ),
-                _case(
-                    f"lora expand {variant}",
-                    expand_kernel,
-                    _expand_constants(shape, is_serial),
-                    (shape.tuning.expand_warps, shape.tuning.expand_stages),
-                ),
-            ]
+            constants = shape.shrink_constants(is_serial=is_serial)
+            cases.append(
+                _case(f"lora shrink {variant}", shrink_kernel, constants, shape.shrink_options)
+            )
+            constants = shape.expand_constants(is_serial=is_serial)
+            cases.append(
+                _case(f"lora expand {variant}", expand_kernel, constants, shape.expand_options)
+            )
     return cases
 
 
-_POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16", "pool_ptr": "*bf16", "vectors_ptr": "*bf16"}
+#: Run-time arguments that are not int32 tables.
+_TYPES = {
+    "x_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "pool_ptr": "*bf16",
+    "vectors_ptr": "*bf16",
+    "planes_ptr": "*fp32",
+    "token_ids_ptr": "*i64",
+    "x_stride": "i32",
+    "y_stride": "i32",
+    "span": "i32",
+}
 
 
-def _case(name: str, fn: Any, constants: dict[str, int | bool], depth: tuple[int, int]) -> AotCase:
-    """Describe one variant in bfloat16; rows of activations are multiples of 16 elements."""
-    arguments = [arg for arg in fn.arg_names if arg not in constants]
-    types = _POINTERS | {"planes_ptr": "*fp32", "token_ids_ptr": "*i64"}
-    signature = {
-        arg: types.get(arg, "*i32") if arg.endswith("_ptr") else "i32" for arg in arguments
-    }
-    aligned = [i for i, arg in enumerate(fn.arg_names) if arg in arguments and arg != "span"]
+def _case(name: str, fn: Any, constants: dict[str, int], options: dict[str, int]) -> AotCase:
+    signature = {arg: _TYPES.get(arg, "*i32") for arg in fn.arg_names if arg not in constants}
+    own = ("num_warps", "num_stages")
     return AotCase(
         name,
         fn,
         signature,
         constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-        num_warps=depth[0],
-        num_stages=depth[1],
-        must_vectorise=("pool_ptr",) if fn is not gather_kernel else (),
+        attrs=aligned(fn, signature),
+        must_vectorise=() if fn is gather_kernel else ("pool_ptr",),
+        options={key: value for key, value in options.items() if key not in own},
+        **{key: value for key, value in options.items() if key in own},
     )
-
-
-def _gather_case(shape: LoRAShape) -> AotCase:
-    constants = {"PAGE_ELEMS": shape.page_elems, "RANK_TILE": shape.tuning.rank_tile}
-    return _case("lora gather embedding", gather_kernel, dict(constants), (4, 3))

@@ -263,8 +263,7 @@ class _ItemBuilder:
         return _RunPlanes(tuple(run), rank, pitch, (ends - sizes).astype(np.int32), stop)
 
     def _add_shrink(self, shape: LoRAShape, tables: _SiteTables, planes: _RunPlanes) -> int:
-        tuning = shape.tuning
-        tile_ranks = tuning.serial_rank_tile if self.is_serial else tuning.rank_tile
+        tile_ranks = shape.rank_tile(is_serial=self.is_serial)
         num_tiles = -(-planes.rank // tile_ranks)
         at, tile = _enumerate(num_tiles[self._ranges.segment])
         segment = self._ranges.segment[at]
