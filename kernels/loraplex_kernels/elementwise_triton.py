@@ -106,11 +106,11 @@ def _head_norm(x, q_norm, k_norm, dim, stop, is_q, is_v, inverse_rms):
 
 @triton.jit
 def _turn(x, partner, cos, sin, inside):
-    """`round(round(x cos) + partner sin)`."""
+    """`round(round(x cos) + partner sin)`, the second product unrounded as in torch's addcmul."""
     c = tl.load(cos, mask=inside, other=0.0)[None, :].to(tl.float32)
     s = tl.load(sin, mask=inside, other=0.0)[None, :].to(tl.float32)
     part = narrow(x.to(tl.float32) * c, x.dtype).to(tl.float32)
-    return narrow(part + partner.to(tl.float32) * s, x.dtype)
+    return narrow(tl.fma(partner.to(tl.float32), s, part), x.dtype)
 
 
 @triton.jit
@@ -181,9 +181,9 @@ def rotate_and_store_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     ROW: tl.constexpr = KV_HEADS * HEAD_DIM
     page_at = slot // PAGE_TOKENS * (2 * PAGE_TOKENS * ROW) + slot % PAGE_TOKENS * ROW
-    # K heads and V heads are numbered on: V lies one page of K further.
     kv_head = (head - HEADS)[:, None]
-    kv_at = kv + page_at + tl.where(is_v, PAGE_TOKENS * ROW - ROW, 0) + kv_head * HEAD_DIM
+    kv_at = kv + page_at + kv_head // KV_HEADS * (PAGE_TOKENS * ROW)
+    kv_at += kv_head % KV_HEADS * HEAD_DIM
     q_at = out + token * out_stride + head[:, None] * HEAD_DIM
     # Compared as a vector: the interpreter spreads a scalar's truth value as integers.
     is_kv = ((head >= HEADS) & (tl.zeros([TILE], tl.int64) + slot >= 0))[:, None]
@@ -247,7 +247,7 @@ def _rms_norm(
 
 def _norm_warps(width: int) -> int:
     """Return warps that leave each thread two loads of 16 bytes at half precision."""
-    return min(16, max(1, width // 512))
+    return min(16, max(1, int(triton.next_power_of_2(width)) // 512))
 
 
 def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -317,9 +317,15 @@ def rotate_and_store(
             out.stride(0),
             **_rotation_constants(heads, kv_heads, head_dim, cos.shape[1], page_tokens),
             HAS_NORM=q_norm is not None,
+            num_warps=_rotation_warps(cos.shape[1]),
             **STRICT,
         )
     return out
+
+
+def _rotation_warps(rot_dim: int) -> int:
+    """Return warps that leave each thread one load of 16 bytes at half precision."""
+    return max(1, _HEAD_TILE * int(triton.next_power_of_2(rot_dim)) // 512)
 
 
 def _rotation_constants(
@@ -353,12 +359,17 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim, shape.page_tokens
     )
     silu = {"WIDTH": width, "BLOCK": _SILU_BLOCK}
+    turn_warps = _rotation_warps(shape.head_dim)
     return [
         _case("rms_norm", rms_norm_kernel, {**norm, "IS_SUM": False}, warps),
         _case("add_rms_norm", rms_norm_kernel, {**norm, "IS_SUM": True}, warps),
         _case("silu_mul", silu_mul_kernel, silu, 4),
-        _case("rotate_and_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": False}, 4),
-        _case("norm_rotate_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": True}, 4),
+        _case(
+            "rotate_and_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": False}, turn_warps
+        ),
+        _case(
+            "norm_rotate_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": True}, turn_warps
+        ),
     ]
 
 
