@@ -44,8 +44,8 @@ from loraplex_kernels.static_tables import StaticTables, TablesFull
 _LORA_PROGRAMS: Final = 8
 _ATTENTION_PROGRAMS: Final = 4
 
-#: Multiprocessors where there are none: under the interpreter each program is a Python call.
-_INTERPRETED_PROCESSORS: Final = 1
+#: Programs under the interpreter, where each costs milliseconds; two, so that they do take turns.
+_INTERPRETED_PROGRAMS: Final = 2
 
 #: LoRA items and page ids of adapters that the static tables hold: 256 adapters on all linears.
 _MAX_LORA_ITEMS: Final = 1 << 16
@@ -59,11 +59,8 @@ class GpuBackend:
         self._model = model
         self._capacity = capacity
         self._device = device
-        self._num_processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count
-            if device.type == "cuda"
-            else _INTERPRETED_PROCESSORS
-        )
+        self._lora_programs = _num_programs(_LORA_PROGRAMS, device)
+        self._attention_programs = _num_programs(_ATTENTION_PROGRAMS, device)
         self._tiling = AttentionTiling.of(
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
@@ -151,7 +148,8 @@ class GpuBackend:
             tiling=self._tiling,
             lora=lora,
             lora_shapes=self._lora_shapes,
-            num_processors=self._num_processors,
+            lora_programs=self._lora_programs,
+            attention_programs=self._attention_programs,
         )
 
     def _static_attention(self, num_rows: int, num_prefill_items: int) -> AttentionTables:
@@ -202,6 +200,12 @@ class GpuBackend:
 _LORA_TABLES: Final = ("rows", "pages", "spans", "items")
 
 
+def _num_programs(per_processor: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return per_processor * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @dataclass(frozen=True)
 class GpuOps:
     """Implements `ops.StepOps` through Triton; waits for nothing and reads no device memory."""
@@ -211,7 +215,8 @@ class GpuOps:
     tiling: AttentionTiling
     lora: LoRATables | None
     lora_shapes: list[LoRAShape]
-    num_processors: int
+    lora_programs: int
+    attention_programs: int
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise_triton.rms_norm(x, weight, eps)
@@ -255,7 +260,7 @@ class GpuOps:
             self.scratch,
             scale=scale,
             tiling=self.tiling,
-            num_programs=_ATTENTION_PROGRAMS * self.num_processors,
+            num_programs=self.attention_programs,
             out=out,
             window=window,
         )
@@ -280,5 +285,5 @@ class GpuOps:
                 self.lora,
                 layer=layer,
                 shape=self.lora_shapes[site.index],
-                num_programs=_LORA_PROGRAMS * self.num_processors,
+                num_programs=self.lora_programs,
             )

@@ -14,6 +14,7 @@ from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.residency import AdapterResidency
+from loraplex_memory.transfers import PoolWriter
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
@@ -21,14 +22,16 @@ from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
-from loraplex_server.engine.runner import Runner
+from loraplex_server.engine.runner import Runner, StepRunner
 from loraplex_server.logs import set_up_logging
 from loraplex_server.machine import num_processors
 from loraplex_server.model.loader import load_weights
 from loraplex_server.model.source import ModelSource, resolve_model
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
+from loraplex_server.model.weights import ModelWeights
 from loraplex_server.sizing import (
+    StepSizes,
     auto_pool_bytes,
     choose_device,
     choose_dtype,
@@ -99,13 +102,43 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
         load_native()  # compiles for seconds on a new machine: the first request would wait
     # Before the pool is sized: it takes a share of the memory that the weights leave.
     weights = load_weights(facts.source, facts.spec, dtype=dtype, device=device)
-    pool_bytes = config.pool_bytes or auto_pool_bytes(device)
+    pool_bytes = config.pool_bytes or auto_pool_bytes(device, _step_bytes(facts, weights, sizes))
     num_pages = choose_num_pages(pool_bytes, facts.layout, dtype.itemsize)
     limits = choose_limits(config, facts.spec, num_pages, sizes)
     warn_of_long_rope(facts.spec, limits.max_model_len)
     model = Transformer(facts.spec, weights, max_model_len=limits.max_model_len)
     pool = PagePool(facts.layout, num_pages, dtype=dtype, device=device)
-    return assemble_core(model, pool, limits, wake)
+    if device.type == "cpu":
+        return assemble_core(model, pool, limits, wake)
+    return _assemble_on_gpu(model, pool, limits, wake)
+
+
+def _step_bytes(facts: ModelFacts, weights: ModelWeights, sizes: StepSizes) -> int:
+    """Return what a step needs of a GPU's memory beside weights and pool."""
+    if weights.device.type == "cpu":
+        return 0
+    from loraplex_server.engine.gpu_engine import measure_step_bytes
+
+    return measure_step_bytes(
+        Transformer(facts.spec, weights),
+        facts.layout,
+        max_step_tokens=sizes.max_step_tokens,
+        max_running=sizes.max_running,
+    )
+
+
+def _assemble_on_gpu(
+    model: Transformer, pool: PagePool, limits: SchedulerLimits, wake: Callable[[], None]
+) -> EngineCore:
+    """Put an engine on a GPU together; compiles kernels and records graphs, which takes a while."""
+    # Imported here: these import triton, which a CPU's engine does without.
+    from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
+
+    writer = make_stream_writer(pool)  # first: a copy beside a recording would break it
+    runner = make_device_runner(
+        model, pool, max_step_tokens=limits.max_step_tokens, max_running=limits.max_running
+    )
+    return assemble_core(model, pool, limits, wake, runner=runner, writer=writer, overlap=True)
 
 
 def assemble_core(
@@ -113,8 +146,18 @@ def assemble_core(
     pool: PagePool,
     limits: SchedulerLimits,
     wake: Callable[[], None] = lambda: None,
+    *,
+    runner: StepRunner | None = None,
+    writer: PoolWriter | None = None,
+    overlap: bool = False,
 ) -> EngineCore:
-    """Put scheduler, memory and a loaded model together."""
+    """Put scheduler, memory and a loaded model together.
+
+    Args:
+        runner: default: the one of a CPU.
+        writer: how adapters get into the pool; default: by copying in host memory.
+        overlap: see `EngineCore`.
+    """
     layout = pool.layout
     allocator = PageAllocator(pool.num_pages)
     residency = AdapterResidency(allocator)
@@ -130,10 +173,11 @@ def assemble_core(
     return EngineCore(
         info=info,
         scheduler=Scheduler(limits, layout, allocator, residency),
-        runner=Runner(model, pool),
-        loader=AdapterLoader(pool, wake),
+        runner=runner or Runner(model, pool),
+        loader=AdapterLoader(pool, wake, writer),
         allocator=allocator,
         residency=residency,
+        overlap=overlap,
     )
 
 

@@ -18,6 +18,7 @@ from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.gpu_engine import make_device_runner
 from loraplex_server.model.transformer import Transformer
 from tests.support.kernel_cases import make_weights
 
@@ -41,6 +42,30 @@ def make_core(
     )
     pool = make_pool(PoolLayout(model.spec.geometry), num_pages, dtype=model.dtype)
     return assemble_core(model, pool, limits, wake)
+
+
+def make_device_core(
+    model: Transformer,
+    *,
+    num_pages: int = 256,
+    max_step_tokens: int = 64,
+    max_running: int = 8,
+    max_model_len: int = 128,
+    overlap: bool = True,
+) -> EngineCore:
+    """Return a core whose steps run through the Triton kernels, on the model's device."""
+    limits = SchedulerLimits(
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        max_model_len=max_model_len,
+        eos_token_ids=model.spec.eos_token_ids,
+    )
+    layout = PoolLayout(model.spec.geometry)
+    pool = PagePool(layout, num_pages, dtype=model.dtype, device=model.device)
+    runner = make_device_runner(
+        model, pool, max_step_tokens=max_step_tokens, max_running=max_running
+    )
+    return assemble_core(model, pool, limits, runner=runner, overlap=overlap)
 
 
 class GatedPool(PagePool):

@@ -8,15 +8,10 @@ from typing import Protocol
 
 import torch
 
-from loraplex_kernels.batch import (
-    LoRABatch,
-    PagedAdapter,
-    build_attention_batch,
-    build_lora_batch,
-)
 from loraplex_kernels.ops import host_backend
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
+from loraplex_server.engine.forward_batch import BatchBuilder
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.transformer import Transformer
 
@@ -63,6 +58,7 @@ class Runner:
         self._model = model
         self._pool = pool
         self._backend = host_backend()
+        self._batches = BatchBuilder(pool.layout)
         self._last_sampled: dict[str, int] = {}
 
     def launch(self, plan: Plan) -> Landed:
@@ -77,11 +73,7 @@ class Runner:
     def _compute(self, plan: Plan) -> StepResult:
         """Compute every sequence of the plan and draw the tokens it asks for."""
         steps = plan.sequences
-        attention = build_attention_batch(
-            spans=[(step.start, step.num_tokens) for step in steps],
-            block_tables=[step.block_table for step in steps],
-            page_tokens=self._pool.layout.page_tokens,
-        )
+        attention = self._batches.attention(plan)
         token_ids = torch.tensor([t for s in steps for t in self._inputs(s)], dtype=torch.int64)
         ends = attention.query_indptr[1:].tolist()
         sampled = [
@@ -89,7 +81,7 @@ class Runner:
         ]
         logits = self._model.forward(
             token_ids,
-            self._backend.prepare(attention, self._lora_batch(plan)),
+            self._backend.prepare(attention, self._batches.lora(plan)),
             self._pool,
             torch.tensor([row for _, row in sampled], dtype=torch.int64),
         )
@@ -99,19 +91,6 @@ class Runner:
         if step.awaits_token:
             return *step.token_ids, self._last_sampled[step.request_id]
         return step.token_ids
-
-    def _lora_batch(self, plan: Plan) -> LoRABatch | None:
-        rows = _rows_by_adapter(plan.sequences)
-        adapters = [
-            PagedAdapter(
-                pages=planned.pages,
-                ranks=planned.layout.ranks,
-                a_chunks=planned.layout.a_chunks,
-                b_chunks=planned.layout.b_chunks,
-            )
-            for planned in (plan.adapters[adapter_id] for adapter_id in rows)
-        ]
-        return build_lora_batch(adapters, list(rows.values()), self._pool.layout.chunk_elems)
 
 
 def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
@@ -128,15 +107,3 @@ def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
     tokens = {s.request_id: t for s, t in zip(sound, sample(logits, sound), strict=True)}
     failed = [step.request_id for step, ok in zip(steps, is_sound, strict=True) if not ok]
     return StepResult(tokens, dict.fromkeys(failed, NOT_FINITE))
-
-
-def _rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
-    """Return the token rows of each adapter, in the order the plan lays tokens out."""
-    rows: dict[str, list[int]] = {}
-    at = 0
-    for step in steps:
-        stop = at + step.num_tokens
-        if step.adapter_id is not None:
-            rows.setdefault(step.adapter_id, []).extend(range(at, stop))
-        at = stop
-    return rows

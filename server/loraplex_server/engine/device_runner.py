@@ -1,0 +1,160 @@
+"""Computing plans on a device that works while the host goes on.
+
+Everything is enqueued on the current stream, and nothing waits but `DeviceFlight.result`. A step
+of decodes alone replays a graph (`step_graphs`); any other step runs the same kernels one by one.
+Sampled tokens stay on the device, where the next step finds those it awaits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.ops import DeviceBackend
+from loraplex_kernels.static_tables import StaticTables
+from loraplex_memory.pool import PagePool
+from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
+from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.engine.runner import NOT_FINITE
+from loraplex_server.engine.step_graphs import GraphRecorder, StepGraphs
+from loraplex_server.model.device_sampler import DeviceSampler, SampledTokens
+from loraplex_server.model.transformer import Transformer
+
+#: Source of an input token whose id the host knows.
+_KNOWN: Final = -1
+
+
+@dataclass(frozen=True)
+class DeviceFlight:
+    """Implements `runner.Flight`: host copies of what a step samples, and when they are there."""
+
+    sampled: SampledTokens
+    arrival: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.sampled.result(NOT_FINITE)
+
+
+class DeviceRunner:
+    """Implements `runner.StepRunner`; owned by the engine step.
+
+    Args:
+        backend: made for the same largest step.
+        max_step_tokens: most token rows of a plan.
+        max_running: most sequences of a plan.
+        recorder: how decode steps are recorded; `record` must be called before the first plan.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        pool: PagePool,
+        backend: DeviceBackend,
+        *,
+        max_step_tokens: int,
+        max_running: int,
+        recorder: GraphRecorder,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._backend = backend
+        self._batches = BatchBuilder(pool.layout)
+        self._sampler = DeviceSampler(max_running, pool.device)
+        self._inputs = StaticTables(
+            {
+                "token_ids": (max_step_tokens,),
+                "sources": (max_step_tokens,),
+                "logit_rows": (max_running,),
+            },
+            pool.device,
+        )
+        self._logits = torch.zeros(
+            (max_running, model.spec.vocab_size), dtype=torch.float32, device=pool.device
+        )
+        self._graphs = StepGraphs(self._decode, max_running, recorder)
+        self._row_of: dict[str, int] = {}
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record the decode steps; writes rubbish into the pool's first page, so do it first."""
+        self._graphs.record_all()
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> DeviceFlight:
+        """Enqueue a plan; returns before the device has computed it."""
+        attention, lora = self._batches.attention(plan), self._batches.lora(plan)
+        sampled = self._try_replay(plan.sequences, attention, lora)
+        if sampled is None:
+            sampled = self._run(plan.sequences, attention, lora)
+        self._row_of = {row.request_id: i for i, row in enumerate(sampled.rows)}
+        on_host = sampled.to_host()
+        arrival = None
+        if self._pool.device.type == "cuda":
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrival.record()
+        return DeviceFlight(on_host, arrival)
+
+    def _try_replay(
+        self, steps: Sequence[SequenceStep], attention: AttentionBatch, lora: LoRABatch | None
+    ) -> SampledTokens | None:
+        """Replay the graph of a step of decodes; None when there is none for this step."""
+        if not all(step.num_tokens == 1 and step.is_sampled for step in steps):
+            return None
+        num_rows = self._graphs.padded(len(steps))
+        if not self._backend.fill(attention, lora, num_rows):
+            return None
+        self._fill_inputs(steps)
+        self._sampler.fill(steps)
+        self._graphs.replay(num_rows, lora is not None)
+        if self._sampler.is_plain(steps):
+            return self._sampler.collect(steps)
+        return self._sampler.sample(self._logits[: len(steps)], steps)
+
+    def _run(
+        self, steps: Sequence[SequenceStep], attention: AttentionBatch, lora: LoRABatch | None
+    ) -> SampledTokens:
+        ends = attention.query_indptr.numpy()[1:]
+        rows = [step for step in steps if step.is_sampled]
+        self._fill_inputs(steps)
+        self._inputs.upload({"logit_rows": ends[[step.is_sampled for step in steps]] - 1})
+        logits = self._logits[: len(rows)]
+        self._model.forward(
+            self._token_ids(len(attention.positions)),
+            self._backend.prepare(attention, lora),
+            self._pool,
+            self._inputs.views["logit_rows"][: len(rows)],
+            out=logits,
+        )
+        return self._sampler.sample(logits, rows)
+
+    def _decode(self, num_rows: int, has_lora: bool) -> None:
+        """Enqueue what a graph holds: `num_rows` decodes, then their sampling."""
+        logits = self._logits[:num_rows]
+        ops = self._backend.static_ops(num_rows, has_lora=has_lora)
+        self._model.forward(self._token_ids(num_rows), ops, self._pool, out=logits)
+        self._sampler.launch(logits)
+
+    def _fill_inputs(self, steps: Sequence[SequenceStep]) -> None:
+        token_ids: list[int] = []
+        sources: list[int] = []
+        for step in steps:
+            token_ids += step.token_ids
+            sources += [_KNOWN] * len(step.token_ids)
+            if step.awaits_token:
+                token_ids.append(0)
+                sources.append(self._row_of[step.request_id])
+        tables = {"token_ids": token_ids, "sources": sources}
+        self._inputs.upload({n: np.array(t, dtype=np.int32) for n, t in tables.items()})
+
+    def _token_ids(self, num_rows: int) -> torch.Tensor:
+        """Return the input tokens, int64 `[num_rows]`; what the host does not know is put in."""
+        known, sources = (self._inputs.views[n][:num_rows] for n in ("token_ids", "sources"))
+        sampled = self._sampler.tokens[sources.clamp(min=0)]
+        return torch.where(sources == _KNOWN, known, sampled)

@@ -1,0 +1,114 @@
+"""What an engine on a GPU is made of, and how much memory its largest step takes."""
+
+from __future__ import annotations
+
+import torch
+
+from loraplex_kernels.model_tables import StepCapacity
+from loraplex_kernels.ops import device_backend
+from loraplex_kernels.scatter_triton import scatter_pages
+from loraplex_memory.layout import PoolLayout
+from loraplex_memory.pool import PagePool
+from loraplex_memory.transfers import StreamWriter
+from loraplex_scheduler.plan import Plan, SequenceStep
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.engine.device_runner import DeviceRunner
+from loraplex_server.engine.step_graphs import CudaGraphRecorder, DirectRecorder, GraphRecorder
+from loraplex_server.model.transformer import Transformer, kernel_model
+
+
+def make_device_runner(
+    model: Transformer,
+    pool: PagePool,
+    *,
+    max_step_tokens: int,
+    max_running: int,
+    recorder: GraphRecorder | None = None,
+) -> DeviceRunner:
+    """Return a runner whose decode steps are recorded.
+
+    Args:
+        recorder: default: CUDA graphs on a GPU, none elsewhere (under the Triton interpreter).
+    """
+    pages_of_one = pool.layout.pages_for_tokens(model.max_model_len)
+    capacity = StepCapacity(
+        max_tokens=max_step_tokens,
+        max_sequences=max_running,
+        max_pages=min(pool.num_pages, max_running * pages_of_one),
+    )
+    if recorder is None:
+        recorder = CudaGraphRecorder() if pool.device.type == "cuda" else DirectRecorder()
+    runner = DeviceRunner(
+        model,
+        pool,
+        device_backend(kernel_model(pool), capacity, pool.device),
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        recorder=recorder,
+    )
+    runner.record()
+    return runner
+
+
+def make_stream_writer(pool: PagePool) -> StreamWriter:
+    """Return what loads adapters beside the steps; its kernel is compiled by a first, empty load.
+
+    Writes zeros into the pool's first page.
+    """
+    writer = StreamWriter(pool, scatter_pages)
+    writer.write([0], writer.buffer(1).zero_(), after=writer.fence())
+    return writer
+
+
+def measure_step_bytes(
+    model: Transformer, layout: PoolLayout, *, max_step_tokens: int, max_running: int
+) -> int:
+    """Run the largest step once and return what it needs besides weights and pool, in bytes.
+
+    That includes tables and scratch, which live as long as the engine.
+    """
+    plan = largest_plan(layout, max_step_tokens, max_running, model.max_model_len)
+    num_pages = sum(len(step.block_table) for step in plan.sequences)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    pool = PagePool(layout, num_pages, dtype=model.dtype, device=model.device)
+    runner = make_device_runner(
+        model,
+        pool,
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        recorder=DirectRecorder(),
+    )
+    runner.launch(plan).result()
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    del runner
+    step_bytes = peak - num_pages * pool.page_bytes
+    del pool
+    torch.cuda.empty_cache()
+    return step_bytes
+
+
+def largest_plan(
+    layout: PoolLayout, max_step_tokens: int, max_running: int, max_model_len: int
+) -> Plan:
+    """Return a plan of as many tokens and as many sampled sequences as a step may have."""
+    num_each = min(max_step_tokens // max_running, max_model_len - 1)
+    pages_each = layout.pages_for_tokens(num_each)
+    sequences = [
+        SequenceStep(
+            request_id=str(index),
+            adapter_id=None,
+            start=0,
+            token_ids=(0,) * num_each,
+            block_table=tuple(range(index * pages_each, (index + 1) * pages_each)),
+            is_sampled=True,
+            sampling=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
+            history=(),
+            num_prompt=num_each,
+            position=num_each,
+            banned_token_ids=frozenset(),
+        )
+        for index in range(max_running)
+    ]
+    return Plan(sequences=tuple(sequences), loads=(), adapters={})
