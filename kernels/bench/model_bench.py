@@ -48,15 +48,17 @@ class KernelBench:
         self._dtype = dtype
         self._layout = PoolLayout(geometry)
 
-    def decode_attention(self, limits: DeviceLimits, batch: int, context: int) -> KernelResult:
+    def decode_attention(
+        self, limits: DeviceLimits, batch: int, context: int
+    ) -> list[KernelResult]:
         """`batch` sequences of one query each over `context` tokens."""
         num_bytes = batch * context * self._geometry.kv_elems_per_token * self._dtype.itemsize
         us = self._time_attention([(context - 1, 1)] * batch, num_bytes)
         share = num_bytes / us / limits.bytes_per_us
         name = f"{self._model} decode attention, {batch} x {context} tokens"
-        return KernelResult(name, us, "bytes", num_bytes, share)
+        return [KernelResult(name, us, "bytes", num_bytes, share)]
 
-    def prefill_attention(self, limits: DeviceLimits, num_tokens: int) -> KernelResult:
+    def prefill_attention(self, limits: DeviceLimits, num_tokens: int) -> list[KernelResult]:
         """One prompt at once, causal: half of the score matrix is computed."""
         heads = self._geometry.num_heads * self._geometry.head_dim
         flops = 2 * num_tokens * num_tokens * heads
@@ -64,7 +66,7 @@ class KernelBench:
         us = self._time_attention([(0, num_tokens)], num_bytes)
         share = flops / us / 1e6 / limits.gemm_tflop_s
         name = f"{self._model} prefill attention, {num_tokens} tokens"
-        return KernelResult(name, us, "flops", flops, share)
+        return [KernelResult(name, us, "flops", flops, share)]
 
     def elementwise(self, limits: DeviceLimits, num_tokens: int) -> Iterator[KernelResult]:
         """Norm with residual, gated product, and rotation with the write of K and V."""

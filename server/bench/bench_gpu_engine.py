@@ -52,4 +52,5 @@ def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
     runner = make_device_runner(
         model, pool, max_step_tokens=limits.max_step_tokens, max_running=limits.max_running
     )
-    return Engine(name, model, pool, runner, assemble_core(model, pool, limits, runner=runner))
+    core = assemble_core(model, pool, limits, runner=runner, overlap=True)
+    return Engine(name, model, pool, runner, core)

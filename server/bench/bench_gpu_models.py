@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from loraplex_memory.adapter_file import LoRAPair, ranks_of, write_adapter_file
+from loraplex_memory.adapter_file import LoRAPair, write_adapter_file
 from loraplex_memory.adapter_layout import AdapterRanks
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, Projection
@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "vocab_size": 128,
         "hidden_size": 96,
         "intermediate_size": 160,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "max_position_embeddings": 256,
@@ -125,6 +125,9 @@ def _write_file(
     folder: Path, geometry: ModelGeometry, rank: int, seed: int
 ) -> tuple[Path, AdapterRanks]:
     path = folder / f"rank-{rank}-{seed}.safetensors"
+    ranks = uniform_ranks(geometry, rank, ATTENTION)
+    if path.exists():
+        return path, ranks
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in range(geometry.num_layers):
@@ -133,6 +136,5 @@ def _write_file(
             a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
             b = torch.randn(d_out, rank, generator=generator) * 0.005 / rank**0.5
             weights[layer, target] = LoRAPair(a.bfloat16(), b.bfloat16(), 2.0)
-    if not path.exists():
-        write_adapter_file(path, weights)
-    return path, ranks_of(weights, geometry.num_layers)
+    write_adapter_file(path, weights)
+    return path, ranks

@@ -52,8 +52,9 @@ class PeftMixedBatch:
 
     def add_adapters(self, num_adapters: int) -> None:
         """Add random adapters until there are so many."""
-        for i in range(self._num_adapters, num_adapters):
-            self._model.add_adapter(str(i), self._new_config(i))
+        with torch.device(self._device):
+            for i in range(self._num_adapters, num_adapters):
+                self._model.add_adapter(str(i), self._new_config(i))
         self._model.to(self._dtype)
         self._num_adapters = max(self._num_adapters, num_adapters)
 

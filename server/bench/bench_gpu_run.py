@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from bench_gpu_steps import StepBench
 from device_clock import DeviceClock
 from device_limits import measure_limits
 from lora_bench import RANK_MIXES, LoRABench, LoRACase, bandwidth_cases, sharing_cases
-from model_bench import KernelBench
+from model_bench import KernelBench, KernelResult
 
 #: By when each section must be done, as a share of the time.
 _SHARES = {"limits": 0.06, "kernels": 0.40, "steps": 0.58, "serving": 1.0}
@@ -96,17 +97,23 @@ class Bench:
         bench = KernelBench(name, model_spec(name).geometry, self._clock, self._dtype)
         contexts = (40,) if self._is_dry else (512, 4096)
         batches = (1, 2) if self._is_dry else (1, 64, 256)
-        num_tokens = (3,) if self._is_dry else (256, 8192)
         print()
-        for context in contexts:
-            for batch in batches:
-                self._add_kernel(bench.decode_attention(limits, batch, context))
-        self._add_kernel(bench.prefill_attention(limits, 40 if self._is_dry else 4096))
-        for count in num_tokens:
-            for result in bench.elementwise(limits, count):
+        work: list[Callable[[], Iterable[KernelResult]]] = [
+            partial(bench.decode_attention, limits, batch, context)
+            for context in contexts
+            for batch in batches
+        ]
+        work.append(partial(bench.prefill_attention, limits, 40 if self._is_dry else 4096))
+        num_tokens = (3,) if self._is_dry else (256, 8192)
+        work += [partial(bench.elementwise, limits, count) for count in num_tokens]
+        for index, measure in enumerate(work):
+            if self._budget.is_spent("kernels"):
+                self._note(f"{len(work) - index} of {len(work)} other kernels: out of time")
+                return
+            for result in measure():
                 self._add_kernel(result)
 
-    def _add_kernel(self, result: object) -> None:
+    def _add_kernel(self, result: KernelResult) -> None:
         self.results.kernels.append(result)
         print(kernel_line(result), flush=True)
         self._release()
@@ -147,9 +154,9 @@ class Bench:
 
     def _compare_steps(self, engine: Engine) -> None:
         bench = StepBench(engine.name, engine.runner, engine.pool, rank=4 if self._is_dry else 16)
-        batches = (1, 2) if self._is_dry else (1, 64, 8, 256)
+        batches = (2,) if self._is_dry else (1, 64, 8, 256)
         context = 40 if self._is_dry else 512
-        num_steps, rounds = (3, 1) if self._is_dry else (16, 5)
+        num_steps, rounds = (2, 1) if self._is_dry else (16, 5)
         print()
         for batch in batches:
             if self._budget.is_spent("steps", reserve_s=5):
@@ -163,7 +170,7 @@ class Bench:
 
     def _serving(self) -> None:
         name = "tiny" if self._is_dry else "llama-2-7b"
-        counts = (1, 5, 12) if self._is_dry else (1, 2000, 5, 100, 1000)
+        counts = (1, 3) if self._is_dry else (1, 2000, 5, 100, 1000)
         engine = self._make_engine(name)
         print()
         with tempfile.TemporaryDirectory() as folder:
@@ -173,11 +180,11 @@ class Bench:
 
     def _closed_loops(self, engine: Engine, folder: Path, counts: tuple[int, ...]) -> None:
         geometry = engine.model.spec.geometry
-        lengths = Lengths((8, 32), (8, 32)) if self._is_dry else Lengths()
+        lengths = Lengths((4, 8), (2, 4)) if self._is_dry else Lengths()
         loop = ClosedLoop(
             engine.core,
             engine.model.spec.vocab_size,
-            concurrency=4 if self._is_dry else 256,
+            concurrency=2 if self._is_dry else 256,
             lengths=lengths,
         )
         ramp_s, window_s = (0.1, 0.1) if self._is_dry else (8.0, 8.0)
@@ -202,7 +209,7 @@ class Bench:
         except ImportError as error:
             self._note(f"PEFT: not importable here ({error})")
             return
-        counts, batches = ((2,), (2,)) if self._is_dry else ((5, 100), (64, 16, 128))
+        counts, batches = ((2,), (2,)) if self._is_dry else ((5, 100), (64, 256, 16))
         for count in counts:
             if self._budget.is_spent("serving", reserve_s=15):
                 self._note(f"PEFT, {count} adapters: out of time")

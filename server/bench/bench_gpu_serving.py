@@ -103,9 +103,13 @@ class ClosedLoop:
         """Measure one arm; its requests are aborted and its adapters dropped afterwards."""
         self._num_arms += 1
         requests = self._requests(adapters)
-        # At least until everyone has a token, at most until `ramp_s` is over.
+        self._counts = _Counts()
+        # Until as many requests have their first token as are in flight, at most for `ramp_s`.
         deadline = self._clock() + ramp_s
-        self._drive(requests, lambda: self._clock() > deadline or self._all_started())
+        self._drive(
+            requests,
+            lambda: self._clock() > deadline or len(self._counts.ttft_s) >= self._concurrency,
+        )
         before = self._core.stats()
         self._counts = _Counts()
         started = self._clock()
@@ -142,11 +146,6 @@ class ClosedLoop:
             name = f"{self._num_arms}-{number}"
             yield Request(name, prompt, sampling, adapter, arrival_s=time.monotonic())
             number += 1
-
-    def _all_started(self) -> bool:
-        return len(self._live) == self._concurrency and all(
-            live.last_token_s is not None for live in self._live.values()
-        )
 
     def _drive(self, requests: Iterator[Request], is_over: Callable[[], bool]) -> None:
         while not is_over():
