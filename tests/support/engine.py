@@ -18,7 +18,7 @@ from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.gpu_engine import make_device_runner
+from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
 from loraplex_server.model.transformer import Transformer
 from tests.support.kernel_cases import make_weights
 
@@ -62,10 +62,11 @@ def make_device_core(
     )
     layout = PoolLayout(model.spec.geometry)
     pool = PagePool(layout, num_pages, dtype=model.dtype, device=model.device)
+    writer = make_stream_writer(pool) if model.device.type == "cuda" else None
     runner = make_device_runner(
         model, pool, max_step_tokens=max_step_tokens, max_running=max_running
     )
-    return assemble_core(model, pool, limits, runner=runner, overlap=overlap)
+    return assemble_core(model, pool, limits, runner=runner, writer=writer, overlap=overlap)
 
 
 class GatedPool(PagePool):

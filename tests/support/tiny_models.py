@@ -110,11 +110,17 @@ def transformer_of(
 
 
 def tiny_transformer(
-    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Transformer:
     """Return our model with random weights, without building a transformers one."""
     spec = tiny_spec(family, **options)
-    weights = fill_weights(spec, random_weights(spec, seed, dtype).items(), dtype=dtype)
+    state = random_weights(spec, seed, dtype)
+    weights = fill_weights(spec, state.items(), dtype=dtype, device=device)
     return Transformer(spec, weights)
 
 

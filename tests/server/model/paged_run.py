@@ -35,7 +35,7 @@ class PagedRun:
     ) -> None:
         self.model = model
         self.layout = PoolLayout(model.spec.geometry, page_tokens)
-        self.pool = PagePool(self.layout, num_pages, dtype=model.dtype)
+        self.pool = PagePool(self.layout, num_pages, dtype=model.dtype, device=model.device)
         self._backend = backend(self.pool)
         self.lengths: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}
@@ -70,7 +70,8 @@ class PagedRun:
         batch = build_attention_batch(
             spans, [self._tables[name] for name in names], self.layout.page_tokens
         )
-        tokens = torch.tensor([t for name in names for t in new_tokens[name]])
+        ids = [t for name in names for t in new_tokens[name]]
+        tokens = torch.tensor(ids, device=self.model.device)
         ops = self._backend.prepare(batch, self._lora_batch(names, new_tokens, adapters or {}))
         logits = self.model.forward(tokens, ops, self.pool)
         return dict(zip(names, logits.split([count for _, count in spans]), strict=True))
