@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,26 @@ def test_without_a_device_it_says_so():
     status, output = run_suite()
     assert status == 2
     assert "no CUDA device" in output
+
+
+def test_every_group_imports_with_the_libraries_of_the_engine_core_alone():
+    program = """
+import importlib.abc, sys
+ABSENT = {"pytest", "hypothesis", "fastapi", "starlette", "sqlalchemy", "openai", "uvicorn"}
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"no {name} on a GPU machine", name=name)
+sys.meta_path.insert(0, Absent())
+import gpu_suite
+gpu_suite.add_source_roots()
+for group in gpu_suite.GROUPS:
+    assert gpu_suite.load_group(group), group
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
