@@ -24,6 +24,17 @@ SMOLLM2 = ModelGeometry(
 )
 
 
+#: Nothing is a power of two, but chunks are 32 elements: tiles are whole runs.
+SMALL = ModelGeometry(
+    num_layers=2, hidden_size=96, num_heads=3, num_kv_heads=1, head_dim=32, intermediate_size=224
+)
+
+#: Chunks are 20 elements, too short for whole runs: pages are looked up element by element.
+ODD = ModelGeometry(
+    num_layers=2, hidden_size=40, num_heads=2, num_kv_heads=1, head_dim=20, intermediate_size=60
+)
+
+
 @dataclass(frozen=True)
 class LoRACase:
     """A pool holding adapters at scattered pages, and the batch that uses them."""
@@ -79,3 +90,34 @@ def make_lora_case(
             )
         )
     return LoRACase(pool, all_weights, build_lora_batch(paged, rows, layout.chunk_elems))
+
+
+class PageWriter:
+    """Lays matrices out in an adapter's pages, for what `pack_adapter` does not know yet."""
+
+    def __init__(self, layout: PoolLayout) -> None:
+        self._layout = layout
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, matrix: torch.Tensor, *, is_packed: bool = False) -> int:
+        """Append a matrix or a vector and return its first chunk.
+
+        Every row begins a chunk, or with `is_packed` the matrix follows without gaps. Gaps are NaN.
+        """
+        chunk_elems = self._layout.chunk_elems
+        start = sum(row.numel() for row in self._rows) // chunk_elems
+        rows = [matrix.reshape(-1)] if is_packed or matrix.dim() == 1 else list(matrix)
+        for row in rows:
+            gap = -row.numel() % chunk_elems
+            self._rows.append(torch.cat((row.float(), torch.full((gap,), torch.nan))))
+        return start
+
+    def write(self, pool: torch.Tensor, free: list[int]) -> list[int]:
+        """Write all into pages off `free` of one layer `[P, page_elems]`; return the pages."""
+        flat = torch.cat(self._rows)
+        num_pages = -(-flat.numel() // self._layout.page_elems)
+        gap = num_pages * self._layout.page_elems - flat.numel()
+        pages = [free.pop() for _ in range(num_pages)]
+        flat = torch.cat((flat, torch.full((gap,), torch.nan)))
+        pool[pages] = flat.view(num_pages, -1).to(pool.dtype)
+        return pages
