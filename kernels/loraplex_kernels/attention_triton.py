@@ -57,7 +57,6 @@ def _attend(
 
     `acc, peak, total = sum_j 2^(s_j - peak) v_j, max_j s_j, sum_j 2^(s_j - peak)` with
     `s_j = scale * q k_j` over `position - WINDOW < j <= position` (WINDOW 0: no lower bound).
-
     Without `IS_MASKED` every row sees every token, and `stop` is a multiple of `BLOCK`, too; the
     bits are those of the masked form, which is why no compiler may choose what to fuse here.
     `kv` points at this KV head; `pages` at the sequence's block table; `q` is `[M, D]`.
@@ -317,12 +316,8 @@ def decode_constants(
 
 def combine_constants(tiling: AttentionTiling, heads: int, head_dim: int) -> dict[str, int]:
     """Return the constants of `combine_splits_kernel`."""
-    return {
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "D": tiling.head_dim_padded,
-        "SPLITS": _SPLIT_TILE,
-    }
+    padded = tiling.head_dim_padded
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "D": padded, "SPLITS": _SPLIT_TILE}
 
 
 def prefill_constants(
@@ -351,8 +346,9 @@ def _shape_constants(
 
 
 def prefill_options(tiling: AttentionTiling) -> dict[str, int]:
-    """Return the compile options of `prefill_attention_kernel`."""
-    return {"num_warps": 8 if tiling.prefill_rows >= 128 else 4, "num_stages": 2}
+    """Return the compile options of `prefill_attention_kernel`: 64 sums of a tile per thread."""
+    is_large = tiling.prefill_rows * tiling.head_dim_padded >= 128 * 128
+    return {"num_warps": 8 if is_large else 4, "num_stages": 2}
 
 
 def aot_cases(shape: ModelShape) -> list[AotCase]:

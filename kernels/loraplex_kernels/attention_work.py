@@ -69,19 +69,21 @@ class AttentionTiling:
         groups = num_heads // num_kv_heads
         padded = max(16, _power_of_two(head_dim))
         is_half = elem_bytes == 2
-        # 16 KiB of K in flight per stage; float32 has no tensor cores and keeps its tiles small.
+        # 16 KiB of K in flight per stage.
         decode_tokens = min(128, split_tokens, max(16, 16384 // (padded * elem_bytes)))
-        rows = (128 if padded == 128 else 64) if is_half else 32
-        rows = max(rows, _power_of_two(groups))
         # Before 9.0, Q and the scores of a tile of 64 tokens do not fit beside 128 columns.
         is_wide = padded > (128 if capability >= 90 else 64)
+        rows, tokens = (128 if padded == 128 else 64), (32 if is_wide else 64)
+        if not is_half:  # no tensor cores: operands lie in registers
+            rows = tokens = 16 if padded > 64 else 32
+        rows = max(rows, _power_of_two(groups))
         return cls(
             head_dim_padded=padded,
             head_tile=max(16, _power_of_two(groups)),
             split_tokens=split_tokens,
             decode_tokens=decode_tokens,
             prefill_rows=rows,
-            prefill_tokens=64 if is_half and not is_wide else 32,
+            prefill_tokens=tokens,
             query_tile=rows // groups,
         )
 
