@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from loraplex_kernels import cpu, reference
+from loraplex_kernels.batch import PagedAdapter, build_lora_batch
 from loraplex_kernels.native import load_native
-from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry
-from tests.support.kernel_cases import SMOLLM2, LoRACase, make_lora_case
+from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, PoolLayout
+from tests.support.kernel_cases import ODD, SMOLLM2, LoRACase, PageWriter, make_lora_case
 
-ODD = ModelGeometry(
-    num_layers=2, hidden_size=40, num_heads=2, num_kv_heads=1, head_dim=20, intermediate_size=60
-)
 MIXED = [[8, 0, 3, 16, 1, 64, 200], [200, 8, 0, 0, 5, 0, 7]]
 
 
@@ -120,3 +118,27 @@ def test_a_rows_delta_is_bit_identical_in_any_company(dtype):
 
 def test_no_adapter_in_the_step_means_no_batch():
     assert make_lora_case([], []).batch is None
+
+
+@pytest.mark.parametrize("add_lora", [reference.add_lora, cpu.add_lora])
+def test_scale_and_bias_apply_after_the_delta(add_lora):
+    layout = PoolLayout(ODD)
+    pool = torch.full((9, layout.page_elems), torch.nan)
+    writer = PageWriter(layout)
+    a, b, scale, bias = (torch.randn(n, 40) for n in (3, 3, 1, 1))
+    chunks = [writer.add(matrix) for matrix in (a, b, scale, bias)]
+    pages = writer.write(pool, [7, 2, 5])
+    absent = [-1] * 6
+    tables = [[[chunk, *absent]] for chunk in chunks]
+    both = PagedAdapter(pages, [[3] + [0] * 6], *tables)
+    bias_only = PagedAdapter(pages, [[0] * 7], [[0] * 7], [[0] * 7], None, tables[3])
+    neither = PagedAdapter(pages, [[3] + [0] * 6], *tables[:2])
+    batch = build_lora_batch([both, bias_only, neither], [[0], [3], [1]], layout.chunk_elems)
+    x, y = torch.randn(4, 40), torch.randn(4, 40)
+    expected = y.clone()
+    delta = (x @ a.T) @ b
+    expected[0] = scale[0] * (y[0] + delta[0]) + bias[0]
+    expected[3] += bias[0]
+    expected[1] += delta[1]
+    add_lora(y, x, pool, batch, layer=0, projections=(0,), out_features=(40,))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
