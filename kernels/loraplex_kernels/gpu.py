@@ -42,7 +42,9 @@ from loraplex_kernels.static_tables import StaticTables, TablesFull
 
 #: Programs of a persistent grid, for each multiprocessor.
 _LORA_PROGRAMS: Final = 8
-_ATTENTION_PROGRAMS: Final = 4
+
+#: Decode programs that fit on one at a time, by compute capability: more would wait for a wave.
+_ATTENTION_PROGRAMS: Final = {80: 2, 90: 3}
 
 #: Programs under the interpreter, where each costs milliseconds; two, so that they do take turns.
 _INTERPRETED_PROGRAMS: Final = 2
@@ -59,13 +61,17 @@ class GpuBackend:
         self._model = model
         self._capacity = capacity
         self._device = device
+        capability = _capability(device)
         self._lora_programs = _num_programs(_LORA_PROGRAMS, device)
-        self._attention_programs = _num_programs(_ATTENTION_PROGRAMS, device)
+        self._attention_programs = _num_programs(
+            _ATTENTION_PROGRAMS[80 if capability < 90 else 90], device
+        )
         self._tiling = AttentionTiling.of(
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             elem_bytes=model.dtype.itemsize,
+            capability=capability,
         )
         self._lora_shapes = [
             LoRAShape(
@@ -198,6 +204,14 @@ class GpuBackend:
 
 
 _LORA_TABLES: Final = ("rows", "pages", "spans", "items")
+
+
+def _capability(device: torch.device) -> int:
+    """Return the compute capability, ten times the version; under the interpreter it is moot."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _num_programs(per_processor: int, device: torch.device) -> int:
