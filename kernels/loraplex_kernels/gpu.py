@@ -108,14 +108,17 @@ class GpuBackend:
         return self._ops(tables, scratch, lora_work.to(self._device) if lora_work else None)
 
     def fill(self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int) -> bool:
-        """Fill the static tables with a decode step; False when they are too small for it.
+        """Fill the static tables with a decode step; False when it is too large for a recording.
 
         Args:
             attention: sequences of one query each.
             lora: which rows use which adapter.
             num_rows: token rows after padding, as given to `static_ops`.
         """
-        return self._try_upload(*self._lay_out(attention, lora, num_rows))
+        attention_work, lora_work = self._lay_out(attention, lora, num_rows)
+        if lora_work is not None and lora_work.is_serial:
+            return False  # computed by another kernel than the recorded one
+        return self._try_upload(attention_work, lora_work)
 
     def static_ops(self, num_rows: int, *, has_lora: bool) -> GpuOps:
         """Return the operations of all decode steps of `num_rows`, whatever `fill` brings."""
