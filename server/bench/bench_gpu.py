@@ -33,7 +33,10 @@ SECTIONS = ("limits", "kernels", "steps", "serving")
 
 
 def main() -> int:
-    """Run and return the exit status: 2 without a GPU; whether targets are met does not matter."""
+    """Run and return the exit status: 1 if something broke, 2 without a GPU.
+
+    Whether targets are met does not matter to it.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
@@ -60,10 +63,11 @@ def main() -> int:
     head = _head(device, time.monotonic() - started)
     if args.dry_run:
         print(f"dry run ended after {head['seconds']} s; its times mean nothing")
-        print(json.dumps({**head, "notes": bench.results.notes}))
-        return 0
-    print(json.dumps({**head, **bench.results.as_json()}))
-    return 0
+        results = {"notes": bench.results.notes, "failures": bench.results.failures}
+    else:
+        results = bench.results.as_json()
+    print(json.dumps({**head, **results}))
+    return 1 if bench.results.failures else 0
 
 
 def _head(device: Any, seconds: float) -> dict[str, Any]:

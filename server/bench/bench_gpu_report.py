@@ -18,7 +18,7 @@ _MEGABYTE = 1e6
 
 @dataclass
 class Results:
-    """Everything of one run; `notes` says what was left out and why."""
+    """Everything of one run; `notes` says what was left out and why, `failures` what broke."""
 
     limits: DeviceLimits | None = None
     lora: list[LoRAResult] = field(default_factory=list)
@@ -27,6 +27,7 @@ class Results:
     serving: list[ServingResult] = field(default_factory=list)
     peft: list[PeftResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it, and each target with what was measured."""
@@ -45,6 +46,7 @@ class Results:
             "serving": [asdict(r) for r in self.serving],
             "peft": [asdict(r) for r in self.peft],
             "notes": self.notes,
+            "failures": self.failures,
         }
 
 

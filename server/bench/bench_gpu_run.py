@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from bench_gpu_report import (
 from bench_gpu_serving import ClosedLoop, Lengths
 from bench_gpu_steps import StepBench
 from device_clock import DeviceClock
-from device_limits import measure_limits
+from device_limits import DeviceLimits, measure_limits
 from lora_bench import RANK_MIXES, LoRABench, LoRACase, bandwidth_cases, sharing_cases
 from model_bench import KernelBench, KernelResult
 
@@ -64,12 +65,23 @@ class Bench:
     def run(self, sections: list[str]) -> None:
         """Run sections; limits are measured in any case."""
         self._limits()
-        if "kernels" in sections:
-            self._kernels()
-        if "steps" in sections:
-            self._steps()
-        if "serving" in sections:
-            self._serving()
+        for name, section in (
+            ("kernels", self._kernels),
+            ("steps", self._steps),
+            ("serving", self._serving),
+        ):
+            if name in sections:
+                self._try(name, section)
+
+    def _try(self, label: str, work: Callable[[], None]) -> None:
+        """Do some work; what goes wrong is noted, and must not cost what comes after it."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  the top frame of this part of the run
+            self.results.failures.append(f"{label}: {type(error).__name__}: {error}")
+            print(f"FAILED {label}", flush=True)
+            traceback.print_exc()
+        self._release()
 
     def _limits(self) -> None:
         self.results.limits = measure_limits(self._clock)
@@ -84,11 +96,13 @@ class Bench:
             if self._budget.is_spent("kernels", reserve_s=8):
                 self._note(f"{len(cases) - index} of {len(cases)} LoRA cases: out of time")
                 break
-            result = LoRABench(case, self._clock, self._dtype).run(limits, baselines)
-            self.results.lora.append(result)
-            print(lora_line(result), flush=True)
-            self._release()
+            self._try(case.name, partial(self._lora_case, case, baselines, limits))
         self._model_kernels()
+
+    def _lora_case(self, case: LoRACase, baselines: tuple[str, ...], limits: DeviceLimits) -> None:
+        result = LoRABench(case, self._clock, self._dtype).run(limits, baselines)
+        self.results.lora.append(result)
+        print(lora_line(result), flush=True)
 
     def _model_kernels(self) -> None:
         limits = self.results.limits
@@ -110,13 +124,12 @@ class Bench:
             if self._budget.is_spent("kernels"):
                 self._note(f"{len(work) - index} of {len(work)} other kernels: out of time")
                 return
-            for result in measure():
-                self._add_kernel(result)
+            self._try("a kernel", partial(self._add_kernels, measure))
 
-    def _add_kernel(self, result: KernelResult) -> None:
-        self.results.kernels.append(result)
-        print(kernel_line(result), flush=True)
-        self._release()
+    def _add_kernels(self, measure: Callable[[], Iterable[KernelResult]]) -> None:
+        for result in measure():
+            self.results.kernels.append(result)
+            print(kernel_line(result), flush=True)
 
     def _lora_cases(self) -> Iterator[tuple[LoRACase, tuple[str, ...]]]:
         """Yield the cases, those that targets are about first."""
@@ -148,16 +161,13 @@ class Bench:
             if self._budget.is_spent("steps", reserve_s=20):
                 self._note(f"decode steps of {name}: out of time")
                 continue
-            engine = self._make_engine(name)
-            self._compare_steps(engine)
-            self._close(engine)
+            self._try(f"decode steps of {name}", partial(self._with_engine, name, self._step_bench))
 
-    def _compare_steps(self, engine: Engine) -> None:
+    def _step_bench(self, engine: Engine) -> None:
         bench = StepBench(engine.name, engine.runner, engine.pool, rank=4 if self._is_dry else 16)
         batches = (2,) if self._is_dry else (1, 64, 8, 256)
         context = 40 if self._is_dry else 512
         num_steps, rounds = (2, 1) if self._is_dry else (16, 5)
-        print()
         for batch in batches:
             if self._budget.is_spent("steps", reserve_s=5):
                 self._note(f"decode steps of {engine.name} at batch {batch}: out of time")
@@ -170,15 +180,13 @@ class Bench:
 
     def _serving(self) -> None:
         name = "tiny" if self._is_dry else "llama-2-7b"
-        counts = (1, 3) if self._is_dry else (1, 2000, 5, 100, 1000)
-        engine = self._make_engine(name)
-        print()
         with tempfile.TemporaryDirectory() as folder:
-            self._closed_loops(engine, Path(folder), counts)
-        self._close(engine)
+            work = partial(self._closed_loops, Path(folder))
+            self._try("closed loop", partial(self._with_engine, name, work))
         self._peft(name)
 
-    def _closed_loops(self, engine: Engine, folder: Path, counts: tuple[int, ...]) -> None:
+    def _closed_loops(self, folder: Path, engine: Engine) -> None:
+        counts = (1, 3) if self._is_dry else (1, 2000, 5, 100, 1000)
         geometry = engine.model.spec.geometry
         lengths = Lengths((4, 8), (2, 4)) if self._is_dry else Lengths()
         loop = ClosedLoop(
@@ -223,16 +231,15 @@ class Bench:
             self.results.peft.append(result)
             print(peft_line(result), flush=True)
 
-    def _make_engine(self, name: str) -> Engine:
+    def _with_engine(self, name: str, work: Callable[[Engine], None]) -> None:
+        """Build an engine, work with it, and let go of its memory: the next one takes all."""
         started = time.monotonic()
         engine = make_engine(name, self._device, self._dtype)
-        print(f"\n{name}: engine built in {time.monotonic() - started:.0f} s", flush=True)
-        return engine
-
-    def _close(self, engine: Engine) -> None:
-        engine.core.close()
-        del engine
-        self._release()
+        print(f"\n{name}: engine built in {time.monotonic() - started:.0f} s\n", flush=True)
+        try:
+            work(engine)
+        finally:
+            engine.core.close()
 
     def _note(self, text: str) -> None:
         self.results.notes.append(text)

@@ -25,7 +25,7 @@ def test_a_dry_run_of_every_section_ends_and_reports_no_numbers(section):
     assert status == 0, output + errors
     assert "left out" not in output
     assert set(json.loads(output.splitlines()[-1])) == {
-        *("bench", "commit", "device", "torch", "triton", "seconds", "notes")
+        *("bench", "commit", "device", "torch", "triton", "seconds", "notes", "failures")
     }
 
 
