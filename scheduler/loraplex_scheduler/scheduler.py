@@ -24,6 +24,7 @@ from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.page_table import PageTable
 from loraplex_memory.residency import AdapterResidency, ResidencyState
+from loraplex_scheduler.draft import StepDraft
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.flights import Flights
 from loraplex_scheduler.limits import SchedulerLimits
@@ -172,13 +173,12 @@ class Scheduler:
         has no sequences, be dropped.
         """
         assert len(self._flights) <= 1, "two steps are in flight"
-        steps = self._continue_running()
-        budget = self.limits.max_step_tokens - sum(s.num_tokens for s in steps.values())
-        loads = self._admit_waiting(steps, budget)
-        # Single-token spans first: attention treats them as one dense block (AttentionBatch).
-        ordered = sorted(steps.values(), key=lambda step: step.num_tokens != 1)
+        draft = StepDraft(self.limits.max_step_tokens)
+        self._continue_running(draft)
+        loads = self._admit_waiting(draft)
+        steps = draft.in_order()
         return Plan(
-            sequences=tuple(ordered), loads=tuple(loads), adapters=self._planned_adapters(ordered)
+            sequences=tuple(steps), loads=tuple(loads), adapters=self._planned_adapters(steps)
         )
 
     def advance(self, plan: Plan) -> None:
@@ -223,21 +223,16 @@ class Scheduler:
 
     # ---- deciding --------------------------------------------------------------------------
 
-    def _continue_running(self) -> dict[str, SequenceStep]:
+    def _continue_running(self, draft: StepDraft) -> None:
         """Plan the running sequences, decodes before longer catch-ups, each by age."""
-        steps: dict[str, SequenceStep] = {}
-        budget = self.limits.max_step_tokens
         for sequence in sorted(self._roster.running, key=lambda s: s.num_pending > 1):
-            num_tokens = min(sequence.num_pending, budget)
+            num_tokens = min(sequence.num_pending, draft.budget)
             if num_tokens == 0 or not sequence.table.pages:  # preempted in this very loop
                 continue
-            if not self._grow(sequence, sequence.num_computed + num_tokens, steps):
-                continue
-            steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
-            budget = self.limits.max_step_tokens - sum(s.num_tokens for s in steps.values())
-        return steps
+            if self._grow(sequence, sequence.num_computed + num_tokens, draft):
+                draft.put(sequence.step(num_tokens, self.limits.eos_token_ids))
 
-    def _grow(self, sequence: Sequence, num_tokens: int, steps: dict[str, SequenceStep]) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
         """Find pages for a running sequence: idle adapters first, then younger sequences.
 
         Returns False when it must sit this step out: it was the youngest and gave way, or pages
@@ -252,13 +247,13 @@ class Scheduler:
                 return False
             self._roster.preempt(victim)
             self.num_preemptions += 1
-            steps.pop(victim.request_id, None)
+            draft.drop(victim.request_id)
             if victim is sequence:
                 return False
         sequence.table.grow(num_tokens)
         return True
 
-    def _admit_waiting(self, steps: dict[str, SequenceStep], budget: int) -> list[AdapterLoad]:
+    def _admit_waiting(self, draft: StepDraft) -> list[AdapterLoad]:
         """Admit waiting sequences in order; start the loads that the next ones need.
 
         A sequence whose adapter is loading is passed over, so that others do not wait for its disk;
@@ -269,7 +264,10 @@ class Scheduler:
         awaited: set[str] = set()
         num_passed = num_set_aside = 0
         for sequence in list(self._roster.waiting):
-            if budget == 0 or len(self._roster.running) + num_passed >= self.limits.max_running:
+            if (
+                draft.budget == 0
+                or len(self._roster.running) + num_passed >= self.limits.max_running
+            ):
                 break
             missing = sequence.table.pages_missing(sequence.num_tokens)
             if sequence.adapter_id and not self._residency.is_resident(sequence.adapter_id):
@@ -280,9 +278,8 @@ class Scheduler:
                 continue
             if not self._admit(sequence, missing + num_set_aside, awaited):
                 break
-            num_tokens = min(sequence.num_pending, budget)
-            steps[sequence.request_id] = sequence.step(num_tokens, self.limits.eos_token_ids)
-            budget -= num_tokens
+            num_tokens = min(sequence.num_pending, draft.budget)
+            draft.put(sequence.step(num_tokens, self.limits.eos_token_ids))
         return loads
 
     def _await_adapter(
