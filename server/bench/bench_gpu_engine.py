@@ -12,7 +12,7 @@ from loraplex_memory.pool import PagePool
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.gpu_engine import make_device_runner
+from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
 from loraplex_server.engine.runner import StepRunner
 from loraplex_server.model.transformer import Transformer
 
@@ -49,8 +49,9 @@ def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
         max_model_len=max_model_len,
         max_loading=16,
     )
+    writer = make_stream_writer(pool) if is_cuda else None
     runner = make_device_runner(
         model, pool, max_step_tokens=limits.max_step_tokens, max_running=limits.max_running
     )
-    core = assemble_core(model, pool, limits, runner=runner, overlap=True)
+    core = assemble_core(model, pool, limits, runner=runner, writer=writer, overlap=True)
     return Engine(name, model, pool, runner, core)
