@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+import gc
+
 import torch
 
 from loraplex_kernels.model_tables import StepCapacity
@@ -65,7 +69,8 @@ def measure_step_bytes(
 ) -> int:
     """Run the largest step once and return what it needs besides weights and pool, in bytes.
 
-    That includes tables and scratch, which live as long as the engine.
+    That includes tables and scratch, but only for the few pages of this step. All of it is free
+    again on return: who asks what the device has left next must not count it twice.
     """
     plan = largest_plan(layout, max_step_tokens, max_running, model.max_model_len)
     num_pages = sum(len(step.block_table) for step in plan.sequences)
@@ -85,6 +90,7 @@ def measure_step_bytes(
     del runner
     step_bytes = peak - num_pages * pool.page_bytes
     del pool
+    gc.collect()  # the runner and its graphs know each other
     torch.cuda.empty_cache()
     return step_bytes
 
