@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import gc
-
 import torch
 
 from loraplex_kernels.model_tables import StepCapacity

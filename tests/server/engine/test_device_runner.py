@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from loraplex_memory.layout import PoolLayout
-from loraplex_server.engine.gpu_engine import largest_plan
+from loraplex_memory.pool import PagePool
+from loraplex_server.engine import gpu_engine
+from loraplex_server.engine.gpu_engine import largest_plan, measure_step_bytes
 from loraplex_server.engine.step_graphs import DirectRecorder, StepGraphs, graph_sizes
 from tests.support.engine_gpu_checks import ENGINE_CHECKS, check_launches
-from tests.support.tiny_models import tiny_spec
+from tests.support.tiny_models import tiny_spec, tiny_transformer
 
 #: The others can only fail on a GPU.
 HERE = [(name, check) for name, check in ENGINE_CHECKS if check is not check_launches]
@@ -41,3 +46,34 @@ def test_the_largest_plan_fills_a_step():
     assert sum(step.num_tokens for step in plan.sequences) == 100
     pages = [page for step in plan.sequences for page in step.block_table]
     assert len(set(pages)) == len(pages) == 4 * 2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_measuring_a_step_leaves_nothing_behind(monkeypatch):
+    pools = []
+
+    def make_pool(*args, **options):
+        pool = PagePool(*args, **options)
+        pools.append(weakref.ref(pool))
+        return pool
+
+    alive_at_empty_cache = []
+    monkeypatch.setattr(gpu_engine, "PagePool", make_pool)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "empty_cache",
+        lambda: alive_at_empty_cache.append(sum(pool() is not None for pool in pools)),
+    )
+    model = tiny_transformer()
+    layout = PoolLayout(model.spec.geometry)
+    gc.disable()
+    try:
+        num_bytes = measure_step_bytes(model, layout, max_step_tokens=4, max_running=2)
+    finally:
+        gc.enable()
+    assert num_bytes == 999_000 - 2 * layout.page_bytes(4)
+    assert len(pools) == 1
+    assert alive_at_empty_cache == [0, 0]
