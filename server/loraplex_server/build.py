@@ -132,11 +132,18 @@ def _assemble_on_gpu(
 ) -> EngineCore:
     """Put an engine on a GPU together; compiles kernels and records graphs, which takes a while."""
     # Imported here: these import triton, which a CPU's engine does without.
-    from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
+    from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer, warm_up
 
     writer = make_stream_writer(pool)  # first: a copy beside a recording would break it
     runner = make_device_runner(
         model, pool, max_step_tokens=limits.max_step_tokens, max_running=limits.max_running
+    )
+    warm_up(
+        runner,
+        pool.layout,
+        max_step_tokens=limits.max_step_tokens,
+        max_running=limits.max_running,
+        max_model_len=limits.max_model_len,
     )
     return assemble_core(model, pool, limits, wake, runner=runner, writer=writer, overlap=True)
 

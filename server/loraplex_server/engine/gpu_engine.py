@@ -1,20 +1,23 @@
-"""What an engine on a GPU is made of, and how much memory its largest step takes."""
+"""What an engine on a GPU is made of, its first step, and how much memory its largest takes."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import torch
 
 from loraplex_kernels.model_tables import StepCapacity
 from loraplex_kernels.ops import device_backend
 from loraplex_kernels.scatter_triton import scatter_pages
-from loraplex_memory.layout import PoolLayout
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import StreamWriter
-from loraplex_scheduler.plan import Plan, SequenceStep
+from loraplex_scheduler.plan import Plan, PlannedAdapter, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.device_runner import DeviceRunner
+from loraplex_server.engine.runner import StepRunner
 from loraplex_server.engine.step_graphs import CudaGraphRecorder, DirectRecorder, GraphRecorder
 from loraplex_server.model.transformer import Transformer, kernel_model
 
@@ -50,6 +53,31 @@ def make_device_runner(
     )
     runner.record()
     return runner
+
+
+def warm_up(
+    runner: StepRunner,
+    layout: PoolLayout,
+    *,
+    max_step_tokens: int,
+    max_running: int,
+    max_model_len: int,
+) -> None:
+    """Run a long step with an adapter, so that no request waits while its kernels are compiled.
+
+    Those of decodes were compiled when they were recorded. Writes rubbish into the pool's first
+    page, and reads it as an adapter.
+    """
+    num_each = max(1, min(max_step_tokens, max_model_len - 1))
+    plan = long_plan(layout, num_each, num_sequences=min(max_running, max_step_tokens // num_each))
+    ranks = ((1,) * len(PROJECTIONS),) * layout.geometry.num_layers
+    adapter = AdapterLayout(layout, ranks)
+    steps = [
+        replace(step, adapter_id="warm-up", block_table=(0,) * len(step.block_table))
+        for step in plan.sequences
+    ]
+    adapters = {"warm-up": PlannedAdapter(adapter, (0,) * adapter.num_pages)}
+    runner.launch(Plan(tuple(steps), loads=(), adapters=adapters)).result()
 
 
 def make_stream_writer(pool: PagePool) -> StreamWriter:
@@ -98,6 +126,11 @@ def largest_plan(
 ) -> Plan:
     """Return a plan of as many tokens and as many sampled sequences as a step may have."""
     num_each = min(max_step_tokens // max_running, max_model_len - 1)
+    return long_plan(layout, num_each, max_running)
+
+
+def long_plan(layout: PoolLayout, num_each: int, num_sequences: int) -> Plan:
+    """Return a plan of whole prompts of the base model, each on pages of its own."""
     pages_each = layout.pages_for_tokens(num_each)
     sequences = [
         SequenceStep(
@@ -113,6 +146,6 @@ def largest_plan(
             position=num_each,
             banned_token_ids=frozenset(),
         )
-        for index in range(max_running)
+        for index in range(num_sequences)
     ]
     return Plan(sequences=tuple(sequences), loads=(), adapters={})

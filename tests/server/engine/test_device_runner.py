@@ -10,8 +10,15 @@ import torch
 
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
+from loraplex_scheduler.plan import StepResult
 from loraplex_server.engine import gpu_engine
-from loraplex_server.engine.gpu_engine import largest_plan, measure_step_bytes
+from loraplex_server.engine.gpu_engine import (
+    largest_plan,
+    make_device_runner,
+    measure_step_bytes,
+    warm_up,
+)
+from loraplex_server.engine.runner import Landed
 from loraplex_server.engine.step_graphs import DirectRecorder, StepGraphs, graph_sizes
 from tests.support.engine_gpu_checks import ENGINE_CHECKS, check_launches
 from tests.support.tiny_models import tiny_spec, tiny_transformer
@@ -77,3 +84,46 @@ def test_measuring_a_step_leaves_nothing_behind(monkeypatch):
     assert num_bytes == 999_000 - 2 * layout.page_bytes(4)
     assert len(pools) == 1
     assert alive_at_empty_cache == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_warming_up_launches_prefill_and_adapters_in_the_first_page_only():
+    model = tiny_transformer()
+    layout = PoolLayout(model.spec.geometry)
+    pool = PagePool(layout, 8, dtype=model.dtype)
+    sizes = {"max_step_tokens": 12, "max_running": 2}
+    runner = make_device_runner(model, pool, **sizes)
+    plans = []
+
+    class Noted:
+        def launch(self, plan):
+            plans.append(plan)
+            return runner.launch(plan)
+
+    warm_up(Noted(), layout, **sizes, max_model_len=model.max_model_len)
+    (plan,) = plans
+    assert [step.num_tokens for step in plan.sequences] == [12]
+    assert [step.adapter_id for step in plan.sequences] == list(plan.adapters)
+    assert (pool.data[:, 0] != 0).any()
+    assert (pool.data[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"max_step_tokens": 2048, "max_running": 256, "max_model_len": 8192}, [2048]),
+        ({"max_step_tokens": 100, "max_running": 2, "max_model_len": 31}, [30, 30]),
+        ({"max_step_tokens": 1, "max_running": 1, "max_model_len": 8}, [1]),
+        ({"max_step_tokens": 4, "max_running": 4, "max_model_len": 1}, [1] * 4),
+    ],
+)
+def test_the_warm_up_is_as_long_as_the_limits_allow(sizes, expected):
+    found = []
+
+    class Silent:
+        def launch(self, plan):
+            found.extend(step.num_tokens for step in plan.sequences)
+            return Landed(StepResult({}))
+
+    warm_up(Silent(), PoolLayout(tiny_spec().geometry), **sizes)
+    assert found == expected
