@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex_kernels.batch import AttentionBatch
+from loraplex_kernels.static_tables import copy_tables
 
 IntArray = npt.NDArray[np.int32]
 
@@ -127,9 +128,7 @@ class AttentionWork:
     def to(self, device: torch.device) -> AttentionTables:
         """Copy every table to `device` in one transfer."""
         arrays = [getattr(self, field.name) for field in fields(self)]
-        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).to(device)
-        parts = torch.split(flat, [a.size for a in arrays])
-        return AttentionTables(*(p.view(a.shape) for p, a in zip(parts, arrays, strict=True)))
+        return AttentionTables(*copy_tables(arrays, device))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 
 from loraplex_kernels.batch import LoRABatch
 from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
+from loraplex_kernels.static_tables import copy_tables
 
 IntArray = npt.NDArray[np.int32]
 
@@ -60,16 +61,8 @@ class LoRAWork:
 
     def to(self, device: torch.device) -> LoRATables:
         """Copy every table to `device` in one transfer, and make scratch for them."""
-        arrays = [self.rows, self.pages, self.spans, self.items]
-        sizes = [-(-array.size // 16) * 16 for array in arrays]  # starts aligned to 64 bytes
-        flat = np.zeros(sum(sizes), dtype=np.int32)
-        starts = np.cumsum([0, *sizes])
-        for start, array in zip(starts, arrays, strict=False):
-            flat[start : start + array.size] = array.ravel()
-        data = torch.from_numpy(flat).to(device)
-        rows, pages, spans, items = (
-            data[start : start + array.size].view(array.shape)
-            for start, array in zip(starts.tolist(), arrays, strict=False)
+        rows, pages, spans, items = copy_tables(
+            [self.rows, self.pages, self.spans, self.items], device
         )
         planes = torch.empty(self.plane_elems, dtype=torch.float32, device=device)
         return LoRATables(rows, pages, spans, items, planes, self.is_serial)

@@ -10,7 +10,8 @@ take turns: one step may be under way while the next is laid out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,24 @@ _SMALL: Final = 4096
 _ALIGNMENT: Final = 16
 
 _NUM_MIRRORS: Final = 2
+
+
+def copy_tables(
+    arrays: Sequence[npt.NDArray[np.int32]], device: torch.device
+) -> list[torch.Tensor]:
+    """Copy arrays to `device` in one transfer, for a step that brings tables of its own.
+
+    Each starts aligned: for a pointer that is not, Triton compiles the kernel again, while serving.
+    """
+    starts = [0, *accumulate(-(-a.size // _ALIGNMENT) * _ALIGNMENT for a in arrays)]
+    flat = np.zeros(starts[-1], dtype=np.int32)
+    for start, array in zip(starts, arrays, strict=False):
+        flat[start : start + array.size] = array.reshape(-1)
+    data = torch.from_numpy(flat).to(device)
+    return [
+        data[start : start + array.size].view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
 
 
 class TablesFull(Exception):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex_kernels.static_tables import StaticTables, TablesFull
+from loraplex_kernels.static_tables import StaticTables, TablesFull, copy_tables
 
 SHAPES = {"big": (10_000,), "items": (50, 4), "spans": (3, 2), "rows": (7,)}
 
@@ -47,3 +47,11 @@ def test_a_table_that_is_too_short_says_so_and_nothing_changes():
     with pytest.raises(TablesFull, match="spans takes 6 elements, the step needs 8"):
         tables.upload({"rows": ints(7, first=9), "spans": ints(4, 2, first=0)})
     assert tables.views["rows"].tolist() == list(range(1, 8))
+
+
+def test_tables_of_a_step_of_its_own_start_aligned():
+    arrays = [ints(size, first=size) for size in (5, 3, 0, 17)] + [ints(2, 3, first=9)]
+    tables = copy_tables(arrays, torch.device("cpu"))
+    for table, array in zip(tables, arrays, strict=True):
+        assert np.array_equal(table.numpy(), array)
+        assert table.storage_offset() % 16 == 0
