@@ -16,14 +16,18 @@ import torch
 from loraplex_kernels.model_tables import StepCapacity
 from loraplex_kernels.ops import DeviceBackend, device_backend
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Request
 from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.build import build_core
+from loraplex_server.config import Config
+from loraplex_server.engine.gpu_engine import measure_step_bytes
 from loraplex_server.model.transformer import Transformer, kernel_model
 from tests.server.model.paged_run import PagedRun
 from tests.support.engine import drive, make_core, make_device_core, save_adapter
 from tests.support.kernel_cases import make_weights
-from tests.support.tiny_models import VOCAB, tiny_transformer
+from tests.support.tiny_models import VOCAB, save_tiny_model, tiny_spec, tiny_transformer
 
 RANKS = ((4, 0, 3, 16, 1, 20, 2), (2, 8, 0, 0, 5, 0, 7))
 
@@ -125,6 +129,50 @@ def check_launches(device: torch.device) -> None:
             core.close()
 
 
+def check_build(device: torch.device) -> None:
+    """The engine that `loraplex serve` builds here gives the CPU engine's tokens."""
+    geometry = tiny_spec().geometry
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny_model(Path(folder) / "model")
+        adapter = save_adapter(Path(folder), geometry)
+        answers = []
+        for name in ("cpu", device.type):
+            core = build_core(
+                Config(
+                    model=str(Path(folder) / "model"),
+                    device=name,
+                    dtype="float32",
+                    pool_bytes=4 << 20,
+                    max_step_tokens=32,
+                    max_running=8,
+                    threads=1,
+                )
+            )
+            try:
+                answers.append(drive(core, make_requests([adapter])))
+            finally:
+                core.close()
+    assert answers[0] == answers[1]
+
+
+def check_measuring(device: torch.device) -> None:
+    """Measuring the largest step gives back all the memory that it took."""
+    if device.type != "cuda":
+        return
+    model = tiny_transformer(device=device)
+    layout = PoolLayout(model.spec.geometry)
+
+    def measure() -> tuple[int, int]:
+        step_bytes = measure_step_bytes(model, layout, max_step_tokens=32, max_running=8)
+        return step_bytes, torch.cuda.memory_allocated(device)
+
+    measure()  # libraries keep the workspaces that they take the first time
+    before = torch.cuda.memory_allocated(device)
+    step_bytes, after = measure()
+    assert step_bytes > 8 * VOCAB * 4, "less than the logits"
+    assert after == before
+
+
 def check_pressure(device: torch.device) -> None:
     """In a pool too small for all of them, evictions and preemptions change no token."""
     model = tiny_transformer(device=device)
@@ -158,4 +206,9 @@ ENGINE_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
     ("tokens of overlapped steps", partial(check_tokens, overlap=True)),
     ("tokens under memory pressure", check_pressure),
     ("launches that never wait", check_launches),
+    ("memory of the largest step", check_measuring),
+    ("the engine that is served", check_build),
 ]
+
+#: Those that only a GPU can fail.
+GPU_ONLY = (check_launches, check_measuring, check_build)
