@@ -144,6 +144,18 @@ def pages_of_any_size_hold_the_same(device: torch.device) -> None:
         assert_near(attend(case, device), expected)
 
 
+def pages_lie_beyond_2_to_the_31_elements(device: torch.device) -> None:
+    """4 GiB, of which a CPU maps only what is written."""
+    case = make_attention_case(
+        ((40, 1), (20, 30)), heads=4, kv_heads=1, dim=32, dtype=torch.bfloat16
+    )
+    first = 2**31 // case.kv[0].numel() + 1
+    kv = torch.empty(first + len(case.kv), *case.kv.shape[1:], dtype=case.kv.dtype, device=device)
+    kv[first:] = case.kv.to(device)
+    batch = dataclasses.replace(case.batch, block_tables=case.batch.block_tables + first)
+    assert_near(attend(AttentionCase(batch, kv, case.query), device), case.expected())
+
+
 def many_splits_are_merged(device: torch.device) -> None:
     case = make_attention_case(((330, 1), (127, 1), (128, 1), (15, 1)), heads=2, kv_heads=1, dim=32)
     for window in (None, 40, 130):
@@ -293,6 +305,7 @@ ATTENTION_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
         partial(agrees, heads=2, kv_heads=1, dim=256, dtype=_BF16),
         partial(agrees, heads=2, kv_heads=1, dim=256, dtype=_F32, window=24),
         pages_of_any_size_hold_the_same,
+        pages_lie_beyond_2_to_the_31_elements,
         many_splits_are_merged,
         large_scores_do_not_overflow,
         a_window_may_end_anywhere_in_a_block,

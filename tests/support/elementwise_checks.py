@@ -225,6 +225,22 @@ def rotation_writes_pages_of_any_size(device: torch.device) -> None:
         assert_same(case.run(device), case.expected())
 
 
+def rotation_writes_pages_beyond_2_to_the_31_elements(device: torch.device) -> None:
+    """4 GiB, of which a CPU maps only what is written."""
+    case = Rotation(dtype=torch.bfloat16)
+    _, expected = case.expected()
+    written = ~expected.isnan()
+    first = 2**31 // case.kv[0].numel() + 1
+    kv = torch.empty(first + 5, *case.kv.shape[1:], dtype=case.kv.dtype, device=device)
+    kv[first:] = torch.nan
+    slots = torch.where(case.slots < 0, case.slots, case.slots + first * case.kv.shape[2])
+    tables = (case.cos, case.sin, case.positions, slots)
+    rotate_and_store(case.qkv.to(device), kv, *(table.to(device) for table in tables))
+    far = kv[first:].cpu()
+    assert torch.equal(~far.isnan(), written)
+    assert torch.equal(far[written], expected[written])
+
+
 def no_rows_launch_nothing(device: torch.device) -> None:
     empty = torch.empty(0, 64, device=device)
     weight = torch.ones(64, device=device)
@@ -249,6 +265,7 @@ ELEMENTWISE_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
         rotation_norms_each_head,
         rotation_takes_strided_rows_and_works_in_place,
         rotation_writes_pages_of_any_size,
+        rotation_writes_pages_beyond_2_to_the_31_elements,
         no_rows_launch_nothing,
     )
 ]

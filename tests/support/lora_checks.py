@@ -337,6 +337,28 @@ def a_row_that_is_not_finite_stays_alone(device: torch.device) -> None:
     assert torch.equal(out[[0, 2, 4, 5, 6]], sound[[0, 2, 4, 5, 6]])
 
 
+def pages_lie_beyond_2_to_the_31_elements(device: torch.device) -> None:
+    """4 GiB, of which a CPU maps only what is written."""
+    rows: Rows = [[0, 2], [1]]
+    for geometry, site in ((SMALL, 0), (ODD, 1)):
+        ranks = [[[5] * 7] * 2, [[18] * 7] * 2]
+        case = make_lora_case(ranks, rows, geometry=geometry, dtype=torch.bfloat16)
+        shape = site_shapes(case.pool.layout)[site]
+        batch, small = case.batch, case.pool.layer(0)
+        assert batch is not None
+        y, x = make_activations(shape, rows, torch.bfloat16)
+        expected = y.clone()
+        _reference(expected, x, small, batch, shape)
+        first = 2**31 // shape.page_elems + 1
+        pool = torch.empty(
+            first + len(small), shape.page_elems, dtype=torch.bfloat16, device=device
+        )
+        pool[first:] = small.to(device)
+        far = replace(batch, page_table=batch.page_table + first)
+        work = build_lora_work(far, site_shapes(case.pool.layout))
+        assert_agrees(Launcher(device).run(y, x, pool, work, shape), expected, y)
+
+
 def tables_at_fixed_addresses_serve_any_step(device: torch.device) -> None:
     """Steps of fewer segments after larger ones, in tables that keep what was there before."""
     steps = [
@@ -542,6 +564,7 @@ LORA_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
     ("ranks up to 512", ranks_up_to_512),
     ("bits do not depend on company", a_rows_bits_do_not_depend_on_its_company),
     ("a row that is not finite stays alone", a_row_that_is_not_finite_stays_alone),
+    ("pages beyond 2^31 elements", pages_lie_beyond_2_to_the_31_elements),
     ("tables at fixed addresses", tables_at_fixed_addresses_serve_any_step),
     ("scale and bias", scale_and_bias_apply_to_their_module_only),
     ("output head", the_output_head_takes_lora_by_the_same_kernels),
