@@ -22,24 +22,34 @@ _CPU_POOL_CAP_BYTES: Final = 4 << 30
 #: On a GPU nobody else needs the memory; the rest is for fragments and the driver.
 _GPU_POOL_SHARE: Final = 0.92
 
+#: Compute capability of Ampere: asynchronous copies, and bfloat16 in the tensor cores.
+_OLDEST_GPU: Final = (8, 0)
+
 #: Tokens and sequences of a step: a GPU needs more of them to be busy.
 _STEP_SIZES: Final = {"cpu": (512, 64), "cuda": (2048, 256)}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return where to compute; `auto` is the GPU where there is one.
+    """Return where to compute; `auto` is the GPU where there is one that can.
 
     Raises:
-        EngineConfigError: a GPU was asked for and torch sees none.
+        EngineConfigError: a GPU was asked for, and torch sees none or one that is too old.
     """
     has_gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(0) if has_gpu else (0, 0)
     if name == "cuda" and not has_gpu:
         raise EngineConfigError(
             "device is cuda and torch sees no GPU: check `nvidia-smi`, install the CUDA build of "
             "torch, or serve with --device cpu"
         )
+    is_new = capability >= _OLDEST_GPU
+    if name == "cuda" and not is_new:
+        raise EngineConfigError(
+            "device is cuda and the GPU has compute capability {}.{}; the kernels need {}.{}: "
+            "serve with --device cpu".format(*capability, *_OLDEST_GPU)
+        )
     if name == "auto":
-        name = "cuda" if has_gpu else "cpu"
+        name = "cuda" if is_new else "cpu"
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 

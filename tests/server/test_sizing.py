@@ -16,6 +16,7 @@ GIB = 1 << 30
 @pytest.fixture
 def _has_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 141 * GIB))
 
 
@@ -31,6 +32,14 @@ def test_auto_is_the_cpu_elsewhere_and_asking_for_a_gpu_says_what_to_do(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sizing.choose_device("auto") == CPU
     with pytest.raises(EngineConfigError, match=r"nvidia-smi.*--device cpu"):
+        sizing.choose_device("cuda")
+
+
+@pytest.mark.usefixtures("_has_gpu")
+def test_a_gpu_that_is_too_old_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert sizing.choose_device("auto") == CPU
+    with pytest.raises(EngineConfigError, match=r"capability 7\.5.*need 8\.0.*--device cpu"):
         sizing.choose_device("cuda")
 
 
