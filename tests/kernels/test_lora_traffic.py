@@ -173,3 +173,20 @@ def test_random_ranks_need_no_padding():
             assert traffic.activations >= traffic.must_activations
             assert traffic.planes >= traffic.must_planes
             assert traffic.flops >= traffic.must_flops
+
+
+def test_planes_and_flops_of_a_step_worked_by_hand():
+    """17 rows at rank 20: two tiles each way; K = 96 in two parts, N = 96 in three blocks."""
+    layout = PoolLayout(SMALL)
+    shapes = site_shapes(layout, SHORT_PARTS)
+    assert (shapes[1].num_parts, shapes[1].blocks) == (2, (3,))
+    batch = make_batch(layout, [[20] * 7], [list(range(17))])
+    work = build_lora_work(batch, shapes)
+    launches = launch_traffic(batch, work, shapes, layer=0, elem_bytes=2)
+    shrink, expand = launches["site 1 shrink"], launches["site 1 expand"]
+    assert shrink.must_planes == expand.must_planes == 4 * 17 * 20
+    assert shrink.planes == 2 * shrink.must_planes
+    assert expand.planes == 3 * 2 * expand.must_planes
+    assert shrink.must_flops == expand.must_flops == 2 * 17 * 20 * 96
+    assert shrink.flops == expand.flops == 2 * (2 * 16) * (2 * 16) * 96
+    assert shrink.activations == 2 * shrink.must_activations == 2 * 2 * 17 * 96
