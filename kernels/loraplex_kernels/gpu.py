@@ -40,8 +40,9 @@ from loraplex_kernels.model_tables import (
 )
 from loraplex_kernels.static_tables import StaticTables, TablesFull
 
-#: Programs of a persistent grid, for each multiprocessor.
-_LORA_PROGRAMS: Final = 8
+#: Programs of a persistent grid, for each multiprocessor: as many as 72 registers a thread leave
+#: room for. One more would begin its share of the list when another has ended its own.
+_LORA_PROGRAMS: Final = 7
 
 #: Decode programs that fit on one at a time, by compute capability: more would wait for a wave.
 _ATTENTION_PROGRAMS: Final = {80: 2, 90: 3}
