@@ -184,7 +184,8 @@ class GpuBackend:
 
     def _attention_table_shapes(self) -> dict[str, tuple[int, ...]]:
         tokens, sequences = self._capacity.max_tokens, self._capacity.max_sequences
-        prefill_items = tokens // self._tiling.query_tile + sequences
+        # A sequence's new tokens may begin and end inside a tile.
+        prefill_items = tokens // self._tiling.query_tile + 2 * sequences
         return {
             "pages": (self._capacity.max_pages,),
             "page_start": (sequences,),
