@@ -68,6 +68,17 @@ def test_every_launched_kernel_is_compiled_for_every_chip(all_kernels):
         assert launched <= compiled, f"sm_{chip}"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_half_precision_products_run_on_tensor_cores(all_kernels):
+    """Operands that became float32 on the way give the same numbers, many times slower."""
+    _, results, _ = all_kernels
+    products = re.compile("(shrink|expand|decode_attention|prefill_attention)_kernel")
+    found = [r for r in results if products.fullmatch(r["kernel"])]
+    assert {r["capability"] for r in found} == {80, 90, 100}
+    assert [f"{r['name']} sm_{r['capability']}" for r in found if not r["usage"]["mma"]] == []
+
+
 def test_the_harness_catches_what_it_is_there_for(tmp_path):
     status, results, output = run_aot(
         tmp_path, "--module", "tests.support.aot_toys", "--capability", "90", "--jobs", "1"
