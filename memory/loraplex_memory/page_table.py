@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+
 from loraplex_memory.allocator import PageAllocator, PageUse
 
 
 class PageTable:
     """Owned by one sequence: page `i` holds tokens `[i * page_tokens, (i + 1) * page_tokens)`.
 
-    Grows by whole pages through the allocator and gives everything back at once.
+    Grows by whole pages through the allocator and gives everything back at once. Page ids are an
+    array of C integers: numpy takes thousands of them at once where it would convert one by one.
     """
 
     def __init__(self, allocator: PageAllocator, page_tokens: int) -> None:
         self._allocator = allocator
         self._page_tokens = page_tokens
-        self.pages: list[int] = []
+        self.pages = array("i")
 
     @property
     def capacity(self) -> int:
@@ -33,9 +36,9 @@ class PageTable:
         """
         missing = self.pages_missing(num_tokens)
         if missing:
-            self.pages += self._allocator.alloc(missing, PageUse.KV)
+            self.pages.extend(self._allocator.alloc(missing, PageUse.KV))
 
     def release(self) -> None:
         """Give every page back."""
         self._allocator.free(self.pages)
-        self.pages = []
+        self.pages = array("i")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -66,7 +67,7 @@ class SequenceStep:
         token_ids: the ids of these tokens, but for an awaited one.
         awaits_token: one more token follows `token_ids`: the one that the step launched last, just
             before this one, samples for this request. Nobody on the host knows its id yet.
-        block_table: pages covering all of them.
+        block_table: pages covering all of them; a snapshot, never changed.
         is_sampled: the step reaches the sequence's last token, so its next one is drawn.
         history: all token ids so far; only filled in when the sampling has penalties.
         num_prompt: how many of them are the prompt.
@@ -78,7 +79,7 @@ class SequenceStep:
     adapter_id: str | None
     start: int
     token_ids: tuple[int, ...]
-    block_table: tuple[int, ...]
+    block_table: Sequence[int]
     is_sampled: bool
     sampling: SamplingParams
     history: tuple[int, ...]

@@ -86,7 +86,7 @@ class Sequence:
             adapter_id=self.adapter_id,
             start=start,
             token_ids=tuple(self.token_ids[start:stop]),
-            block_table=tuple(self.table.pages),
+            block_table=self.table.pages[:],
             is_sampled=is_sampled,
             sampling=sampling,
             history=tuple(self.token_ids) if is_sampled and sampling.has_penalties else (),
