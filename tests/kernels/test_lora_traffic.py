@@ -15,7 +15,7 @@ from loraplex_kernels.lora_work import build_lora_work
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
 from tests.support.kernel_cases import ODD, SMALL, SMOLLM2, make_lora_case
-from tests.support.lora_checks import POPULARITY, SHORT_PARTS, site_shapes, spread
+from tests.support.lora_cases import POPULARITY, SHORT_PARTS, site_shapes, spread
 
 MODELS = {
     "Llama-3-8B": ModelGeometry(1, 4096, 32, 8, 128, 14336),

@@ -14,7 +14,7 @@ from loraplex_kernels.lora_work import LoRAWork, build_lora_work, no_lora_work
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import SITES, ModelGeometry, PoolLayout
 from tests.support.kernel_cases import SMALL, SMOLLM2
-from tests.support.lora_checks import SHORT_PARTS, site_shapes
+from tests.support.lora_cases import SHORT_PARTS, site_shapes
 
 DEEP = replace(SMALL, num_layers=6)
 ARRAYS = ("rows", "pages", "spans", "items")
