@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex_kernels.arithmetic import STRICT
 from loraplex_kernels.attention_triton import (
     COMBINE_OPTIONS,
     DECODE_OPTIONS,
@@ -23,7 +24,6 @@ from loraplex_kernels.attention_triton import (
     prefill_options,
 )
 from loraplex_kernels.attention_work import AttentionTables, AttentionTiling
-from loraplex_kernels.elementwise_triton import STRICT
 
 
 @dataclass(frozen=True)

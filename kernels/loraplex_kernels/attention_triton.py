@@ -15,22 +15,15 @@ import triton
 import triton.language as tl
 
 from loraplex_kernels.aot import AotCase, ModelShape
+from loraplex_kernels.arithmetic import STRICT, dot, narrow
 from loraplex_kernels.attention_work import AttentionTiling
-from loraplex_kernels.elementwise_triton import INTERPRETED, STRICT, aligned, narrow
+from loraplex_kernels.elementwise_triton import aligned
 
 DECODE_OPTIONS: Final = {"num_warps": 4, "num_stages": 3}
 COMBINE_OPTIONS: Final = {"num_warps": 2}
 
 #: Splits that the combine kernel merges at a time.
 _SPLIT_TILE: Final = 8
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """`a b + acc` in float32; the interpreter's dot takes no bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -83,7 +76,7 @@ def _attend(
             loaded &= (token < stop)[:, None]
         at = kv + row[:, None] + dim[None, :]
         k = tl.load(at, mask=loaded, other=0.0)
-        scores = _dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK), tl.float32))
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK), tl.float32))
         if IS_MASKED:
             seen = token[None, :] <= position[:, None]
             if WINDOW > 0:
@@ -96,7 +89,7 @@ def _attend(
         shrink = tl.exp2(peak - base)
         v = tl.load(at + PAGE_TOKENS * ROW, mask=loaded, other=0.0)
         total = tl.fma(total, shrink, tl.sum(weight, 1))
-        acc = _dot(narrow(weight, v.dtype), v, acc * shrink[:, None])
+        acc = dot(narrow(weight, v.dtype), v, acc * shrink[:, None])
         peak = new_peak
     return acc, peak, total
 

@@ -14,12 +14,7 @@ import triton
 import triton.language as tl
 
 from loraplex_kernels.aot import AotCase, ModelShape
-
-#: Kernels under `TRITON_INTERPRET=1` are plain numpy; triton fixes that when it decorates them.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-#: Launch option: a product and a sum round one by one, as written, on every chip and compiler.
-STRICT: Final = {"enable_fp_fusion": False}
+from loraplex_kernels.arithmetic import STRICT, narrow
 
 #: Left alone, the compiler for 10.0 spills a few registers to fit twice as many programs.
 _ROTATION_OPTIONS: Final = {**STRICT, "maxnreg": 128}
@@ -27,16 +22,6 @@ _ROTATION_OPTIONS: Final = {**STRICT, "maxnreg": 128}
 #: Elements of one program of `silu_mul`, and heads of one program of `rotate_and_store`.
 _SILU_BLOCK: Final = 1024
 _HEAD_TILE: Final = 16
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """Round float32 `x` to `DTYPE`, to nearest even; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit

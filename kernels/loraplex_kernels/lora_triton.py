@@ -22,20 +22,14 @@ import triton
 import triton.language as tl
 
 from loraplex_kernels.aot import AotCase, ModelShape
-from loraplex_kernels.elementwise_triton import INTERPRETED, aligned, narrow
+from loraplex_kernels.arithmetic import dot, narrow
+from loraplex_kernels.elementwise_triton import aligned
 from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
 from loraplex_kernels.lora_work import ITEM_FIELDS, NUM_LAUNCHES
 
 _M = tl.constexpr(ROW_TILE)
 _ITEM = tl.constexpr(ITEM_FIELDS)
 _SPAN = tl.constexpr(2 * NUM_LAUNCHES)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    if INTERPRETED:  # it cannot multiply bfloat16; the products are exact either way
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -91,7 +85,7 @@ def _multiply_part(
         else:
             e = (start + k)[:, None] + cols[None, :]
             a = _load_elements(pool_ptr, pages, e, a_mask, PAGE_ELEMS)
-        acc = _dot(x, tl.trans(a), acc)
+        acc = dot(x, tl.trans(a), acc)
     return acc
 
 
@@ -321,7 +315,7 @@ def expand_kernel(
                 else:
                     e = start[:, None] + n[None, :]
                     b = _load_elements(pool_ptr, pages, e, b_mask, PAGE_ELEMS)
-                acc = _dot(narrow(v, b.dtype), b, acc)
+                acc = dot(narrow(v, b.dtype), b, acc)
             # Read only here: held across the products, y would cost a third of the occupancy.
             y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32) + acc
             if epilogue >= 0:
