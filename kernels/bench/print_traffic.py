@@ -93,7 +93,7 @@ def make_batch(layout: PoolLayout, adapters: list[list[int]], rows: list[list[in
     """Return the batch of adapters with these ranks per projection, at made-up pages."""
     paged, first_page = [], 0
     for ranks in adapters:
-        adapter = AdapterLayout(layout, (tuple(ranks),))
+        adapter = AdapterLayout(layout, (tuple(ranks),) * layout.geometry.num_layers)
         pages = list(range(first_page, first_page + adapter.num_pages))
         first_page += adapter.num_pages
         paged.append(PagedAdapter(pages, adapter.ranks, adapter.a_chunks, adapter.b_chunks))
@@ -104,17 +104,13 @@ def make_batch(layout: PoolLayout, adapters: list[list[int]], rows: list[list[in
 
 def site_shapes(layout: PoolLayout) -> list[LoRAShape]:
     """Return the four sites of a layer."""
-    sites = [lora_site(site, layout.geometry) for site in SITES]
     return [
-        LoRAShape(
-            index=site.index,
-            modules=site.projections,
-            in_features=site.in_features,
-            out_features=site.out_features,
+        LoRAShape.of(
+            lora_site(site, layout.geometry),
             chunk_elems=layout.chunk_elems,
             page_elems=layout.page_elems,
         )
-        for site in sites
+        for site in SITES
     ]
 
 

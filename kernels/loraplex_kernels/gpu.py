@@ -75,14 +75,7 @@ class GpuBackend:
             capability=capability,
         )
         self._lora_shapes = [
-            LoRAShape(
-                index=site.index,
-                modules=site.projections,
-                in_features=site.in_features,
-                out_features=site.out_features,
-                chunk_elems=model.chunk_elems,
-                page_elems=model.page_elems,
-            )
+            LoRAShape.of(site, chunk_elems=model.chunk_elems, page_elems=model.page_elems)
             for site in model.sites
         ]
         shapes = self._attention_table_shapes() | self._lora_table_shapes()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:  # it imports torch, which shapes do without
+    from loraplex_kernels.model_tables import LoRASite
 
 #: Token rows of every tensor-core tile. One shape for all segments; a decode row rides with 15
 #: masked ones, which cost no bytes.
@@ -70,6 +73,21 @@ class LoRAShape:
     page_elems: int
     is_embedding: bool = False
     tuning: LoRATuning = field(default_factory=LoRATuning)
+
+    @classmethod
+    def of(
+        cls, site: LoRASite, *, chunk_elems: int, page_elems: int, tuning: LoRATuning | None = None
+    ) -> LoRAShape:
+        """Return the shape of a layer's site in a pool."""
+        return cls(
+            index=site.index,
+            modules=site.projections,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            chunk_elems=chunk_elems,
+            page_elems=page_elems,
+            tuning=tuning or LoRATuning(),
+        )
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.modules) == len(self.out_features) <= 3:

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from loraplex_kernels.batch import PagedAdapter, build_lora_batch
 from loraplex_kernels.lora_shape import ROW_TILE, LoRATuning
 from loraplex_kernels.lora_traffic import launch_traffic, rival_weight_bytes, traffic_table
 from loraplex_kernels.lora_work import build_lora_work
-from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
+from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from tests.support.kernel_cases import ODD, SMALL, SMOLLM2, make_lora_case
 from tests.support.lora_cases import POPULARITY, SHORT_PARTS, site_shapes, spread
 
-MODELS = {
-    "Llama-3-8B": ModelGeometry(1, 4096, 32, 8, 128, 14336),
-    "Qwen3-8B": ModelGeometry(1, 4096, 32, 8, 128, 12288),
-    "Llama-2-7B": ModelGeometry(1, 4096, 32, 32, 128, 11008),
-    "SmolLM2": ModelGeometry(1, 576, 9, 3, 64, 1536),
-}
-QKVO = (1, 1, 1, 1, 0, 0, 0)
-ALL_LINEAR = (1,) * 7
-MIXES = {
-    "S1": ([8], QKVO),
-    "S2": ([64, 32, 16, 8], QKVO),
-    "all linear": ([16], ALL_LINEAR),
-    "ragged": ([1, 7, 200, 33, 512, 24], ALL_LINEAR),
-}
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/bench"))
 
-
-def make_batch(layout, ranks, rows):
-    """Return the batch of adapters that have `ranks[g]` per projection, at made-up pages."""
-    adapters, first_page = [], 0
-    for row in ranks:
-        adapter = AdapterLayout(layout, (tuple(row),) * layout.geometry.num_layers)
-        pages = range(first_page, first_page + adapter.num_pages)
-        first_page += adapter.num_pages
-        adapters.append(
-            PagedAdapter(list(pages), adapter.ranks, adapter.a_chunks, adapter.b_chunks)
-        )
-    return build_lora_batch(adapters, rows, layout.chunk_elems)
+from print_traffic import MIXES, MODELS, make_batch
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -16,7 +16,8 @@ from loraplex_kernels.lora_work import (
     LoRATables,
     LoRAWork,
 )
-from loraplex_memory.layout import PROJECTIONS, SITES, PoolLayout
+from loraplex_memory.layout import SITES, PoolLayout
+from loraplex_server.model.transformer import lora_site
 from tests.support.kernel_cases import LoRACase
 
 Rows = list[list[int]]
@@ -98,18 +99,14 @@ class Launcher:
 
 
 def site_shapes(layout: PoolLayout, tuning: LoRATuning = SHORT_PARTS) -> list[LoRAShape]:
-    geometry = layout.geometry
     return [
-        LoRAShape(
-            index=index,
-            modules=tuple(PROJECTIONS.index(name) for name in names),
-            in_features=geometry.in_features(names[0]),
-            out_features=tuple(geometry.out_features(name) for name in names),
+        LoRAShape.of(
+            lora_site(site, layout.geometry),
             chunk_elems=layout.chunk_elems,
             page_elems=layout.page_elems,
             tuning=tuning,
         )
-        for index, names in enumerate(SITES.values())
+        for site in SITES
     ]
 
 
