@@ -12,11 +12,15 @@ from loraplex_scheduler.sampling import SamplingParams
 
 
 class FinishReason(StrEnum):
-    """How a request ended; exactly one per request. `REFUSED`: it could never have run here."""
+    """How a request ended; exactly one per request.
+
+    `REFUSED`: it could never have run here. `REJECTED`: not now, because too much is asked for.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     REFUSED = "refused"
+    REJECTED = "rejected"
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
     FAILED = "failed"
@@ -31,6 +35,10 @@ class Request:
         adapter: what to load before the first token; None for the base model.
         arrival_s: on the clock that `Scheduler.expire` is given; decides the order of service.
         deadline_s: past it the request ends as timed out; None for never.
+        first_token_by_s: reject the request, now or while it waits, rather than let its first
+            token come later than this; None for no such promise. On the same clock.
+        tenant: on whose account it runs; decides fairness between tenants.
+        priority: lower ones are served first, whoever asks (as in vLLM).
     """
 
     request_id: str
@@ -39,6 +47,9 @@ class Request:
     adapter: AdapterManifest | None = None
     arrival_s: float = 0.0
     deadline_s: float | None = None
+    first_token_by_s: float | None = None
+    tenant: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,14 @@ class Plan:
         sequences: what to compute; empty when everything waits for a load.
         loads: adapters to start loading; their sequences are in no plan until they are loaded.
         adapters: every adapter that `sequences` name, by id.
+        prefetches: adapters to bring into host memory beside the steps, most wanted first; a hint
+            that nobody waits for.
     """
 
     sequences: tuple[SequenceStep, ...]
     loads: tuple[AdapterLoad, ...]
     adapters: dict[str, PlannedAdapter]
+    prefetches: tuple[AdapterManifest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,20 +151,28 @@ class StepResult:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One more token of a request; the last one carries the finish reason."""
+    """One more token of a request; the last one carries the finish reason.
+
+    `num_cached`, on the first one only: tokens of the prompt that were found in the prefix cache.
+    """
 
     request_id: str
     token: SampledToken
     finish_reason: FinishReason | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)
 class EndEvent:
-    """A request ended without a token: refused, cancelled, timed out or failed."""
+    """A request ended without a token: refused, rejected, cancelled, timed out or failed.
+
+    `retry_after_s`: when to come again, of one that was rejected.
+    """
 
     request_id: str
     finish_reason: FinishReason
     message: str = ""
+    retry_after_s: float | None = None
 
 
 Event = TokenEvent | EndEvent

@@ -47,6 +47,16 @@ class Sequence:
         return self.request.adapter.adapter_id if self.request.adapter else None
 
     @property
+    def service_key(self) -> tuple[int, float, int]:
+        """Orders sequences by priority, then age; unique. The last of the running gives way first."""
+        return self.request.priority, self.request.arrival_s, self.order
+
+    @property
+    def num_adapter_pages(self) -> int:
+        """Pages of its adapter; 0 for the base model."""
+        return self.adapter_layout.num_pages if self.adapter_layout else 0
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and answer, awaited ones included."""
         return len(self.token_ids) + self.num_awaited
