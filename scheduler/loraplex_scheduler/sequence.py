@@ -48,7 +48,7 @@ class Sequence:
 
     @property
     def service_key(self) -> tuple[int, float, int]:
-        """Orders sequences by priority, then age; unique. The last of the running gives way first."""
+        """Orders sequences by priority, then age; the last of the running gives way first."""
         return self.request.priority, self.request.arrival_s, self.order
 
     @property
