@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import Event, Request
 
 
@@ -30,13 +31,23 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot after a step; counters count since the engine process started."""
+    """A snapshot after a step; counters count since the engine process started.
+
+    The five page counts that are not by adapter add up to the pages of the pool.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     pages_kv: int = 0
+    """Pages that one sequence owns alone; those of the prefix cache are not among them."""
+    pages_prefix_used: int = 0
+    """Pages of the prefix cache that running sequences refer to."""
+    pages_prefix_idle: int = 0
+    """Pages of the prefix cache that nobody refers to: given up whenever pages are wanted."""
     pages_adapters: int = 0
     pages_free: int = 0
+    prefix_pages_by_adapter: dict[str, int] = field(default_factory=dict)
+    """Pages of the prefix cache, used and idle, by adapter id; "" stands for the base model."""
     resident: dict[str, int] = field(default_factory=dict)
     """Pages by adapter id, of adapters ready to serve."""
     loading: tuple[str, ...] = ()
@@ -45,9 +56,29 @@ class EngineStats:
     waiting_adapters: tuple[str, ...] = ()
     num_steps: int = 0
     num_preemptions: int = 0
+    num_rejected: int = 0
+    """Requests that ended as rejected, on arrival or while they waited."""
     num_loads: int = 0
     num_load_failures: int = 0
+    load_s: float = 0.0
+    """Seconds from asking for an adapter to its being ready, summed over `num_loads`."""
     num_evictions: int = 0
+    """Adapters that left the pool."""
+    num_prefix_evictions: int = 0
+    """Pages of the prefix cache that were given up."""
+    num_prefetches: int = 0
+    """Adapters brought into host memory before anybody waited for them."""
+    num_host_hits: int = 0
+    """Loads that found their adapter in host memory."""
+    host_bytes: int = 0
+    """Host memory that packed adapters take now."""
+    host_capacity_bytes: int = 0
+    host_adapters: tuple[str, ...] = ()
+    """Ids of the adapters in host memory, whether or not they are in the pool as well."""
+    prefix_hit_tokens: int = 0
+    """Prompt tokens that the prefix cache held when their sequence began."""
+    prefix_query_tokens: int = 0
+    """Prompt tokens that were looked for in it."""
     prompt_tokens: int = 0
     """Tokens computed that were part of a prompt, recomputation after preemption included."""
     generated_tokens: int = 0
@@ -76,11 +107,18 @@ class DiscardAdapter:
 
 
 @dataclass(frozen=True)
+class PrefetchAdapter:
+    """Somebody expects to use the adapter soon: bring it nearer, if there is time and room."""
+
+    manifest: AdapterManifest
+
+
+@dataclass(frozen=True)
 class Shutdown:
     pass
 
 
-Command = Submit | Cancel | DiscardAdapter | Shutdown
+Command = Submit | Cancel | DiscardAdapter | PrefetchAdapter | Shutdown
 
 
 # From the engine process to the API process.
