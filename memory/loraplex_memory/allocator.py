@@ -13,9 +13,10 @@ from loraplex_memory.errors import OutOfPages
 
 
 class PageUse(StrEnum):
-    """What a held page is for; any freed page serves either use."""
+    """What a held page is for; any freed page serves any use."""
 
-    KV = "kv"
+    KV = "kv"  # private to one sequence
+    PREFIX = "prefix"  # owned by the prefix cache, whether sequences use it or not
     ADAPTER = "adapters"
 
 
@@ -51,6 +52,16 @@ class PageAllocator:
             self._use[page] = use
         self._held[use] += num_pages
         return pages
+
+    def reassign(self, pages: Iterable[int], use: PageUse) -> None:
+        """Let held pages serve another use from now on; ValueError when one is not held."""
+        for page in pages:
+            former = self._use[page]
+            if former is None:
+                raise ValueError(f"page {page} is free and serves no use")
+            self._use[page] = use
+            self._held[former] -= 1
+            self._held[use] += 1
 
     def free(self, pages: Iterable[int]) -> None:
         """Give pages back; freeing a page that is not held is a bug and raises ValueError."""

@@ -11,11 +11,19 @@ or pinned adapter is never evicted; everything stays resident until the space is
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from enum import StrEnum
 
 from loraplex_memory.allocator import PageAllocator, PageUse
+from loraplex_memory.clock import GivenClock
+from loraplex_memory.eviction import EvictionPolicy, RestoreCosts, page_cost
+from loraplex_memory.evictor import Evictable, Evictor
+from loraplex_memory.prefix_cache import PrefixCache
+from loraplex_memory.usage import UseHistory
+
+#: Adapters whose use is remembered, resident or not.
+MAX_REMEMBERED = 65_536
 
 
 class ResidencyState(StrEnum):
@@ -23,27 +31,70 @@ class ResidencyState(StrEnum):
     RESIDENT = "resident"
 
 
-@dataclass
-class _Entry:
-    pages: tuple[int, ...]
-    state: ResidencyState = ResidencyState.LOADING
-    pins: int = 0
-    is_doomed: bool = False
+class PooledAdapter(Evictable):
+    """An adapter that holds pages."""
+
+    __slots__ = (
+        "_history",
+        "adapter_id",
+        "is_doomed",
+        "is_resident",
+        "last_use_s",
+        "num_pins",
+        "page_cost",
+        "pages",
+    )
+
+    def __init__(self, adapter_id: str, pages: tuple[int, ...], history: UseHistory) -> None:
+        super().__init__()
+        self.adapter_id = adapter_id
+        self.pages = pages
+        self.is_resident = False
+        self.is_doomed = False
+        self.num_pins = 0
+        self.last_use_s = 0.0
+        self.page_cost = 0.0
+        self._history = history
 
     @property
-    def is_idle(self) -> bool:
-        return self.state is ResidencyState.RESIDENT and self.pins == 0
+    def is_evictable(self) -> bool:
+        return self.is_resident and not self.num_pins
+
+    @property
+    def spared_as(self) -> str | None:
+        return self.adapter_id
+
+    def key(self, policy: EvictionPolicy) -> float:
+        return policy.adapter_key(
+            last_use_s=self.last_use_s,
+            use_score=self._history.score(self.adapter_id),
+            page_cost=self.page_cost,
+        )
 
 
 class AdapterResidency:
     """Owned by the engine step (one thread); keys are adapter ids, never names or paths."""
 
-    def __init__(self, allocator: PageAllocator) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        evictor: Evictor,
+        prefixes: PrefixCache,
+        costs: RestoreCosts,
+        clock: GivenClock,
+    ) -> None:
         self._allocator = allocator
+        self._evictor = evictor
+        self._prefixes = prefixes
+        self._costs = costs
+        self._clock = clock
+        self._history = UseHistory(clock, evictor.policy.half_life_s, MAX_REMEMBERED)
         # Least recently used first; `pin` and `finish_load` move an adapter to the end.
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[str, PooledAdapter] = OrderedDict()
+        self._idle: dict[str, int] = {}  # pages of each adapter that could leave
         # Counted, not summed up: thousands are resident, and every step asks.
         self._num_loading = 0
+        self._num_pins = 0
         self._num_idle_pages = 0
 
     def __len__(self) -> int:
@@ -52,10 +103,13 @@ class AdapterResidency:
     def state(self, adapter_id: str) -> ResidencyState | None:
         """Return where the adapter is in its life here; None when it holds no pages."""
         entry = self._entries.get(adapter_id)
-        return entry.state if entry else None
+        if entry is None:
+            return None
+        return ResidencyState.RESIDENT if entry.is_resident else ResidencyState.LOADING
 
     def is_resident(self, adapter_id: str) -> bool:
-        return self.state(adapter_id) is ResidencyState.RESIDENT
+        entry = self._entries.get(adapter_id)
+        return entry is not None and entry.is_resident
 
     def pages(self, adapter_id: str) -> tuple[int, ...]:
         """Return the adapter's page ids; KeyError when it holds none."""
@@ -63,18 +117,36 @@ class AdapterResidency:
 
     def resident_ids(self) -> list[str]:
         """Ids ready to serve, least recently used first."""
-        return [i for i, e in self._entries.items() if e.state is ResidencyState.RESIDENT]
+        return [i for i, e in self._entries.items() if e.is_resident]
 
     @property
     def num_loading(self) -> int:
         return self._num_loading
 
     def loading_ids(self) -> list[str]:
-        return [i for i, e in self._entries.items() if e.state is ResidencyState.LOADING]
+        return [i for i, e in self._entries.items() if not e.is_resident]
 
     def num_pins(self) -> int:
         """Running sequences that hold an adapter, over all adapters."""
-        return sum(e.pins for e in self._entries.values())
+        return self._num_pins
+
+    def idle_ids(self) -> list[str]:
+        """Adapters that could be evicted, idle for the longest time first."""
+        return list(self._idle)
+
+    def num_idle_pages(self, spared: AbstractSet[str] = frozenset()) -> int:
+        """Pages of adapters that could be evicted, without the spared ones."""
+        if not spared:
+            return self._num_idle_pages
+        return self._num_idle_pages - sum([self._idle[i] for i in self._idle.keys() & spared])
+
+    def expect(self, adapter_id: str) -> None:
+        """A request that names the adapter arrived, whether it is in the pool or not."""
+        self._history.add(adapter_id)
+
+    def popularity(self, adapter_id: str) -> float:
+        """Return the decayed count of requests for the adapter."""
+        return self._history.count(adapter_id)
 
     def begin_load(self, adapter_id: str, num_pages: int) -> tuple[int, ...]:
         """Take pages for an absent adapter and return them.
@@ -85,50 +157,53 @@ class AdapterResidency:
         if adapter_id in self._entries:
             raise ValueError(f"adapter {adapter_id} already holds pages")
         pages = tuple(self._allocator.alloc(num_pages, PageUse.ADAPTER))
-        self._entries[adapter_id] = _Entry(pages)
+        self._entries[adapter_id] = PooledAdapter(adapter_id, pages, self._history)
         self._num_loading += 1
+        self._prefixes.adapter_came(adapter_id)
         return pages
 
     def finish_load(self, adapter_id: str) -> None:
         """The weights are in the pages: the adapter can serve."""
         entry = self._entries[adapter_id]
-        assert entry.state is ResidencyState.LOADING, f"{adapter_id} was not loading"
-        entry.state = ResidencyState.RESIDENT
+        assert not entry.is_resident, f"{adapter_id} was not loading"
+        entry.is_resident = True
         self._num_loading -= 1
-        self._num_idle_pages += len(entry.pages)
         self._entries.move_to_end(adapter_id)
-        self._release_if_doomed(adapter_id)
+        self._become_idle(entry)
 
     def fail_load(self, adapter_id: str) -> None:
         """The load failed: the pages go back and the adapter is absent again."""
-        entry = self._entries.pop(adapter_id)
-        assert entry.state is ResidencyState.LOADING, f"{adapter_id} was not loading"
+        entry = self._entries[adapter_id]
+        assert not entry.is_resident, f"{adapter_id} was not loading"
         self._num_loading -= 1
-        self._allocator.free(entry.pages)
+        self._remove(entry)
 
     def pin(self, adapter_id: str) -> None:
         """Hold a resident adapter for one running sequence."""
         entry = self._entries[adapter_id]
-        assert entry.state is ResidencyState.RESIDENT, f"{adapter_id} is not ready"
-        if entry.pins == 0:
-            self._num_idle_pages -= len(entry.pages)
-        entry.pins += 1
+        assert entry.is_resident, f"{adapter_id} is not ready"
+        if not entry.num_pins:
+            self._num_idle_pages -= self._idle.pop(adapter_id)
+        entry.num_pins += 1
+        self._num_pins += 1
         self._entries.move_to_end(adapter_id)
 
     def unpin(self, adapter_id: str) -> None:
         entry = self._entries[adapter_id]
-        assert entry.pins > 0, f"{adapter_id} is not pinned"
-        entry.pins -= 1
-        if entry.pins == 0:
-            self._num_idle_pages += len(entry.pages)
-        self._release_if_doomed(adapter_id)
+        assert entry.num_pins > 0, f"{adapter_id} is not pinned"
+        entry.num_pins -= 1
+        self._num_pins -= 1
+        if not entry.num_pins:
+            self._become_idle(entry)
 
     def discard(self, adapter_id: str) -> None:
         """Evict as soon as nobody uses it: now when idle, else at the last unpin."""
         entry = self._entries.get(adapter_id)
-        if entry is not None:
-            entry.is_doomed = True
-            self._release_if_doomed(adapter_id)
+        if entry is None:
+            return
+        entry.is_doomed = True
+        if entry.is_evictable:
+            self.evict(entry)
 
     def keep(self, adapter_id: str) -> None:
         """Take a `discard` back: the same content is wanted again."""
@@ -136,45 +211,52 @@ class AdapterResidency:
         if entry is not None:
             entry.is_doomed = False
 
-    def num_evictable_pages(self, keep: AbstractSet[str] = frozenset()) -> int:
-        """Pages that `evict_idle` could free while sparing `keep`."""
-        kept = ((i, self._entries[i]) for i in keep if i in self._entries)
-        return self._num_idle_pages - sum(len(e.pages) for _, e in kept if e.is_idle)
+    def evict(self, entry: PooledAdapter) -> None:
+        """Free the pages of an idle adapter."""
+        assert entry.is_evictable, f"{entry.adapter_id} is in use"
+        self._num_idle_pages -= self._idle.pop(entry.adapter_id)
+        self._remove(entry)
 
-    def evict_idle(self, num_pages: int, keep: AbstractSet[str] = frozenset()) -> list[str]:
-        """Evict idle adapters, least recently used first, until `num_pages` pages came free.
+    def evict_all_idle(self, spared: AbstractSet[str] = frozenset()) -> int:
+        """Evict every adapter that nobody runs with; returns how many."""
+        idle = [self._entries[i] for i in self._idle if i not in spared]
+        for entry in idle:
+            self.evict(entry)
+        return len(idle)
 
-        Returns:
-            The ids evicted; their pages may add up to less than asked for.
-        """
-        evicted, freed = [], 0
-        for adapter_id, entry in self._entries.items():
-            if freed >= num_pages:
-                break
-            if entry.is_idle and adapter_id not in keep:
-                freed += len(entry.pages)
-                evicted.append(adapter_id)
-        for adapter_id in evicted:
-            self._evict(adapter_id)
-        return evicted
+    def idle_adapters(self) -> Iterator[PooledAdapter]:
+        """Yield all that could leave now."""
+        for adapter_id in self._idle:
+            yield self._entries[adapter_id]
 
     def check(self) -> None:
         """Raise AssertionError if the accounts disagree with the allocator's."""
-        pages = [page for entry in self._entries.values() for page in entry.pages]
+        entries = self._entries.values()
+        pages = [page for entry in entries for page in entry.pages]
         assert len(pages) == len(set(pages)), "two adapters hold the same page"
         assert len(pages) == self._allocator.num_held(PageUse.ADAPTER), "adapter pages leaked"
-        for adapter_id, entry in self._entries.items():
-            assert entry.pins == 0 or entry.state is ResidencyState.RESIDENT, adapter_id
-        idle = sum(len(entry.pages) for entry in self._entries.values() if entry.is_idle)
-        assert idle == self._num_idle_pages, "the count of idle pages is off"
+        for entry in entries:
+            assert entry.num_pins == 0 or entry.is_resident, entry.adapter_id
+            assert not (entry.is_doomed and entry.is_evictable), "a doomed adapter stays"
+        idle = {e.adapter_id: len(e.pages) for e in entries if e.is_evictable}
+        assert idle == self._idle, "an idle adapter is not known as one"
+        assert sum(idle.values()) == self._num_idle_pages, "the count of idle pages is off"
+        assert sum(e.num_pins for e in entries) == self._num_pins, "the count of pins is off"
         assert len(self.loading_ids()) == self._num_loading, "the count of loads is off"
 
-    def _evict(self, adapter_id: str) -> None:
-        entry = self._entries.pop(adapter_id)
-        self._num_idle_pages -= len(entry.pages)
-        self._allocator.free(entry.pages)
+    def _become_idle(self, entry: PooledAdapter) -> None:
+        num_pages = len(entry.pages)
+        self._idle[entry.adapter_id] = num_pages
+        self._num_idle_pages += num_pages
+        if entry.is_doomed:
+            self.evict(entry)
+            return
+        entry.last_use_s = self._clock.now_s
+        entry.page_cost = page_cost(self._costs.adapter_s(num_pages), num_pages)
+        self._evictor.offer(entry)
 
-    def _release_if_doomed(self, adapter_id: str) -> None:
-        entry = self._entries[adapter_id]
-        if entry.is_doomed and entry.is_idle:
-            self._evict(adapter_id)
+    def _remove(self, entry: PooledAdapter) -> None:
+        del self._entries[entry.adapter_id]
+        self._evictor.withdraw(entry)
+        self._allocator.free(entry.pages)
+        self._prefixes.adapter_left(entry.adapter_id)

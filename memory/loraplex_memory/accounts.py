@@ -1,0 +1,110 @@
+"""The accounts of one pool, bundled: who holds which page, and who leaves when pages are short."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from loraplex_memory.allocator import PageAllocator
+from loraplex_memory.clock import GivenClock
+from loraplex_memory.eviction import EvictionPolicy, RestoreCosts
+from loraplex_memory.evictor import Evictor
+from loraplex_memory.layout import PoolLayout
+from loraplex_memory.page_table import PageTable
+from loraplex_memory.prefix_cache import PrefixCache, PrefixNode
+from loraplex_memory.residency import AdapterResidency, PooledAdapter
+
+
+class PoolAccounts:
+    """Owned by the engine step (one thread), or by a simulator; touches no tensor.
+
+    Attributes:
+        clock: set by the scheduler before it calls anything else here.
+        num_adapter_evictions: adapters evicted so far.
+        num_prefix_evictions: prefix pages evicted so far.
+    """
+
+    def __init__(
+        self,
+        layout: PoolLayout,
+        num_pages: int,
+        *,
+        eviction: EvictionPolicy,
+        costs: RestoreCosts,
+        has_prefix_cache: bool = True,
+    ) -> None:
+        self.layout = layout
+        self.clock = GivenClock()
+        self.allocator = PageAllocator(num_pages)
+        self._evictor = Evictor(eviction)
+        self.prefixes = PrefixCache(
+            self.allocator,
+            self._evictor,
+            costs,
+            self.clock,
+            layout.page_tokens,
+            is_enabled=has_prefix_cache,
+        )
+        self.residency = AdapterResidency(
+            self.allocator, self._evictor, self.prefixes, costs, self.clock
+        )
+        self.num_adapter_evictions = 0
+        self.num_prefix_evictions = 0
+
+    @property
+    def num_free(self) -> int:
+        return self.allocator.num_free
+
+    def num_evictable(self, spared: AbstractSet[str] = frozenset()) -> int:
+        """Pages of idle adapters, except the spared ones, and of idle prefixes."""
+        return self.residency.num_idle_pages(spared) + self.prefixes.num_idle
+
+    def new_table(self, adapter_id: str | None) -> PageTable:
+        """Return an empty table for a sequence of this adapter, None: of the base model."""
+        return PageTable(self.allocator, self.layout.page_tokens, self.prefixes, adapter_id)
+
+    def try_make_free(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> bool:
+        """Evict until `num_pages` are free, or change nothing and return False."""
+        missing = num_pages - self.allocator.num_free
+        if missing <= 0:
+            return True
+        if self.num_evictable(spared) < missing:
+            return False
+        freed = self.evict(missing, spared)
+        assert freed >= missing, "what counts as evictable was not evicted"
+        return True
+
+    def evict(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> int:
+        """Evict until `num_pages` more are free or nothing is left; returns pages that came free.
+
+        Adapters leave whole, so more may come free than was asked for.
+        """
+        before = self.allocator.num_free
+        while self.allocator.num_free - before < num_pages:
+            item = self._evictor.pop(spared)
+            if item is None:
+                break
+            if isinstance(item, PooledAdapter):
+                self.residency.evict(item)
+                self.num_adapter_evictions += 1
+            else:
+                assert isinstance(item, PrefixNode), "nothing else can leave"
+                self.prefixes.evict(item)
+                self.num_prefix_evictions += 1
+        return self.allocator.num_free - before
+
+    def drop_unused(self, spared: AbstractSet[str] = frozenset()) -> None:
+        """A sequence ended: evict every idle adapter now, if the policy drops what is unused."""
+        if self._evictor.policy.drops_unused:
+            self.num_adapter_evictions += self.residency.evict_all_idle(spared)
+
+    def discard_adapter(self, adapter_id: str) -> None:
+        """The adapter is gone for good: free its pages and prefixes, in use ones when released."""
+        self.residency.discard(adapter_id)
+        self.prefixes.drop_adapter(adapter_id)
+
+    def check(self) -> None:
+        """Raise AssertionError if a page is lost or an idle thing cannot be evicted; O(pages)."""
+        self.allocator.check()
+        self.residency.check()
+        self.prefixes.check()
+        self._evictor.check([*self.residency.idle_adapters(), *self.prefixes.idle_leaves()])

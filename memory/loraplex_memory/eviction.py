@@ -1,0 +1,110 @@
+"""What is worth least in the pool: the policies that rank idle adapters and idle prefix pages.
+
+A policy gives each idle thing a key; the `Evictor` takes the least first, whatever its kind. Keys
+must not depend on the time at which they are asked for: between two uses of a thing its key stays
+the same, so one heap serves without being sorted again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+from typing import Final, Protocol
+
+
+class RestoreCosts(Protocol):
+    """What it takes to have again what was evicted; seconds, estimated by the scheduler."""
+
+    def adapter_s(self, num_pages: int) -> float:
+        """Time to load an adapter of so many pages."""
+
+    def prefix_page_s(self) -> float:
+        """Time to compute one page of a prompt again, as part of a larger step."""
+
+
+class EvictionPolicy(Protocol):
+    """Without state; the same object may serve many pools.
+
+    Attributes:
+        half_life_s: after this time a use counts half.
+        drops_unused: adapters leave once nobody runs with them, needed or not.
+    """
+
+    @property
+    def half_life_s(self) -> float: ...
+
+    @property
+    def drops_unused(self) -> bool: ...
+
+    def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
+        """Rank an idle adapter.
+
+        Args:
+            last_use_s: when the last sequence ran with it, or when it came.
+            use_score: its decayed count of requests, as `usage` defines scores.
+            page_cost: log2 of the seconds to restore it, per page.
+        """
+
+    def prefix_key(
+        self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
+    ) -> float:
+        """Rank an idle prefix page; `is_orphan`: its adapter is not in the pool."""
+
+
+@dataclass(frozen=True)
+class CostAware:
+    """Seconds to restore x chance of use / pages, in log2; the least valuable goes first.
+
+    The chance of use is a decayed count of uses, so it stands for the uses to come in about a
+    half-life. GreedyDual-Size-Frequency (Cherkasova, 1998) has the same three factors, with
+    an inflating clock in place of decay; ELORA (its cost model) those of transfer cost, visit
+    probability and recency, and the tree in which a prefix depends on its adapter: a prefix page
+    cannot be used without it, so while the adapter is away its pages count `orphan_weight`.
+    """
+
+    half_life_s: float = 300.0
+    orphan_weight: float = 0.25
+    drops_unused: Final[bool] = False
+
+    def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
+        del last_use_s
+        return use_score + page_cost
+
+    def prefix_key(
+        self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
+    ) -> float:
+        del last_use_s
+        return use_score + page_cost + (log2(self.orphan_weight) if is_orphan else 0.0)
+
+
+@dataclass(frozen=True)
+class LeastRecentlyUsed:
+    """By the time of the last use alone, for adapters and prefix pages alike."""
+
+    half_life_s: float = 300.0
+    drops_unused: bool = False
+
+    def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
+        del use_score, page_cost
+        return last_use_s
+
+    def prefix_key(
+        self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
+    ) -> float:
+        del use_score, page_cost, is_orphan
+        return last_use_s
+
+
+@dataclass(frozen=True)
+class DropUnused(LeastRecentlyUsed):
+    """S-LoRA's: an adapter stays only while a running sequence uses it (section 4.2).
+
+    In between, when pages are short, as `LeastRecentlyUsed`.
+    """
+
+    drops_unused: bool = True
+
+
+def page_cost(total_s: float, num_pages: int) -> float:
+    """Return log2 of the seconds per page; costs of nothing count as a nanosecond."""
+    return log2(max(total_s, 1e-9) / max(1, num_pages))

@@ -1,0 +1,339 @@
+"""Keys and values of prompts that were computed before, for whoever starts with the same tokens.
+
+A radix tree over whole pages, one per adapter (None: the base model): a node is one page, and its
+parent finds it by the page's token ids. What a page holds follows from adapter and tokens alone, so
+who finds a path finds the right bytes, and nothing is ever found across adapters.
+
+Invariants: a sequence holds a reference on every node of its path, so a node has at least as many
+as its children together. A node without references is *idle*, and so is all below it. Only idle
+leaves leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableSequence, Sequence
+from math import log2
+
+from loraplex_memory.allocator import PageAllocator, PageUse
+from loraplex_memory.clock import GivenClock
+from loraplex_memory.eviction import EvictionPolicy, RestoreCosts, page_cost
+from loraplex_memory.evictor import Evictable, Evictor
+from loraplex_memory.usage import FirstUseOdds, add_scores
+
+
+class PrefixRoot:
+    """The empty prefix under one adapter.
+
+    Attributes:
+        is_orphan: the adapter is not in the pool.
+        is_dropped: nobody finds it any more; its nodes go when their users do.
+        idle_leaves: what could leave now, in the order in which it became idle.
+    """
+
+    __slots__ = ("adapter_id", "children", "idle_leaves", "is_dropped", "is_orphan", "num_nodes")
+
+    def __init__(self, adapter_id: str | None, *, is_orphan: bool) -> None:
+        self.adapter_id = adapter_id
+        self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.idle_leaves: dict[PrefixNode, None] = {}
+        self.num_nodes = 0
+        self.is_orphan = is_orphan
+        self.is_dropped = False
+
+
+class PrefixNode(Evictable):
+    """One page that holds the keys and values of `token_ids` after those of its ancestors."""
+
+    __slots__ = (
+        "children",
+        "last_use_s",
+        "num_refs",
+        "page",
+        "page_cost",
+        "parent",
+        "root",
+        "token_ids",
+        "use_score",
+        "was_hit",
+    )
+
+    def __init__(
+        self,
+        root: PrefixRoot,
+        parent: PrefixNode | PrefixRoot,
+        token_ids: tuple[int, ...],
+        page: int,
+        use_score: float,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.parent = parent
+        self.token_ids = token_ids
+        self.page = page
+        self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.num_refs = 1
+        self.use_score = use_score
+        self.was_hit = False
+        self.last_use_s = 0.0
+        self.page_cost = 0.0
+
+    @property
+    def is_evictable(self) -> bool:
+        return not self.num_refs and not self.children
+
+    @property
+    def spared_as(self) -> str | None:
+        return None
+
+    def key(self, policy: EvictionPolicy) -> float:
+        return policy.prefix_key(
+            last_use_s=self.last_use_s,
+            use_score=self.use_score,
+            page_cost=self.page_cost,
+            is_orphan=self.root.is_orphan,
+        )
+
+
+class PrefixCache:
+    """Owned by the engine step (one thread). Owns the pages of its nodes, in use or idle.
+
+    A node's count of uses starts with the odds that a new page is ever found by somebody, as
+    learned so far, and grows by one with every sequence that finds it.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        evictor: Evictor,
+        costs: RestoreCosts,
+        clock: GivenClock,
+        page_tokens: int,
+        *,
+        is_enabled: bool = True,
+    ) -> None:
+        self._allocator = allocator
+        self._evictor = evictor
+        self._costs = costs
+        self._clock = clock
+        self._half_life_s = evictor.policy.half_life_s
+        self._odds = FirstUseOdds()
+        self._roots: dict[str | None, PrefixRoot] = {}
+        self._dropped: dict[PrefixRoot, None] = {}
+        self._resident: set[str] = set()
+        self.page_tokens = page_tokens
+        self.is_enabled = is_enabled
+        self.num_nodes = 0
+        self.num_idle = 0
+
+    def pages_by_adapter(self) -> dict[str | None, int]:
+        """Return how many pages hold prefixes under each adapter; None is the base model."""
+        pages = {adapter_id: root.num_nodes for adapter_id, root in self._roots.items()}
+        for root in self._dropped:
+            pages[root.adapter_id] = pages.get(root.adapter_id, 0) + root.num_nodes
+        return pages
+
+    def find(
+        self, adapter_id: str | None, token_ids: Sequence[int], max_tokens: int
+    ) -> list[PrefixNode]:
+        """Return the longest path of whole pages among the first `max_tokens` tokens."""
+        root = self._roots.get(adapter_id)
+        if root is None:
+            return []
+        path: list[PrefixNode] = []
+        children = root.children
+        size = self.page_tokens
+        for end in range(size, min(max_tokens, len(token_ids)) + 1, size):
+            node = children.get(tuple(token_ids[end - size : end]))
+            if node is None:
+                break
+            path.append(node)
+            children = node.children
+        return path
+
+    def take(self, path: Sequence[PrefixNode]) -> None:
+        """A sequence found these nodes and holds a reference on each from now on."""
+        now = self._clock.now_s / self._half_life_s
+        for node in path:
+            if not node.num_refs:
+                self.num_idle -= 1
+                if not node.children:
+                    node.root.idle_leaves.pop(node, None)
+            node.num_refs += 1
+            node.use_score = add_scores(node.use_score, now)
+            if not node.was_hit:
+                node.was_hit = True
+                self._odds.first_used()
+
+    def publish(
+        self,
+        adapter_id: str | None,
+        path: list[PrefixNode],
+        pages: MutableSequence[int],
+        token_ids: Sequence[int],
+        num_tokens: int,
+        *,
+        may_replace: bool,
+    ) -> None:
+        """Make nodes of a sequence's whole pages among its first `num_tokens` tokens.
+
+        Args:
+            path: the nodes that it holds; grows by those of the pages published.
+            pages: its pages in token order, those of `path` first. Where somebody else made the
+                same node meanwhile, the node's page takes the place of the sequence's own, which is
+                freed; without `may_replace`, publishing ends there.
+        """
+        root = path[0].root if path else self._root(adapter_id)
+        if root.is_dropped:
+            return
+        size, new_score = self.page_tokens, self._new_score()
+        made: list[int] = []
+        parent: PrefixNode | PrefixRoot = path[-1] if path else root
+        for end in range((len(path) + 1) * size, num_tokens + 1, size):
+            content = tuple(token_ids[end - size : end])
+            node = parent.children.get(content)
+            if node is None:
+                node = PrefixNode(root, parent, content, pages[len(path)], new_score)
+                parent.children[content] = node
+                made.append(node.page)
+                self._odds.made()
+            elif may_replace:
+                self._allocator.free((pages[len(path)],))
+                pages[len(path)] = node.page
+                self.take((node,))
+            else:
+                break
+            path.append(node)
+            parent = node
+        self._allocator.reassign(made, PageUse.PREFIX)
+        root.num_nodes += len(made)
+        self.num_nodes += len(made)
+        if not root.num_nodes:
+            del self._roots[adapter_id]
+
+    def release(self, path: Sequence[PrefixNode]) -> None:
+        """A sequence gives its references back; what nobody uses any more may be evicted."""
+        if not path:
+            return
+        now_s, cost = self._clock.now_s, page_cost(self._costs.prefix_page_s(), 1)
+        for node in path:
+            node.num_refs -= 1
+            if not node.num_refs:
+                self.num_idle += 1
+                node.last_use_s = now_s
+                node.page_cost = cost
+        last = path[-1]
+        if not last.is_evictable:
+            return
+        if last.root.is_dropped:
+            self._remove_branch(last)
+        else:
+            self._offer(last)
+
+    def evict(self, node: PrefixNode) -> None:
+        """Free the page of an idle leaf."""
+        self._remove(node)
+        if isinstance(node.parent, PrefixNode) and node.parent.is_evictable:
+            self._offer(node.parent)
+
+    def drop_adapter(self, adapter_id: str | None) -> None:
+        """Let nobody find the adapter's pages any more; those in use go when they are released."""
+        root = self._roots.pop(adapter_id, None)
+        if root is None:
+            return
+        root.is_dropped = True
+        self._dropped[root] = None
+        for leaf in list(root.idle_leaves):
+            self._remove_branch(leaf)
+
+    def adapter_came(self, adapter_id: str) -> None:
+        """The adapter has pages: its prefixes are of use again."""
+        self._resident.add(adapter_id)
+        root = self._roots.get(adapter_id)
+        if root is not None:
+            root.is_orphan = False  # their keys rise, which the evictor notices by itself
+
+    def adapter_left(self, adapter_id: str) -> None:
+        """The adapter has no pages: its prefixes are worth less until it is back."""
+        self._resident.discard(adapter_id)
+        root = self._roots.get(adapter_id)
+        if root is not None:
+            root.is_orphan = True
+            for leaf in root.idle_leaves:
+                self._evictor.offer(leaf)
+
+    def idle_leaves(self) -> Iterator[PrefixNode]:
+        """Yield all that could leave now."""
+        for root in self._roots.values():
+            yield from root.idle_leaves
+
+    def check(self) -> None:
+        """Raise AssertionError if a page is lost, or a node misplaced or miscounted."""
+        nodes: list[PrefixNode] = []
+        for root in (*self._roots.values(), *self._dropped):
+            below = list(_nodes_below(root))
+            assert below, "an empty tree is kept"
+            assert len(below) == root.num_nodes, "the count of a tree's nodes is off"
+            assert all(node.root is root for node in below), "a node of another tree"
+            assert root.is_dropped == (root in self._dropped), "a dropped tree can be found"
+            leaves = {node for node in below if node.is_evictable}
+            assert leaves == set(root.idle_leaves), "an idle leaf is lost"
+            assert not (leaves and root.is_dropped), "a dropped tree keeps idle pages"
+            is_orphan = root.adapter_id is not None and root.adapter_id not in self._resident
+            assert root.is_dropped or root.is_orphan == is_orphan, "an orphan is not known as one"
+            nodes += below
+        for node in nodes:
+            refs = sum(child.num_refs for child in node.children.values())
+            assert node.num_refs >= refs, "a page is used without the one before it"
+            for token_ids, child in node.children.items():
+                assert child.parent is node, "a child of two"
+                assert child.token_ids == token_ids, "a child under a wrong name"
+                assert len(token_ids) == self.page_tokens, "a node of a part of a page"
+        assert len(nodes) == self.num_nodes, "the count of nodes is off"
+        assert self.num_nodes == self._allocator.num_held(PageUse.PREFIX), "prefix pages leaked"
+        assert len({node.page for node in nodes}) == len(nodes), "two nodes share a page"
+        idle = sum(not node.num_refs for node in nodes)
+        assert idle == self.num_idle, "the count of idle nodes is off"
+
+    def _root(self, adapter_id: str | None) -> PrefixRoot:
+        root = self._roots.get(adapter_id)
+        if root is None:
+            is_orphan = adapter_id is not None and adapter_id not in self._resident
+            root = self._roots[adapter_id] = PrefixRoot(adapter_id, is_orphan=is_orphan)
+        return root
+
+    def _new_score(self) -> float:
+        return self._clock.now_s / self._half_life_s + log2(self._odds.odds)
+
+    def _offer(self, leaf: PrefixNode) -> None:
+        leaf.root.idle_leaves[leaf] = None
+        self._evictor.offer(leaf)
+
+    def _remove(self, leaf: PrefixNode) -> None:
+        root = leaf.root
+        del leaf.parent.children[leaf.token_ids]
+        root.idle_leaves.pop(leaf, None)
+        root.num_nodes -= 1
+        self.num_nodes -= 1
+        self.num_idle -= 1
+        self._allocator.free((leaf.page,))
+        self._evictor.withdraw(leaf)
+        if not root.num_nodes:
+            if root.is_dropped:
+                del self._dropped[root]
+            else:
+                del self._roots[root.adapter_id]
+
+    def _remove_branch(self, leaf: PrefixNode) -> None:
+        """Remove an idle leaf and all that becomes one by that."""
+        node: PrefixNode | PrefixRoot = leaf
+        while isinstance(node, PrefixNode) and node.is_evictable:
+            self._remove(node)
+            node = node.parent
+
+
+def _nodes_below(root: PrefixRoot) -> Iterator[PrefixNode]:
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += node.children.values()
