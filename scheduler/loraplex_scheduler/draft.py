@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from loraplex_scheduler.plan import SequenceStep
+from collections.abc import Iterable
+
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.residency import AdapterResidency
+from loraplex_scheduler.flights import Flight
+from loraplex_scheduler.plan import AdapterLoad, Plan, PlannedAdapter, SequenceStep
+from loraplex_scheduler.sequence import Sequence
+from loraplex_scheduler.step_times import StepLoad
 
 
 class StepDraft:
@@ -17,21 +24,50 @@ class StepDraft:
 
     def __init__(self, max_step_tokens: int) -> None:
         self.budget = max_step_tokens
-        self._steps: dict[str, SequenceStep] = {}
+        # Spans of one token come first in a plan (see `Plan`).
+        self._single: dict[Sequence, SequenceStep] = {}
+        self._longer: dict[Sequence, SequenceStep] = {}
 
-    def put(self, step: SequenceStep) -> None:
+    def __len__(self) -> int:
+        return len(self._single) + len(self._longer)
+
+    def put(self, sequence: Sequence, step: SequenceStep) -> None:
         """Let a sequence compute; it is not in the draft yet."""
-        assert step.request_id not in self._steps, "one span per sequence"
         assert step.num_tokens <= self.budget, "the step has no room for so many tokens"
-        self._steps[step.request_id] = step
+        steps = self._single if step.num_tokens == 1 else self._longer
+        assert sequence not in steps, "one span per sequence"
+        steps[sequence] = step
         self.budget -= step.num_tokens
 
-    def drop(self, request_id: str) -> None:
+    def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, if it is in."""
-        step = self._steps.pop(request_id, None)
+        step = self._single.pop(sequence, None) or self._longer.pop(sequence, None)
         if step is not None:
             self.budget += step.num_tokens
 
-    def in_order(self) -> list[SequenceStep]:
-        """Return the spans of one token, then the longer ones (see `Plan`)."""
-        return sorted(self._steps.values(), key=lambda step: step.num_tokens != 1)
+    def longer(self) -> list[tuple[Sequence, SequenceStep]]:
+        """Return the spans of more than one token."""
+        return list(self._longer.items())
+
+    def flight(
+        self,
+        residency: AdapterResidency,
+        loads: Iterable[AdapterLoad],
+        prefetches: Iterable[AdapterManifest],
+    ) -> Flight:
+        """Return the decision as a plan, with whose it is and what it costs."""
+        sequences = *self._single, *self._longer
+        steps = *self._single.values(), *self._longer.values()
+        adapters: dict[str, PlannedAdapter] = {}
+        num_tokens = kv_tokens = adapter_pages = 0
+        for sequence, step in zip(sequences, steps, strict=True):
+            num_tokens += step.num_tokens
+            kv_tokens += step.start + step.num_tokens
+            adapter_id = sequence.adapter_id
+            if adapter_id is not None and adapter_id not in adapters:
+                assert sequence.adapter_layout is not None
+                pages = residency.pages(adapter_id)
+                adapters[adapter_id] = PlannedAdapter(sequence.adapter_layout, pages)
+                adapter_pages += len(pages)
+        plan = Plan(steps, tuple(loads), adapters, tuple(prefetches))
+        return Flight(plan, sequences, StepLoad(num_tokens, len(steps), kv_tokens, adapter_pages))

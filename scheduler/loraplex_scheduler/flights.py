@@ -9,36 +9,38 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from loraplex_scheduler.plan import Plan, SequenceStep
+from loraplex_scheduler.plan import Plan
 from loraplex_scheduler.sequence import Sequence
+from loraplex_scheduler.step_times import StepLoad
 
 
 @dataclass(frozen=True)
-class _Flight:
+class Flight:
+    """A plan, whose sequences those of the plan are, in its order, and what it costs."""
+
     plan: Plan
     sequences: tuple[Sequence, ...]
-    """Those of `plan.sequences`, in that order."""
+    load: StepLoad
 
 
 class Flights:
     """Owned by the scheduler. Results are booked in the order of the launches."""
 
     def __init__(self) -> None:
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def start(self, plan: Plan, sequences: tuple[Sequence, ...]) -> None:
+    def start(self, flight: Flight) -> None:
         """Remember who computes what in a step that was launched."""
-        self._flights.append(_Flight(plan, sequences))
+        self._flights.append(flight)
 
-    def land(self, plan: Plan) -> list[tuple[SequenceStep, Sequence]]:
-        """Forget the oldest flight and return who computed what in it."""
+    def land(self, plan: Plan) -> Flight:
+        """Forget the oldest flight and return it."""
         assert self._flights, "nothing was launched"
         assert self._flights[0].plan is plan, "results must come in the order of the launches"
-        flight = self._flights.popleft()
-        return list(zip(flight.plan.sequences, flight.sequences, strict=True))
+        return self._flights.popleft()
 
     def num_awaited(self, sequence: Sequence) -> int:
         """Count the tokens of a sequence that are on the way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final, NamedTuple
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
@@ -69,40 +70,59 @@ class PlannedAdapter:
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+_NO_TOKENS: Final[frozenset[int]] = frozenset()
+
+
+@dataclass(slots=True)
 class SequenceStep:
-    """The part of one sequence that a step computes.
+    """The part of one sequence that a step computes. Never changed once it is in a plan.
+
+    Hundreds are made per step, so it is not a frozen dataclass, which takes three times as long to
+    make, and what never changes of a sequence is read from its request.
 
     Attributes:
         start: the step computes the tokens `[start, start + num_tokens)`; those before have KV.
         token_ids: the ids of these tokens, but for an awaited one.
-        awaits_token: one more token follows `token_ids`: the one that the step launched last, just
-            before this one, samples for this request. Nobody on the host knows its id yet.
         block_table: pages covering all of them; a snapshot, never changed.
         is_sampled: the step reaches the sequence's last token, so its next one is drawn.
+        awaits_token: one more token follows `token_ids`: the one that the step launched last, just
+            before this one, samples for this request. Nobody on the host knows its id yet.
         history: all token ids so far; only filled in when the sampling has penalties.
-        num_prompt: how many of them are the prompt.
-        position: position of the token to be drawn; keys the random draw with the seed.
         banned_token_ids: never chosen now (end tokens before `min_tokens`).
     """
 
-    request_id: str
-    adapter_id: str | None
+    request: Request
     start: int
+    num_tokens: int
     token_ids: tuple[int, ...]
     block_table: Sequence[int]
     is_sampled: bool
-    sampling: SamplingParams
-    history: tuple[int, ...]
-    num_prompt: int
-    position: int
-    banned_token_ids: frozenset[int]
     awaits_token: bool = False
+    history: tuple[int, ...] = ()
+    banned_token_ids: frozenset[int] = _NO_TOKENS
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes of this sequence, an awaited one included."""
-        return len(self.token_ids) + self.awaits_token
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def adapter_id(self) -> str | None:
+        adapter = self.request.adapter
+        return adapter.adapter_id if adapter is not None else None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_prompt(self) -> int:
+        """How many of the sequence's tokens are the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def position(self) -> int:
+        """Position of the token to be drawn; keys the random draw with the seed."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,9 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
+    """One drawn token. A tuple, as are token events: hundreds are made and sent per step."""
+
     token_id: int
     logprobs: TokenLogprobs | None = None
 
@@ -149,8 +170,7 @@ class StepResult:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One more token of a request; the last one carries the finish reason.
 
     `num_cached`, on the first one only: tokens of the prompt that were found in the prefix cache.

@@ -1,33 +1,45 @@
-"""Who is being served: every live sequence, in order of service.
+"""Who is being served: every live sequence.
 
     WAITING    no pages, no pin                           --admit-->   RUNNING
     RUNNING    pages for its tokens, its adapter pinned   --preempt--> WAITING
                                                           --finish-->  FINISHING
     FINISHING  no pages, no pin: its last token is on the way
 
-Moving a sequence moves what it holds with it, so no pin or page outlives its reason. What a
-sequence gives back may be read and written by launched steps for a while: see `Scheduler`.
+Moving a sequence moves what it holds with it, so no pin or page outlives its reason; what it has
+computed is left to the prefix cache. What a sequence gives back may be read and written by launched
+steps for a while: see `Scheduler`.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from itertools import takewhile
+from operator import attrgetter
 
 from loraplex_memory.residency import AdapterResidency
 from loraplex_scheduler.sequence import Sequence
+from loraplex_scheduler.waiting import WaitingQueue
+
+_SERVICE_KEY = attrgetter("service_key")
 
 
 class Roster:
-    """Owned by the scheduler. A live sequence is in one of the lists; each is oldest first."""
+    """Owned by the scheduler. A live sequence waits, runs or finishes.
 
-    def __init__(self, residency: AdapterResidency) -> None:
+    Attributes:
+        waiting: ordered by the policy of service.
+        running: by `service_key`; the last one gives way first.
+        finishing: in no order.
+        penalized: those who run whose next token depends on the ids of all tokens before.
+    """
+
+    def __init__(self, residency: AdapterResidency, waiting: WaitingQueue) -> None:
         self._residency = residency
         self._by_id: dict[str, Sequence] = {}
-        self.waiting: list[Sequence] = []
+        self.waiting = waiting
         self.running: list[Sequence] = []
-        self.finishing: list[Sequence] = []
+        self.finishing: set[Sequence] = set()
+        self.penalized: set[Sequence] = set()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -41,71 +53,69 @@ class Roster:
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait."""
         self._by_id[sequence.request_id] = sequence
-        insort(self.waiting, sequence, key=_service_order)
+        self.waiting.push(sequence)
 
     def admit(self, sequence: Sequence) -> None:
-        """Take pages for all tokens of a waiting sequence, pin its adapter, let it run."""
-        sequence.table.grow(sequence.num_tokens)
+        """Let a waiting sequence run that has pages for all its tokens; pin its adapter."""
         if sequence.adapter_id:
             self._residency.pin(sequence.adapter_id)
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_service_order)
+        insort(self.running, sequence, key=_SERVICE_KEY)
+        if sequence.has_penalties:
+            self.penalized.add(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence; it waits in its old place and recomputes."""
+        """Take everything from a running sequence; it waits again and recomputes."""
         self._release(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=_service_order)
+        self.waiting.push(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take everything from a running sequence that has nothing left to compute."""
         self._release(sequence)
-        insort(self.finishing, sequence, key=_service_order)
+        self.finishing.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""
         del self._by_id[sequence.request_id]
+        sequence.is_live = False
         if sequence.table.pages:
             self._release(sequence)
-        elif sequence.is_complete:
+        elif sequence in self.finishing:
             self.finishing.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
-    def adapters_awaited_before(self, sequence: Sequence) -> set[str]:
-        """Return the adapters of waiting sequences that are older than this one."""
-        order = _service_order(sequence)
-        older = takewhile(lambda s: _service_order(s) < order, self.waiting)
-        return {s.adapter_id for s in older if s.adapter_id}
-
     def check(self) -> None:
         """Raise AssertionError if a sequence is lost, doubled, or holds what it may not."""
-        listed = [*self.waiting, *self.running, *self.finishing]
+        waiting = list(self.waiting)
+        listed = [*waiting, *self.running, *self.finishing]
+        assert len(waiting) == len(self.waiting), "the queue miscounts"
         assert len(listed) == len(self._by_id), "a request is lost or doubled"
-        assert all(self._by_id[s.request_id] is s for s in listed), "a request is not listed"
-        for sequence in (*self.waiting, *self.finishing):
+        assert all(self._by_id[s.request_id] is s and s.is_live for s in listed), "not listed"
+        for sequence in (*waiting, *self.finishing):
             assert not sequence.table.pages, "a sequence that does not run holds pages"
-        for sequence in (*self.waiting, *self.running):
+        for sequence in (*waiting, *self.running):
             assert not sequence.is_complete, "nothing is left to compute"
             assert sequence.num_pending > 0, "nothing is left to compute"
         for sequence in self.finishing:
             assert sequence.is_complete, "a finishing sequence has tokens to compute"
             assert sequence.num_awaited > 0, "a finishing sequence waits for nothing"
-        pages = [page for s in self.running for page in s.table.pages]
-        assert len(pages) == len(set(pages)), "two sequences hold the same page"
+        private = [page for s in self.running for page in s.table.pages[s.table.num_shared :]]
+        assert len(private) == len(set(private)), "two sequences write to the same page"
         for sequence in self.running:
             assert sequence.table.capacity >= sequence.num_computed, "tokens without a page"
             if sequence.adapter_id:
                 assert self._residency.is_resident(sequence.adapter_id), "adapter gone"
+        assert self.running == sorted(self.running, key=_SERVICE_KEY), "out of order"
+        assert self.penalized == {s for s in self.running if s.has_penalties}
         pins = [s.adapter_id for s in self.running if s.adapter_id]
         assert self._residency.num_pins() == len(pins), "pins and running sequences disagree"
 
     def _release(self, sequence: Sequence) -> None:
+        sequence.table.publish(sequence.token_ids, sequence.num_known_computed, may_replace=True)
         sequence.table.release()
         self.running.remove(sequence)
+        self.penalized.discard(sequence)
         if sequence.adapter_id:
             self._residency.unpin(sequence.adapter_id)
-
-
-def _service_order(sequence: Sequence) -> tuple[float, int]:
-    return sequence.request.arrival_s, sequence.order

@@ -10,15 +10,28 @@ budget. Preemption sets `num_computed` back to 0 and nothing else: a token on th
 
 from __future__ import annotations
 
+from typing import Final
+
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.page_table import PageTable
 from loraplex_scheduler.plan import FinishReason, Request, SequenceStep
+
+_NO_TOKENS: Final[frozenset[int]] = frozenset()
 
 
 class Sequence:
     """Owned by the scheduler, from `add` to the terminal event.
 
-    `max_len` tokens, prompt and answer, are the most it may have.
+    What every step asks of hundreds of sequences is an attribute, not a property.
+
+    Attributes:
+        service_key: orders sequences by priority, then age; the last of the running gives way.
+        max_len: tokens of prompt and answer that it may have at most, by model and pool.
+        last_len: so many tokens complete it: `max_len`, or earlier by its own `max_tokens`.
+        num_tokens: tokens of prompt and answer, awaited ones included.
+        num_cached: tokens of the prompt found in the prefix cache when it was first admitted; None
+            before.
+        is_live: its terminal event has not been written.
     """
 
     def __init__(
@@ -30,26 +43,21 @@ class Sequence:
         max_len: int,
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.adapter_id = request.adapter.adapter_id if request.adapter else None
         self.order = order
+        self.service_key = (request.priority, request.arrival_s, order)
         self.table = table
         self.adapter_layout = adapter_layout
         self.max_len = max_len
         self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.last_len = min(max_len, self.num_prompt + request.sampling.max_tokens)
+        self.num_tokens = self.num_prompt
         self.num_computed = 0
-        self.num_awaited = 0
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def adapter_id(self) -> str | None:
-        return self.request.adapter.adapter_id if self.request.adapter else None
-
-    @property
-    def service_key(self) -> tuple[int, float, int]:
-        """Orders sequences by priority, then age; the last of the running gives way first."""
-        return self.request.priority, self.request.arrival_s, self.order
+        self.num_cached: int | None = None
+        self.is_live = True
+        self.has_penalties = request.sampling.has_penalties
 
     @property
     def num_adapter_pages(self) -> int:
@@ -57,9 +65,9 @@ class Sequence:
         return self.adapter_layout.num_pages if self.adapter_layout else 0
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of prompt and answer, awaited ones included."""
-        return len(self.token_ids) + self.num_awaited
+    def num_awaited(self) -> int:
+        """Tokens sampled by launched steps whose ids are not known yet."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def num_pending(self) -> int:
@@ -69,54 +77,56 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens of the answer, awaited ones included."""
-        return self.num_tokens - len(self.request.prompt_token_ids)
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_known_computed(self) -> int:
+        """Tokens that have KV and known ids: what the prefix cache can take."""
+        return min(self.num_computed, len(self.token_ids))
 
     @property
     def is_complete(self) -> bool:
         """It has as many tokens as it may have, awaited ones included: nothing is left to run."""
-        return (
-            self.num_generated >= self.request.sampling.max_tokens
-            or self.num_tokens >= self.max_len
-        )
+        return self.num_tokens >= self.last_len
 
     @property
     def needs_known_tokens(self) -> bool:
         """Its next token cannot be sampled before the ids of the awaited ones are known."""
-        return self.num_awaited > 0 and self.request.sampling.has_penalties
+        return self.has_penalties and self.num_awaited > 0
 
     def step(self, num_tokens: int, eos_token_ids: frozenset[int]) -> SequenceStep:
         """Describe the computation of the next `num_tokens` tokens."""
-        assert self.num_awaited <= 1, "a step can take over a token from the step before it only"
-        start, stop = self.num_computed, self.num_computed + num_tokens
-        sampling = self.request.sampling
+        start, token_ids = self.num_computed, self.token_ids
+        stop = start + num_tokens
+        num_known = len(token_ids)
+        assert self.num_tokens - num_known <= 1, "only the step before hands a token over"
         is_sampled = stop == self.num_tokens
-        assert not (is_sampled and self.needs_known_tokens), "the last step must be booked first"
-        return SequenceStep(
-            request_id=self.request_id,
-            adapter_id=self.adapter_id,
-            start=start,
-            token_ids=tuple(self.token_ids[start:stop]),
-            block_table=self.table.pages[:],
-            is_sampled=is_sampled,
-            sampling=sampling,
-            history=tuple(self.token_ids) if is_sampled and sampling.has_penalties else (),
-            num_prompt=len(self.request.prompt_token_ids),
-            position=stop,
-            banned_token_ids=self._banned(eos_token_ids),
-            awaits_token=stop > len(self.token_ids),
+        step = SequenceStep(
+            self.request,
+            start,
+            num_tokens,
+            tuple(token_ids[start:stop]),
+            self.table.pages[:],
+            is_sampled,
+            stop > num_known,
         )
+        if is_sampled and self.has_penalties:
+            assert stop == num_known, "the last step must be booked first"
+            step.history = tuple(token_ids)
+        if self.num_tokens - self.num_prompt < self.request.sampling.min_tokens:
+            step.banned_token_ids = self._ends(eos_token_ids)
+        return step
 
     def advance(self, step: SequenceStep) -> None:
         """Count what a launched step computes as computed, and what it samples as awaited."""
         assert step.start == self.num_computed, "the step was planned for another state"
         self.num_computed += step.num_tokens
-        self.num_awaited += step.is_sampled
+        self.num_tokens += step.is_sampled
 
     def append(self, token_id: int) -> None:
         """The id of the oldest awaited token is known."""
-        assert self.num_awaited > 0, "no step sampled this token"
         self.token_ids.append(token_id)
-        self.num_awaited -= 1
+        assert len(self.token_ids) <= self.num_tokens, "no step sampled this token"
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Return how the token just appended ends the sequence, or None."""
@@ -125,13 +135,12 @@ class Sequence:
             return FinishReason.STOP
         if last in eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
-        if self.is_complete and self.num_awaited == 0:
+        if len(self.token_ids) >= self.last_len:
             return FinishReason.LENGTH
         return None
 
-    def _banned(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    def _ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that would end it."""
         sampling = self.request.sampling
-        if self.num_generated >= sampling.min_tokens:
-            return frozenset()
-        ends = frozenset() if sampling.ignore_eos else eos_token_ids
+        ends = _NO_TOKENS if sampling.ignore_eos else eos_token_ids
         return ends | sampling.stop_token_ids

@@ -1,0 +1,165 @@
+"""Letting waiting sequences run: pages, adapters, and who is passed over meanwhile.
+
+Sequences are taken in the queue's order of service. One whose adapter is on its way is passed over,
+so that others do not wait for its disk, and what it will need then stays set aside. One that lacks
+pages is not passed over: smaller ones behind it would starve it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Final
+
+from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.residency import ResidencyState
+from loraplex_scheduler.admission import AdmissionPolicy
+from loraplex_scheduler.clustering import ClusteringPolicy
+from loraplex_scheduler.draft import StepDraft
+from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.plan import AdapterLoad
+from loraplex_scheduler.roster import Roster
+from loraplex_scheduler.sequence import Sequence
+
+#: Waiting sequences that a step looks at: those it may admit, and so many passed over.
+_MAX_PASSED: Final = 256
+
+#: Waiting sequences behind those whose adapters are worth bringing into host memory.
+_LOOKAHEAD: Final = 32
+
+
+class Admitter:
+    """Owned by the scheduler.
+
+    Attributes:
+        claims: adapters, resident or on their way, that waiting sequences looked at by the last
+            step are to run with; each with the service key of the first such sequence. Only older
+            sequences may evict them, or a load would be undone before it was of use.
+        num_prefix_queries, num_prefix_hits: tokens of prompts at their first admission, and those
+            of them that were found in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        accounts: PoolAccounts,
+        roster: Roster,
+        admission: AdmissionPolicy,
+        clustering: ClusteringPolicy,
+    ) -> None:
+        self._limits = limits
+        self._accounts = accounts
+        self._roster = roster
+        self._admission = admission
+        self._clustering = clustering
+        self.claims: dict[str, tuple[int, float, int]] = {}
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self._num_set_aside = 0
+
+    def admit(
+        self, draft: StepDraft, now: float
+    ) -> tuple[list[AdapterLoad], list[AdapterManifest]]:
+        """Put newcomers into the draft.
+
+        Returns:
+            The loads that waiting sequences need, and the adapters of those behind.
+        """
+        self.claims = {}
+        self._num_set_aside = 0
+        loads: list[AdapterLoad] = []
+        if not self._roster.waiting:
+            return loads, []
+        running = self._roster.running
+        self._admission.begin(running)
+        self._clustering.begin(running, now)
+        queue = self._roster.waiting.in_order()
+        num_passed = 0
+        for sequence in queue:
+            num_ahead = len(running) + num_passed
+            if draft.budget == 0 or num_ahead >= self._limits.max_running + _MAX_PASSED:
+                break
+            if self._is_passed_over(sequence, loads):
+                num_passed += 1
+            elif len(running) >= self._limits.max_running or not self._try_admit(sequence, draft):
+                break
+        return loads, self._behind(queue)
+
+    def _is_passed_over(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
+        """Whether others may go before it, as it waits for its adapter or for better company."""
+        adapter_id = sequence.adapter_id
+        if adapter_id is None:
+            return not self._clustering.may_join(sequence)
+        state = self._accounts.residency.state(adapter_id)
+        self.claims.setdefault(adapter_id, sequence.service_key)
+        if state is ResidencyState.RESIDENT:
+            return not self._clustering.may_join(sequence)
+        if state is None:
+            if self._accounts.residency.num_loading >= self._limits.max_loading:
+                return True
+            if not self._try_load(sequence, loads):
+                return False
+        self._num_set_aside += sequence.table.pages_missing(sequence.num_tokens)
+        return True
+
+    def _try_load(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
+        """Start the load it needs; False, and nothing has changed, when there is no room for it."""
+        residency, layout = self._accounts.residency, sequence.adapter_layout
+        manifest = sequence.request.adapter
+        assert manifest is not None
+        assert layout is not None
+        # What will be pinned or written when it runs must be there beside what runs already.
+        num_pages = layout.num_pages + self._num_set_aside
+        num_left = self._admission.pages_to_leave(sequence)
+        if self._num_obtainable() < num_pages + num_left:
+            return False
+        self._accounts.try_make_free(layout.num_pages, self.claims.keys())
+        pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
+        loads.append(AdapterLoad(manifest, layout, pages))
+        return True
+
+    def _try_admit(self, sequence: Sequence, draft: StepDraft) -> bool:
+        """Let it run, or change nothing and return False."""
+        adapter_id = sequence.adapter_id
+        if adapter_id is not None and not self._accounts.residency.is_resident(adapter_id):
+            return False
+        table = sequence.table
+        # The last token is computed in any case: the next one is drawn from it.
+        found = table.match(sequence.token_ids, sequence.num_tokens - 1)
+        num_own = table.pages_missing(sequence.num_tokens) - self._pages_of(found.num_tokens)
+        num_needed = num_own + self._num_set_aside + self._admission.pages_to_leave(sequence)
+        if self._num_obtainable() - found.num_idle_pages < num_needed:
+            return False
+        sequence.num_computed = table.adopt(sequence.token_ids, sequence.num_tokens - 1)
+        self._accounts.try_make_free(num_own, self.claims.keys())
+        table.grow(sequence.num_tokens)
+        self._start(sequence, draft)
+        return True
+
+    def _start(self, sequence: Sequence, draft: StepDraft) -> None:
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            self.num_prefix_queries += sequence.num_prompt
+            self.num_prefix_hits += sequence.num_cached
+        self._roster.admit(sequence)
+        self._roster.waiting.charge_prompt(sequence, sequence.num_pending)
+        self._admission.admitted(sequence)
+        self._clustering.admitted(sequence)
+        num_tokens = min(sequence.num_pending, draft.budget)
+        step = sequence.step(num_tokens, self._limits.eos_token_ids)
+        draft.put(sequence, step)
+        # So that others of the same prompt, admitted in this very step, share what it computes.
+        num_known = min(step.start + num_tokens, len(sequence.token_ids))
+        sequence.table.publish(sequence.token_ids, num_known, may_replace=False)
+
+    def _num_obtainable(self) -> int:
+        """Pages that are free, or would be if all idle ones but the claimed adapters' were."""
+        return self._accounts.num_free + self._accounts.num_evictable(self.claims.keys())
+
+    def _pages_of(self, num_tokens: int) -> int:
+        return self._accounts.layout.pages_for_tokens(num_tokens)
+
+    def _behind(self, queue: Iterator[Sequence]) -> list[AdapterManifest]:
+        """Return the adapters of the next sequences in the queue, as a hint for host memory."""
+        return [s.request.adapter for s in islice(queue, _LOOKAHEAD) if s.request.adapter]

@@ -1,0 +1,70 @@
+"""Whether a request could run here at all, and what of its adapter the scheduler must know."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from loraplex_memory.adapter_layout import AdapterLayout, AdapterRanks
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.layout import PoolLayout
+from loraplex_scheduler.errors import RequestRefused
+from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.plan import Request
+
+#: Layouts remembered; one takes some 10 kB on an 8B model.
+_MAX_LAYOUTS: Final = 512
+
+
+class AdapterLayouts:
+    """Owned by the scheduler. Offsets follow from the ranks, so adapters of equal ranks share them;
+    the least recently used are forgotten.
+    """
+
+    def __init__(self, layout: PoolLayout) -> None:
+        self._layout = layout
+        self._layouts: OrderedDict[AdapterRanks, AdapterLayout] = OrderedDict()
+
+    def of(self, manifest: AdapterManifest) -> AdapterLayout:
+        """Return where the adapter's matrices lie inside its pages."""
+        layout = self._layouts.get(manifest.ranks)
+        if layout is None:
+            layout = self._layouts[manifest.ranks] = AdapterLayout(self._layout, manifest.ranks)
+            if len(self._layouts) > _MAX_LAYOUTS:
+                self._layouts.popitem(last=False)
+        else:
+            self._layouts.move_to_end(manifest.ranks)
+        return layout
+
+
+def fitting_len(
+    request: Request,
+    adapter_layout: AdapterLayout | None,
+    limits: SchedulerLimits,
+    layout: PoolLayout,
+    num_pages: int,
+) -> int:
+    """Return the most tokens its sequence may have: the model's limit, or what the pool of
+    `num_pages` holds beside its adapter.
+
+    Raises:
+        RequestRefused: there is no room for the prompt and one token.
+    """
+    num_prompt = len(request.prompt_token_ids)
+    num_adapter = adapter_layout.num_pages if adapter_layout else 0
+    in_pool = (num_pages - num_adapter) * layout.page_tokens
+    max_len = min(limits.max_model_len, in_pool)
+    if num_prompt == 0:
+        raise RequestRefused(reason="the prompt is empty", param="prompt")
+    if num_prompt < max_len:
+        return max_len
+    limit = f"the model's limit is {limits.max_model_len}"
+    if in_pool < limits.max_model_len:
+        limit = (
+            f"the pool of {num_pages} pages holds {max(0, in_pool)} beside "
+            f"the adapter's {num_adapter} pages: serve with a larger pool"
+        )
+    raise RequestRefused(
+        reason=f"the prompt has {num_prompt} tokens and needs room for one more; {limit}",
+        param="prompt",
+    )

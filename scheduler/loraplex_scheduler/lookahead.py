@@ -1,0 +1,113 @@
+"""What to bring closer before anybody is held up by it: an idle link is used for guesses.
+
+Three sources, surest first: requests that wait behind those a step could admit, hints
+(`POST /v1/adapters/{name}/prefetch`), and the adapters asked for most lately. The first two come
+into host memory; all may come into the pool, but only into pages that nobody uses, so that a guess
+never costs anybody anything that is there already.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final
+
+from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_scheduler.fit import AdapterLayouts
+from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.plan import AdapterLoad
+
+#: Adapters that history remembers; a manifest of an 8B model takes some 2 kB.
+_MAX_REMEMBERED: Final = 4096
+
+#: How often history is searched: it changes slowly, and the search looks at all of it.
+_HISTORY_EVERY_S: Final = 1.0
+
+#: An adapter this popular was asked for within about two half-lives.
+_MIN_POPULARITY: Final = 0.25
+
+#: Pages that guesses leave free: KV of what comes next should find them without evicting.
+_FREE_SHARE: Final = 0.1
+
+
+class Lookahead:
+    """Owned by the scheduler."""
+
+    def __init__(
+        self, accounts: PoolAccounts, layouts: AdapterLayouts, limits: SchedulerLimits
+    ) -> None:
+        self._accounts = accounts
+        self._layouts = layouts
+        self._limits = limits
+        self._hints: OrderedDict[str, AdapterManifest] = OrderedDict()
+        self._recent: OrderedDict[str, AdapterManifest] = OrderedDict()
+        self._history_due_s = 0.0
+
+    @property
+    def has_hints(self) -> bool:
+        """A hint has not been acted upon."""
+        return bool(self._hints)
+
+    def arrive(self, manifest: AdapterManifest) -> None:
+        """A request names this adapter."""
+        self._recent[manifest.adapter_id] = manifest
+        self._recent.move_to_end(manifest.adapter_id)
+        if len(self._recent) > _MAX_REMEMBERED:
+            self._recent.popitem(last=False)
+
+    def hint(self, manifest: AdapterManifest) -> None:
+        """Somebody says that the adapter will be asked for."""
+        self._hints[manifest.adapter_id] = manifest
+        while len(self._hints) > self._limits.max_running:
+            self._hints.popitem(last=False)
+
+    def forget(self, adapter_id: str) -> None:
+        """The adapter was deleted."""
+        self._hints.pop(adapter_id, None)
+        self._recent.pop(adapter_id, None)
+
+    def guesses(self, behind: Iterable[AdapterManifest]) -> list[AdapterManifest]:
+        """Return what should come into host memory, the surest first; forgets the hints.
+
+        Args:
+            behind: adapters of waiting sequences that this step did not come to.
+        """
+        wanted = {m.adapter_id: m for m in behind} | self._hints
+        self._hints.clear()
+        return [m for i, m in wanted.items() if self._accounts.residency.state(i) is None]
+
+    def begin_loads(self, guesses: Iterable[AdapterManifest]) -> list[AdapterLoad]:
+        """Start loads of guesses, and of what is popular, while pages lie idle."""
+        residency = self._accounts.residency
+        if residency.num_loading or not self._has_room(1):
+            return []
+        loads = []
+        for manifest in (*guesses, *self._popular()):
+            layout = self._layouts.of(manifest)
+            is_absent = residency.state(manifest.adapter_id) is None
+            if is_absent and self._has_room(layout.num_pages):
+                pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
+                loads.append(AdapterLoad(manifest, layout, pages))
+            if residency.num_loading >= self._limits.max_loading:
+                break
+        return loads
+
+    def _has_room(self, num_pages: int) -> bool:
+        spared = int(_FREE_SHARE * self._accounts.allocator.num_pages)
+        return self._accounts.num_free >= num_pages + spared
+
+    def _popular(self) -> list[AdapterManifest]:
+        """Return absent adapters that were asked for lately, the most popular first."""
+        now = self._accounts.clock.now_s
+        if now < self._history_due_s:
+            return []
+        self._history_due_s = now + _HISTORY_EVERY_S
+        residency = self._accounts.residency
+        scored = [
+            (score, manifest.adapter_id, manifest)
+            for manifest in self._recent.values()
+            if residency.state(manifest.adapter_id) is None
+            and (score := residency.popularity(manifest.adapter_id)) >= _MIN_POPULARITY
+        ]
+        return [manifest for _, _, manifest in sorted(scored, reverse=True)]
