@@ -1,6 +1,6 @@
 """An adapter from a staging buffer into its pages.
 
-`pool[l, pages[i]] = staging[l, i]`: bytes are moved as they are, 16 at a time and thread, so the
+`pool[l, pages[i]] = staging[i, l]`: bytes are moved as they are, 16 at a time and thread, so the
 launch is bound by memory: it reads and writes every byte of the adapter once.
 """
 
@@ -25,11 +25,12 @@ def scatter_pages(staging: torch.Tensor, pages: torch.Tensor, pool: torch.Tensor
     """Copy staged pages of some layers to where they belong; launches one kernel.
 
     Args:
-        staging: `[L, N, page_elems]`, contiguous.
+        staging: `[N, L, page_elems]`, contiguous: a page with all its layers is one piece of host
+            memory, so that is how it crosses.
         pages: int64 `[N]`, distinct, on the same device.
         pool: `[L, P, page_elems]` of the same dtype, written; may be a slice of a pool's layers.
     """
-    L, N, page_elems = staging.shape
+    N, L, page_elems = staging.shape
     assert staging.is_contiguous()
     assert pages.shape == (N,)
     assert pool.dtype == staging.dtype
@@ -42,7 +43,7 @@ def scatter_pages(staging: torch.Tensor, pages: torch.Tensor, pool: torch.Tensor
         staging,
         pages,
         pool,
-        N,
+        L,
         pool.stride(0),
         PAGE_ELEMS=page_elems,
         BLOCK=block,
@@ -50,25 +51,25 @@ def scatter_pages(staging: torch.Tensor, pages: torch.Tensor, pool: torch.Tensor
     )
 
 
-# The number of pages differs from adapter to adapter: no variant of its own for 1, or for 16.
-@triton.jit(do_not_specialize=["num_pages"])
+# No variant of its own for a number of layers that 16 divides: the page is what addresses rest on.
+@triton.jit(do_not_specialize=["num_layers"])
 def _scatter_kernel(
     staging_ptr,
     pages_ptr,
     pool_ptr,
-    num_pages,
+    num_layers,
     pool_layer_stride,
     PAGE_ELEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`pool[l, pages[i], e] = staging[l, i, e]` for one block of `e`."""
+    """`pool[l, pages[i], e] = staging[i, l, e]` for one block of `e`."""
     blocks_per_page: tl.constexpr = (PAGE_ELEMS + BLOCK - 1) // BLOCK
-    i = tl.program_id(0) // blocks_per_page
+    i = (tl.program_id(0) // blocks_per_page).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
     e = (tl.program_id(0) % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)
     mask = e < PAGE_ELEMS
     page = tl.load(pages_ptr + i)
-    values = tl.load(staging_ptr + (layer * num_pages + i) * PAGE_ELEMS + e, mask=mask)
+    values = tl.load(staging_ptr + (i * num_layers + layer) * PAGE_ELEMS + e, mask=mask)
     tl.store(pool_ptr + layer * pool_layer_stride + page * PAGE_ELEMS + e, values, mask=mask)
 
 
@@ -89,7 +90,7 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
                 "staging_ptr": "*bf16",
                 "pages_ptr": "*i64",
                 "pool_ptr": "*bf16",
-                "num_pages": "i32",
+                "num_layers": "i32",
                 "pool_layer_stride": "i64",
             },
             constexprs={

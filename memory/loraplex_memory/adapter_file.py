@@ -13,15 +13,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from loraplex_memory.adapter_layout import AdapterRanks
 from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, Projection
+from loraplex_memory.scratch import Scratch
+from loraplex_memory.tensor_file import read_tensor_file
 
 FORMAT = "loraplex-adapter-1"
 
@@ -65,26 +65,32 @@ def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
     save_file(tensors, path, metadata={"format": FORMAT, "scales": json.dumps(scales)})
 
 
-def read_adapter_file(path: Path) -> dict[ModuleKey, LoRAPair]:
+def read_adapter_file(path: Path, scratch: Scratch | None = None) -> dict[ModuleKey, LoRAPair]:
     """Read a canonical adapter file into host memory.
 
+    Args:
+        path: the file.
+        scratch: what to read it into: the weights are gone when it is used again.
+
     Raises:
-        AdapterFileError: the file is missing, truncated, of another format or incomplete.
+        AdapterFileError: the file is missing, truncated, of another format or incomplete, or the
+            disk does not give it.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return _read_pairs(file)
-    except (OSError, SafetensorError, ValueError) as error:
+        tensors, metadata = read_tensor_file(path, scratch or Scratch())
+        return _pairs(tensors, _read_scales(metadata))
+    except (OSError, ValueError) as error:
         raise AdapterFileError(str(path), str(error)) from error
 
 
-def _read_pairs(file: Any) -> dict[ModuleKey, LoRAPair]:
-    scales = _read_scales(file.metadata() or {})
+def _pairs(
+    tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float]
+) -> dict[ModuleKey, LoRAPair]:
     names = {f"{key}.{matrix}" for key in scales for matrix in "AB"}
-    if odd := names.symmetric_difference(file.keys()):
+    if odd := names.symmetric_difference(tensors):
         raise ValueError(f"tensors and scales do not match: {', '.join(sorted(odd)[:8])}")
     return {
-        _module_key(key): LoRAPair(file.get_tensor(f"{key}.A"), file.get_tensor(f"{key}.B"), scale)
+        _module_key(key): LoRAPair(tensors[f"{key}.A"], tensors[f"{key}.B"], scale)
         for key, scale in scales.items()
     }
 

@@ -30,7 +30,7 @@ class PagePool:
         self.layout = layout
         self.num_pages = num_pages
         shape = (layout.geometry.num_layers, num_pages, layout.page_elems)
-        self.data = _zeros(shape, dtype, torch.device(device))
+        self.data = zeros(shape, dtype, torch.device(device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,12 +57,12 @@ class PagePool:
         )
 
     def write(self, pages: Sequence[int], packed: torch.Tensor) -> None:
-        """Copy a packed adapter `[L, len(pages), page_elems]` into its pages."""
+        """Copy packed pages `[L, len(pages), page_elems]`, of any strides, to where they belong."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         self.data.index_copy_(1, index, packed.to(device=self.device, dtype=self.dtype))
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros, and on a CPU commit no memory for pages that are never used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

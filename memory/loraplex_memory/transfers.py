@@ -9,19 +9,20 @@ their own stream; neither the compute stream nor the engine's thread ever waits 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final, Protocol
 
 import torch
 
+from loraplex_memory.host_pages import HostPages
 from loraplex_memory.pool import PagePool
+from loraplex_memory.scratch import Scratch
 
 #: Everything launched before it was taken; None where launching is computing.
 Fence = torch.cuda.Event | None
 
-#: `scatter(staging, pages, pool)`: `pool[l, pages[i]] = staging[l, i]` for staging `[L, N,
+#: `scatter(staging, pages, pool)`: `pool[l, pages[i]] = staging[i, l]` for staging `[N, L,
 #: page_elems]`, pages int64 `[N]` and pool `[L, P, page_elems]`, enqueued on the current stream.
 Scatter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -35,14 +36,14 @@ class PoolWriter(Protocol):
     def fence(self) -> Fence:
         """Mark what was launched so far; what comes later may not use the pages to be written."""
 
-    def buffer(self, num_pages: int) -> torch.Tensor:
-        """Return host memory to pack into, `[L, num_pages, page_elems]` of the pool's dtype.
+    def buffer(self, num_pages: int) -> HostPages:
+        """Return host memory for an adapter that has no place in the host arena.
 
         Its contents are anything; the next call may return the same memory.
         """
 
-    def write(self, pages: Sequence[int], packed: torch.Tensor, *, after: Fence) -> None:
-        """Copy a packed adapter `[L, len(pages), page_elems]` into its pages; done on return."""
+    def write(self, pages: Sequence[int], packed: HostPages, *, after: Fence) -> None:
+        """Copy a packed adapter into as many pages of the pool; done on return."""
 
 
 class DirectWriter:
@@ -50,15 +51,19 @@ class DirectWriter:
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
+        self._scratch = Scratch()
 
     def fence(self) -> Fence:
         return None
 
-    def buffer(self, num_pages: int) -> torch.Tensor:
-        return torch.empty(_packed_shape(self._pool, num_pages), dtype=self._pool.dtype)
+    def buffer(self, num_pages: int) -> HostPages:
+        slab = self._scratch.take(_slab_shape(self._pool, num_pages), self._pool.dtype)
+        return HostPages(slab, range(num_pages))
 
-    def write(self, pages: Sequence[int], packed: torch.Tensor, *, after: Fence) -> None:
-        self._pool.write(pages, packed)
+    def write(self, pages: Sequence[int], packed: HostPages, *, after: Fence) -> None:
+        assert len(pages) == len(packed)
+        for first, piece in packed.runs():
+            self._pool.write(pages[first : first + len(piece)], piece.transpose(0, 1))
 
 
 class Streams(Protocol):
@@ -104,9 +109,10 @@ class CudaStreams:
 class StreamWriter:
     """Owned by the loader; one `write` at a time, and no two buffers in use at once.
 
-    An adapter is packed in pinned memory and crosses in one contiguous copy to a staging buffer on
-    the device, from where `scatter` moves its pages: a copy per page and layer would be thousands
-    of small ones. An adapter larger than the buffers crosses in pieces, from pageable memory.
+    An adapter is packed in pinned memory, where pages that lie side by side cross in one copy to a
+    staging buffer on the device. From there `scatter` moves them to their places: a copy per page
+    and layer would be thousands of small ones. What does not fit into the staging buffer crosses
+    in several rounds. An adapter larger than the host buffer is packed in pageable memory.
 
     Args:
         pool: where the pages are.
@@ -126,41 +132,31 @@ class StreamWriter:
         self._pool = pool
         self._scatter = scatter
         self._streams = streams or CudaStreams(pool.device)
-        self._staged_pages = max(1, staging_bytes // (pool.layout.page_elems * pool.dtype.itemsize))
-        num_elems = self._staged_pages * pool.layout.page_elems
-        self._staging = torch.empty(num_elems, dtype=pool.dtype, device=pool.device)
-        self._host = torch.empty(num_elems, dtype=pool.dtype, pin_memory=pool.device.type == "cuda")
+        shape = _slab_shape(pool, max(1, staging_bytes // pool.page_bytes))
+        self._staging = torch.empty(shape, dtype=pool.dtype, device=pool.device)
+        self._host = torch.empty(shape, dtype=pool.dtype, pin_memory=pool.device.type == "cuda")
 
     def fence(self) -> Fence:
         return self._streams.fence()
 
-    def buffer(self, num_pages: int) -> torch.Tensor:
-        shape = _packed_shape(self._pool, num_pages)
-        num_elems = math.prod(shape)
-        if num_elems > self._host.numel():
-            return torch.empty(shape, dtype=self._pool.dtype)
-        return self._host[:num_elems].view(shape)
+    def buffer(self, num_pages: int) -> HostPages:
+        slab = self._host
+        if num_pages > len(slab):
+            slab = torch.empty(_slab_shape(self._pool, num_pages), dtype=self._pool.dtype)
+        return HostPages(slab, range(num_pages))
 
-    def write(self, pages: Sequence[int], packed: torch.Tensor, *, after: Fence) -> None:
-        assert packed.dtype == self._pool.dtype
-        assert packed.shape == _packed_shape(self._pool, len(pages))
+    def write(self, pages: Sequence[int], packed: HostPages, *, after: Fence) -> None:
+        assert len(pages) == len(packed)
+        assert packed.slab.dtype == self._pool.dtype
         with self._streams.copying(after):
             index = torch.tensor(pages, dtype=torch.int64).to(self._pool.device, non_blocking=True)
-            # One stream: a piece is staged when the one before has been scattered.
-            for layers, run in self._pieces(len(pages)):
-                piece = packed[layers, run]
-                staged = self._staging[: piece.numel()].view(piece.shape)
-                staged.copy_(piece, non_blocking=True)
-                self._scatter(staged, index[run], self._pool.data[layers])
-
-    def _pieces(self, num_pages: int) -> Iterator[tuple[slice, slice]]:
-        """Yield runs of layers and pages that fit into the staging buffer, each contiguous."""
-        layers = max(1, self._staged_pages // max(1, num_pages))
-        run = min(num_pages, self._staged_pages)
-        for layer in range(0, self._pool.data.shape[0], layers):
-            for first in range(0, num_pages, max(1, run)):
-                yield slice(layer, layer + layers), slice(first, first + run)
+            # One stream: a round is staged when the one before has been scattered.
+            for first in range(0, len(pages), len(self._staging)):
+                stop = min(first + len(self._staging), len(pages))
+                for start, piece in packed.part(first, stop).runs():
+                    self._staging[start : start + len(piece)].copy_(piece, non_blocking=True)
+                self._scatter(self._staging[: stop - first], index[first:stop], self._pool.data)
 
 
-def _packed_shape(pool: PagePool, num_pages: int) -> tuple[int, int, int]:
-    return pool.data.shape[0], num_pages, pool.layout.page_elems
+def _slab_shape(pool: PagePool, num_pages: int) -> tuple[int, int, int]:
+    return num_pages, pool.data.shape[0], pool.layout.page_elems

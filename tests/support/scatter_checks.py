@@ -23,10 +23,10 @@ def check_scatter(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     generator = torch.Generator().manual_seed(page_elems)
-    staging = torch.randn(num_layers, len(pages), page_elems, generator=generator).to(dtype)
+    staging = torch.randn(len(pages), num_layers, page_elems, generator=generator).to(dtype)
     pool = torch.full((num_layers, num_pages, page_elems), float("nan"), dtype=dtype)
     expected = pool.clone()
-    expected[:, pages] = staging
+    expected[:, pages] = staging.transpose(0, 1)
     pool = pool.to(device)
     scatter_pages(staging.to(device), torch.tensor(pages, device=device), pool)
     assert torch.equal(pool.cpu().nan_to_num(-77), expected.nan_to_num(-77))
@@ -50,10 +50,10 @@ def one_page_and_none_work(device: torch.device) -> None:
 
 
 def some_layers_of_a_pool_are_written_alone(device: torch.device) -> None:
-    staging = torch.arange(2 * 3 * 32, dtype=torch.float32).view(2, 3, 32)
+    staging = torch.arange(3 * 2 * 32, dtype=torch.float32).view(3, 2, 32)
     pool = torch.zeros(5, 8, 32, device=device)
     scatter_pages(staging.to(device), torch.tensor([6, 1, 2], device=device), pool[2:4])
-    assert torch.equal(pool[2:4, [6, 1, 2]].cpu(), staging)
+    assert torch.equal(pool[2:4, [6, 1, 2]].cpu(), staging.transpose(0, 1))
     assert int(pool.count_nonzero()) == int(staging.count_nonzero())
 
 
@@ -61,7 +61,7 @@ def every_bit_pattern_survives(device: torch.device) -> None:
     """Infinities, NaN payloads and denormals: a copy, not arithmetic."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     pool = torch.zeros(1, 4, 2**15, dtype=torch.bfloat16, device=device)
-    staging = bits.view(torch.bfloat16).view(1, 2, 2**15).to(device)
+    staging = bits.view(torch.bfloat16).view(2, 1, 2**15).to(device)
     scatter_pages(staging, torch.tensor([3, 1], device=device), pool)
     assert torch.equal(pool[:, [3, 1]].cpu().view(torch.int16), bits.view(1, 2, 2**15))
 
@@ -72,10 +72,10 @@ def pools_beyond_2_to_the_31_elements_are_addressed(device: torch.device) -> Non
         return
     page_elems, num_pages = 32768, 66_000
     pool = torch.zeros(2, num_pages, page_elems, dtype=torch.int8, device=device)
-    staging = torch.randint(1, 100, (2, 3, page_elems), dtype=torch.int8, device=device)
+    staging = torch.randint(1, 100, (3, 2, page_elems), dtype=torch.int8, device=device)
     pages = [num_pages - 1, 0, 65_537]
     scatter_pages(staging, torch.tensor(pages, device=device), pool)
-    assert torch.equal(pool[:, pages], staging)
+    assert torch.equal(pool[:, pages], staging.transpose(0, 1))
     assert int(pool.count_nonzero()) == staging.numel()
 
 
@@ -86,11 +86,12 @@ def a_load_waits_for_what_was_launched_before_it(device: torch.device) -> None:
     layout = PoolLayout(ModelGeometry(3, 512, 4, 2, 128, 1024))
     pool = PagePool(layout, 40, dtype=torch.bfloat16, device=device)
     pages, others = [7, 30, 0, 39, 5], [1, 6, 8, 38]
-    for staged_pages in (100, 15, 7, 2):
-        staging_bytes = staged_pages * layout.page_elems * 2
+    for staged_pages in (33, 5, 2, 0):
+        staging_bytes = staged_pages * pool.page_bytes
         writer = StreamWriter(pool, scatter_pages, staging_bytes=staging_bytes)
         expected = torch.randn(3, len(pages), layout.page_elems).to(torch.bfloat16)
-        packed = writer.buffer(len(pages)).copy_(expected)
+        packed = writer.buffer(len(pages))
+        packed.fill(expected)
         torch.cuda._sleep(200_000_000)
         pool.data.fill_(-1.0)
         fence = writer.fence()

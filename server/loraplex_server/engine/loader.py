@@ -1,34 +1,67 @@
 """Loading adapters beside the step: one thread reads, packs and copies; the step only polls.
 
+    disk --read, pack--> host arena --copy--> pages of the pool
+
 The loader writes pages that belong to adapters in state `loading`, which no plan names, so the
 running batch never waits for a disk and no lock guards the pool. Plans launched earlier may still
 use them on the device: the writer's fence holds its copies back until these are computed.
+
+Loads come first, in their order. A prefetch goes only as far as the arena, when nothing else is to
+be done, and holds a load up by no more than itself; nobody waits for it or hears of its failure.
+
+Two threads meet here: a lock guards the queues, another the arena's accounts, and neither is held
+while bytes move. Each counter has one writer.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from loraplex_memory.adapter_file import read_adapter_file
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.host_arena import HostArena
+from loraplex_memory.host_pages import HostPages
 from loraplex_memory.packing import pack_adapter
 from loraplex_memory.pool import PagePool
+from loraplex_memory.scratch import Scratch
 from loraplex_memory.transfers import DirectWriter, Fence, PoolWriter
 from loraplex_scheduler.plan import AdapterLoad
+from loraplex_server.engine.background import start_background_thread
 
 log = logging.getLogger(__name__)
+
+#: A prefetch that has waited behind so many newer ones is for requests that have come and gone.
+_MAX_PREFETCHES: Final = 8
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`error` is None when the adapter is in its pages."""
+    """`error` is None when the adapter is in its pages; `took_s` is the load itself, no queue."""
 
     adapter_id: str
     error: str | None = None
+    took_s: float = 0.0
+
+
+@dataclass
+class _Job:
+    """`load` is None of a prefetch; `is_discarded`: not to stay in the arena when it has ended."""
+
+    adapter: AdapterManifest
+    load: AdapterLoad | None = None
+    after: Fence = None
+    is_discarded: bool = False
 
 
 class AdapterLoader:
@@ -36,8 +69,12 @@ class AdapterLoader:
 
     Args:
         pool: takes the packed adapters.
-        on_done: called in the loader's thread after each load, to wake a sleeping engine.
+        on_done: called in the loader's thread after each load or prefetch, to wake a sleeping
+            engine.
         writer: how they get there; by default a plain copy, for a pool in host memory.
+        arena: where adapters stay packed in host memory; None to read each load from disk. The
+            loader owns it from here on.
+        clock: seconds.
     """
 
     def __init__(
@@ -45,16 +82,61 @@ class AdapterLoader:
         pool: PagePool,
         on_done: Callable[[], None] = lambda: None,
         writer: PoolWriter | None = None,
+        arena: HostArena | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._layout = pool.layout
         self._dtype = pool.dtype
         self._on_done = on_done
         self._writer = writer or DirectWriter(pool)
-        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self.num_outstanding = 0
-        """Loads submitted whose result `poll` has not returned."""
+        self._arena = arena
+        self._clock = clock
+        self._file_memory = Scratch()
+        self._pack_memory = Scratch()
+        # None: a prefetch has ended.
+        self._results: queue.SimpleQueue[LoadResult | None] = queue.SimpleQueue()
+        self._lock = threading.Condition()
+        self._loads: deque[_Job] = deque()
+        self._prefetches: OrderedDict[str, _Job] = OrderedDict()
+        self._current: _Job | None = None
+        self._is_closing = False
+        self._num_unreported = 0
+        # Written by the engine's thread, in `poll`.
         self.num_loads = 0
         self.num_failures = 0
+        self.load_s = 0.0
+        """Seconds that successful loads took, without their time in the queue."""
+        # Written by the loader's thread.
+        self.num_prefetches = 0
+        """Prefetches that brought an adapter into the arena."""
+        self._thread = start_background_thread("adapter-loader", self._work)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Loads that `poll` has not returned, and prefetches that have not ended."""
+        with self._lock:
+            current = self._current
+            is_prefetching = current is not None and current.load is None
+            return self._num_unreported + len(self._prefetches) + is_prefetching
+
+    @property
+    def num_host_hits(self) -> int:
+        """Loads that found their adapter in the arena."""
+        return self._arena.num_hits if self._arena else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the arena that adapters take."""
+        return self._arena.used_bytes if self._arena else 0
+
+    @property
+    def host_capacity_bytes(self) -> int:
+        return self._arena.capacity_bytes if self._arena else 0
+
+    def host_adapters(self) -> tuple[str, ...]:
+        """Return the ids of the adapters in the arena."""
+        return self._arena.adapter_ids() if self._arena else ()
 
     def submit(self, load: AdapterLoad) -> None:
         """Start a load; its result appears in `poll`.
@@ -62,37 +144,140 @@ class AdapterLoader:
         To be called when every step that may use its pages has been launched, and from the thread
         (and on the stream) that launches them.
         """
-        self._thread.submit(self._run, load, self._writer.fence())
-        self.num_outstanding += 1
+        job = _Job(load.adapter, load, self._writer.fence())
+        with self._lock:
+            self._num_unreported += 1
+            self._loads.append(job)
+            self._lock.notify()
+
+    def prefetch(self, adapter: AdapterManifest) -> None:
+        """Bring an adapter into the arena when there is time; the newest few requests count.
+
+        Does nothing if it is there, or on its way in either queue, or if there is no arena.
+        """
+        adapter_id = adapter.adapter_id
+        if self._arena is None or adapter_id in self._arena:
+            return
+        with self._lock:
+            if adapter_id in self._prefetches or any(self._jobs_of(adapter_id)):
+                return
+            self._prefetches[adapter_id] = _Job(adapter)
+            if len(self._prefetches) > _MAX_PREFETCHES:
+                self._prefetches.popitem(last=False)
+            self._lock.notify()
+
+    def discard(self, adapter_id: str) -> None:
+        """Forget an adapter in host memory: now, or when the loads that name it have ended."""
+        with self._lock:
+            self._prefetches.pop(adapter_id, None)
+            for job in self._jobs_of(adapter_id):
+                job.is_discarded = True
+        if self._arena is not None:
+            self._arena.discard(adapter_id)
 
     def poll(self, timeout_s: float = 0.0) -> list[LoadResult]:
-        """Return the loads that ended; wait up to `timeout_s` for the first one."""
-        results: list[LoadResult] = []
+        """Return the loads that ended; wait up to `timeout_s` for the first one.
+
+        The end of a prefetch ends the waiting, too.
+        """
+        ended: list[LoadResult | None] = []
         try:
-            results.append(self._results.get(block=timeout_s > 0, timeout=timeout_s or None))
+            ended.append(self._results.get(block=timeout_s > 0, timeout=timeout_s or None))
             while True:
-                results.append(self._results.get_nowait())
+                ended.append(self._results.get_nowait())
         except queue.Empty:
             pass
-        self.num_outstanding -= len(results)
-        self.num_loads += sum(result.error is None for result in results)
-        self.num_failures += sum(result.error is not None for result in results)
+        results = [result for result in ended if result is not None]
+        with self._lock:
+            self._num_unreported -= len(results)
+        for result in results:
+            if result.error is None:
+                self.num_loads += 1
+                self.load_s += result.took_s
+            else:
+                self.num_failures += 1
         return results
 
     def close(self) -> None:
-        """Finish the load under way, drop the queued ones."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Finish the load under way, drop the queued ones, and give the arena up."""
+        with self._lock:
+            self._is_closing = True
+            self._lock.notify()
+        self._thread.join()
+        if self._arena is not None:
+            self._arena.close()
 
-    def _run(self, load: AdapterLoad, after: Fence) -> None:
-        adapter_id = load.adapter.adapter_id
+    def _jobs_of(self, adapter_id: str) -> Iterator[_Job]:
+        """Yield the loads of an adapter, and what is under way."""
+        for job in (*self._loads, self._current):
+            if job is not None and job.adapter.adapter_id == adapter_id:
+                yield job
+
+    # ---- in the loader's thread ----------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            result = self._run(job)
+            with self._lock:
+                self._current = None
+            if job.is_discarded and self._arena is not None:
+                self._arena.discard(job.adapter.adapter_id)
+            self._results.put(result)
+            self._on_done()
+
+    def _next(self) -> _Job | None:
+        """Wait for the next job and return it; None to stop."""
+        with self._lock:
+            while not (self._is_closing or self._loads or self._prefetches):
+                self._lock.wait()
+            if self._is_closing:
+                return None
+            if self._loads:
+                self._current = self._loads.popleft()
+            else:
+                _, self._current = self._prefetches.popitem(last=False)
+            return self._current
+
+    def _run(self, job: _Job) -> LoadResult | None:
+        """Do a job; None of a prefetch, whatever became of it."""
+        adapter_id = job.adapter.adapter_id
+        started = self._clock()
+        error = None
         try:
-            weights = read_adapter_file(Path(load.adapter.path))
-            buffer = self._writer.buffer(load.layout.num_pages)
-            packed = pack_adapter(weights, load.layout, dtype=self._dtype, out=buffer)
-            self._writer.write(load.pages, packed, after=after)
-            result = LoadResult(adapter_id)
-        except Exception as error:  # noqa: BLE001  (a thread's top frame: becomes a failed load)
-            log.warning("adapter %s could not be loaded: %s", adapter_id, error)
-            result = LoadResult(adapter_id, f"the adapter could not be loaded: {error}")
-        self._results.put(result)
-        self._on_done()
+            if job.load is None:
+                self._prefetch(job.adapter)
+            else:
+                self._load(job.load, job.after)
+        except Exception as reason:  # noqa: BLE001  (a thread's top frame: becomes a failed load)
+            log.warning("adapter %s could not be loaded: %s", adapter_id, reason)
+            error = f"the adapter could not be loaded: {reason}"
+        if job.load is None:
+            return None
+        return LoadResult(adapter_id, error, self._clock() - started)
+
+    def _load(self, load: AdapterLoad, after: Fence) -> None:
+        with self._held(load.adapter, load.layout) as held:
+            if held is None:
+                held = self._writer.buffer(load.layout.num_pages)
+                self._fill(held, load.adapter, load.layout)
+            self._writer.write(load.pages, held, after=after)
+
+    def _prefetch(self, adapter: AdapterManifest) -> None:
+        """Leave an adapter in the arena; nothing if a load has brought it there meanwhile."""
+        if self._arena is not None and adapter.adapter_id not in self._arena:
+            with self._held(adapter, AdapterLayout(self._layout, adapter.ranks)) as held:
+                self.num_prefetches += held is not None
+
+    def _held(
+        self, adapter: AdapterManifest, layout: AdapterLayout
+    ) -> AbstractContextManager[HostPages | None]:
+        """Return the adapter's pages in the arena, read from disk if need be; None for no room."""
+        if self._arena is None:
+            return nullcontext()
+        fill = functools.partial(self._fill, adapter=adapter, layout=layout)
+        return self._arena.hold(adapter.adapter_id, layout.num_pages, self._clock(), fill)
+
+    def _fill(self, pages: HostPages, adapter: AdapterManifest, layout: AdapterLayout) -> None:
+        weights = read_adapter_file(Path(adapter.path), self._file_memory)
+        packed = pack_adapter(weights, layout, dtype=self._dtype, scratch=self._pack_memory)
+        pages.fill(packed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from loraplex_memory.adapter_file import read_adapter_file
+from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import ModelGeometry, PoolLayout
@@ -16,7 +17,7 @@ from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import DirectWriter
 from loraplex_scheduler.plan import AdapterLoad
 from loraplex_server.engine.loader import AdapterLoader
-from tests.support.engine import save_adapter
+from tests.support.kernel_cases import make_weights
 
 GEOMETRY = ModelGeometry(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48
@@ -38,7 +39,9 @@ class HeldWriter(DirectWriter):
         return len(self.fence_threads)
 
     def buffer(self, num_pages):
-        return super().buffer(num_pages).fill_(float("nan"))
+        buffer = super().buffer(num_pages)
+        buffer.slab.fill_(float("nan"))
+        return buffer
 
     def write(self, pages, packed, *, after):
         self.waited_for.append(after)
@@ -65,14 +68,23 @@ def start():
         loader.close()
 
 
+def save(path, rank: int = 2, seed: int = 0) -> AdapterManifest:
+    """Write an adapter on every linear; it is called as its file is."""
+    ranks = ((rank,) * 7,) * GEOMETRY.num_layers
+    write_adapter_file(path, make_weights(GEOMETRY, ranks, torch.Generator().manual_seed(seed)))
+    return AdapterManifest(path.name, str(path), ranks)
+
+
 def make_load(tmp_path, name: str, first_page: int, rank: int = 2) -> AdapterLoad:
-    manifest = save_adapter(tmp_path, GEOMETRY, name=name, rank=rank, seed=first_page)
+    manifest = save(tmp_path / name, rank=rank, seed=first_page)
     layout = AdapterLayout(LAYOUT, manifest.ranks)
     return AdapterLoad(manifest, layout, tuple(range(first_page, first_page + layout.num_pages)))
 
 
 def packed_of(load: AdapterLoad) -> torch.Tensor:
-    return pack_adapter(read_adapter_file(load.adapter.path), load.layout, dtype=torch.float32)
+    return pack_adapter(
+        read_adapter_file(Path(load.adapter.path)), load.layout, dtype=torch.float32
+    )
 
 
 def test_a_load_is_in_its_pages_when_it_is_reported(pool, start, tmp_path):

@@ -1,0 +1,39 @@
+"""A thread that works beside the engine's steps and gives way to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+#: On the scale from 0 to 19: what is left over, and a sixty-eighth of a core where nothing is.
+_NICENESS: Final = 19
+
+
+def start_background_thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """Start `run` in a thread of low priority, in which torch uses no further threads.
+
+    On two cores a step takes both; a thread of equal priority, or worse one with a second team of
+    torch's threads, would take its share from every step.
+    """
+    num_threads = torch.get_num_threads()  # settles the caller's own number before it is changed
+    is_settled = threading.Event()
+
+    def start() -> None:
+        torch.get_num_threads()  # settles this thread's; later, that would undo the next line
+        torch.set_num_threads(1)
+        is_settled.set()
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        run()
+
+    thread = threading.Thread(target=start, name=name, daemon=True)
+    thread.start()
+    is_settled.wait()
+    # The number is each thread's own, but for threads yet to come it is the one that was set last.
+    torch.set_num_threads(num_threads)
+    return thread
