@@ -22,6 +22,12 @@ _CPU_POOL_CAP_BYTES: Final = 4 << 30
 #: On a GPU nobody else needs the memory; the rest is for fragments and the driver.
 _GPU_POOL_SHARE: Final = 0.92
 
+#: The share of the memory that is free, once the pool is there, for adapters packed in host memory.
+#: Pinned memory is taken at once; a CPU's is committed when it is first written, and competes with
+#: the disk's cache for what the adapter files are read from.
+_HOST_SHARE: Final = {"cpu": 0.1, "cuda": 0.25}
+_CPU_HOST_CAP_BYTES: Final = 2 << 30
+
 #: Compute capability of Ampere: asynchronous copies, and bfloat16 in the tensor cores.
 _OLDEST_GPU: Final = (8, 0)
 
@@ -116,6 +122,21 @@ def choose_num_pages(pool_bytes: int, layout: PoolLayout, elem_bytes: int) -> in
             f"{layout.page_bytes(elem_bytes)}: give the pool more memory"
         )
     return num_pages
+
+
+def choose_host_pages(
+    host_bytes: int | None, layout: PoolLayout, elem_bytes: int, device: torch.device
+) -> int:
+    """Return how many pages of packed adapters host memory holds.
+
+    Args:
+        host_bytes: as set: 0 for none, and None to take a share of the memory that is free now.
+    """
+    if host_bytes is None:
+        host_bytes = int(_HOST_SHARE[device.type] * available_bytes())
+        if device.type == "cpu":
+            host_bytes = min(host_bytes, _CPU_HOST_CAP_BYTES)
+    return host_bytes // layout.page_bytes(elem_bytes)
 
 
 def choose_limits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_server import sizing
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError
@@ -77,3 +78,24 @@ def test_a_cpus_pool_is_capped(monkeypatch):
     assert sizing.auto_pool_bytes(CPU) == 2 * GIB
     monkeypatch.setattr(sizing, "available_bytes", lambda: 800 * GIB)
     assert sizing.auto_pool_bytes(CPU) == 4 * GIB
+
+
+LAYOUT = PoolLayout(ModelGeometry(4, 64, 4, 2, 16, 128), page_tokens=16)
+PAGE_BYTES = LAYOUT.page_bytes(2)
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "expected"),
+    [(CPU, 8 * GIB, int(0.8 * GIB)), (CPU, 800 * GIB, 2 * GIB), (CUDA, 800 * GIB, 200 * GIB)],
+)
+def test_host_memory_for_adapters_is_a_share_of_what_is_free(monkeypatch, device, free, expected):
+    monkeypatch.setattr(sizing, "available_bytes", lambda: free)
+    assert sizing.choose_host_pages(None, LAYOUT, 2, device) == expected // PAGE_BYTES
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_host_memory_that_is_set_is_taken_and_may_be_none(monkeypatch, device):
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 1 * GIB)
+    assert sizing.choose_host_pages(10 * GIB, LAYOUT, 2, device) == 10 * GIB // PAGE_BYTES
+    assert sizing.choose_host_pages(PAGE_BYTES - 1, LAYOUT, 2, device) == 0
+    assert sizing.choose_host_pages(0, LAYOUT, 2, device) == 0
