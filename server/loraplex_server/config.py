@@ -9,15 +9,31 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
+
+from loraplex_server.setting_values import (
+    Parser,
+    choice_of,
+    integer_of,
+    or_auto,
+    or_word,
+    parse_folder,
+    parse_header_name,
+    parse_seconds,
+    parse_secret,
+    parse_size,
+    parse_switch,
+    parse_text,
+    parse_wait,
+    parse_weights,
+)
 
 ENV_PREFIX: Final = "LORAPLEX_"
 
@@ -33,97 +49,14 @@ _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
 #: Settings without a flag: every user of the machine can read a program's arguments.
 SECRETS: Final = frozenset({"api_key"})
 
-Parser = Callable[[Any], Any]
-
 
 class ConfigError(Exception):
     """A setting is unknown or has an impossible value; the message names it and where it was."""
 
 
-def _text(raw: Any) -> str:
-    if not isinstance(raw, str) or not raw:
-        raise ValueError("a non-empty text")
-    return raw
-
-
-def _secret(raw: Any) -> str:
-    key = raw.strip() if isinstance(raw, str) else ""
-    if not key or not all("!" <= char <= "~" for char in key):
-        raise ValueError("a text of printable ASCII characters without spaces")
-    return str(key)
-
-
-def _folder(raw: Any) -> Path:
-    return Path(_text(raw)).expanduser().absolute()
-
-
-def _choice(*options: str) -> Parser:
-    def parse(raw: Any) -> str:
-        if raw not in options:
-            raise ValueError("one of " + ", ".join(options))
-        return str(raw)
-
-    return parse
-
-
-def _integer(low: int, high: int | None = None) -> Parser:
-    expected = f"a whole number of at least {low}" + (f", at most {high}" if high else "")
-
-    def parse(raw: Any) -> int:
-        if isinstance(raw, bool) or not re.fullmatch(r"[+-]?\d+", str(raw)):
-            raise ValueError(expected)
-        value = int(raw)
-        if value < low or (high is not None and value > high):
-            raise ValueError(expected)
-        return value
-
-    return parse
-
-
-def _seconds(raw: Any) -> float:
-    try:
-        value = math.nan if isinstance(raw, bool) else float(raw)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError("a number of seconds above 0")
-    return value
-
-
-_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-
-
-def _size(raw: Any) -> int:
-    """Parse a number of bytes such as `1073741824`, `512MiB` or `1.5 GB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(raw).strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise ValueError("a size such as 512MiB or 2GB")
-    return size
-
-
-def _or_auto(parse: Parser) -> Parser:
-    """Accept `auto` as well, which becomes None."""
-
-    def parse_or_auto(raw: Any) -> Any:
-        if raw == "auto":
-            return None
-        try:
-            return parse(raw)
-        except ValueError as error:
-            raise ValueError(f"auto, or {error}") from None
-
-    return parse_or_auto
-
-
 def _setting(parse: Parser, default: Any, group: str, help_text: str, shape: str = "N") -> Any:
     metadata = {"parse": parse, "group": group, "help": help_text, "shape": shape}
-    if parse is _secret:
+    if parse is parse_secret:
         return field(default=default, repr=False, metadata=metadata)
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -142,69 +75,155 @@ class Config:
     """All settings, checked; None stands for `auto`."""
 
     model: str | None = _setting(
-        _text,
+        parse_text,
         None,
         "model",
         "folder, GGUF file or hub id (default: SmolLM2-135M-Instruct)",
         "MODEL",
     )
     served_model_name: str | None = _setting(
-        _text, None, "model", "the base model's name in the API (default: derived)", "NAME"
+        parse_text, None, "model", "the base model's name in the API (default: derived)", "NAME"
     )
     dtype: str = _setting(
-        _choice("auto", "float32", "bfloat16"), "auto", "model", "arithmetic of the model", "TYPE"
+        choice_of("auto", "float32", "bfloat16"), "auto", "model", "arithmetic of the model", "TYPE"
     )
     device: str = _setting(
-        _choice("auto", "cpu", "cuda"), "auto", "model", "where it runs; auto: a GPU if any", "TYPE"
+        choice_of("auto", "cpu", "cuda"),
+        "auto",
+        "model",
+        "where it runs; auto: a GPU if any",
+        "TYPE",
     )
     max_model_len: int | None = _setting(
-        _or_auto(_integer(1)), None, "model", "most tokens of prompt and answer; auto: the model's"
+        or_auto(integer_of(1)), None, "model", "most tokens of prompt and answer; auto: the model's"
     )
-    threads: int = _setting(_integer(0), 0, "model", "CPU threads of the engine; 0: all cores")
+    threads: int = _setting(integer_of(0), 0, "model", "CPU threads of the engine; 0: all cores")
 
     page_tokens: int = _setting(
-        _integer(1, 1024), 16, "memory", "tokens whose keys and values fill one page"
+        integer_of(1, 1024), 16, "memory", "tokens whose keys and values fill one page"
     )
     pool_bytes: int | None = _setting(
-        _or_auto(_size),
+        or_auto(parse_size),
         None,
         "memory",
         "size of the page pool, e.g. 512MiB; auto: by memory",
         "SIZE",
     )
     max_step_tokens: int | None = _setting(
-        _or_auto(_integer(1)), None, "memory", "most tokens of one step; auto: 512, on a GPU 2048"
+        or_auto(integer_of(1)), None, "memory", "most tokens of one step; auto: 512, on a GPU 2048"
     )
     max_running: int | None = _setting(
-        _or_auto(_integer(1)), None, "memory", "most sequences of one step; auto: 64, on a GPU 256"
+        or_auto(integer_of(1)), None, "memory", "most sequences of one step; auto: 64, on a GPU 256"
+    )
+    host_bytes: int | None = _setting(
+        or_auto(or_word("0", 0, parse_size)),
+        None,
+        "memory",
+        "host memory that keeps adapters near the pool; auto: by memory, 0: none",
+        "SIZE",
+    )
+    prefix_cache: bool = _setting(
+        parse_switch, True, "memory", "keep the KV of prompts for others that begin alike", "ON/OFF"
+    )
+    eviction: str = _setting(
+        choice_of("cost", "lru", "drop-unused"),
+        "cost",
+        "memory",
+        "who leaves the pool first: the cheapest to miss (cost), the least recently used (lru), or "
+        "whoever has no user (drop-unused)",
+        "POLICY",
+    )
+
+    order: str = _setting(
+        choice_of("vtc", "vtc-adapter", "fcfs", "lcfs", "edf"),
+        "vtc",
+        "scheduling",
+        "who is served next: fair shares of tenants (vtc) or adapters (vtc-adapter), first come "
+        "(fcfs), last come (lcfs), earliest deadline (edf)",
+        "POLICY",
+    )
+    admission: str = _setting(
+        choice_of("expected", "greedy", "worst-case"),
+        "expected",
+        "scheduling",
+        "what to set aside for answers: their expected length, nothing (greedy), or all they may "
+        "take, which never preempts (worst-case)",
+        "POLICY",
+    )
+    cluster_wait_s: float = _setting(
+        parse_wait,
+        0.0,
+        "scheduling",
+        "how long a request may wait for company on its adapter; 0: not at all",
+        "S",
+    )
+    ttft_slo_s: float | None = _setting(
+        or_word("off", None, parse_seconds),
+        None,
+        "scheduling",
+        "answer 429 rather than a first token later than this; default: off",
+        "S",
     )
 
     data_dir: Path = _setting(  # noqa: RUF009 - returns a field, as dataclasses.field does
-        _folder, default_data_dir, "adapters", "where adapters are stored", "FOLDER"
+        parse_folder,
+        default_data_dir,
+        "adapters",
+        "where adapters are stored; default: ~/.loraplex",
+        "FOLDER",
     )
     max_adapter_rank: int = _setting(
-        _integer(1, 256), 256, "adapters", "refuse adapters of a higher rank"
+        integer_of(1, 256), 256, "adapters", "refuse adapters of a higher rank"
     )
     max_upload_bytes: int = _setting(
-        _size, 2**30, "adapters", "refuse larger uploads, e.g. 1GiB", "SIZE"
+        parse_size, 2**30, "adapters", "refuse larger uploads, e.g. 1GiB", "SIZE"
     )
 
-    host: str = _setting(_text, "127.0.0.1", "service", "address to listen on", "HOST")
-    port: int = _setting(_integer(0, 65535), 8000, "service", "port to listen on; 0: any free one")
+    host: str = _setting(parse_text, "127.0.0.1", "service", "address to listen on", "HOST")
+    port: int = _setting(
+        integer_of(0, 65535), 8000, "service", "port to listen on; 0: any free one"
+    )
     api_key: str | None = _setting(
-        _secret, None, "service", "refuse requests without this key", "KEY"
+        parse_secret, None, "service", "refuse requests without this key", "KEY"
     )
     request_timeout_s: float = _setting(
-        _seconds, 600.0, "service", "end a request after so many seconds", "S"
+        parse_seconds, 600.0, "service", "end a request after so many seconds", "S"
     )
     max_queued: int = _setting(
-        _integer(0), 1024, "service", "answer 429 when more sequences wait than this"
+        integer_of(0), 1024, "service", "answer 429 when more sequences wait than this"
+    )
+    tenant_header: str | None = _setting(
+        parse_header_name,
+        None,
+        "service",
+        "header that names the tenant, set by a gateway you trust; default: everybody is one",
+        "NAME",
+    )
+    tenant_weights: Mapping[str, float] = _setting(
+        parse_weights,
+        dict,
+        "service",
+        "shares under order vtc, e.g. gold=3,free=1; default: 1 for each",
+        "WEIGHTS",
+    )
+    tenant_tokens_per_minute: int = _setting(
+        integer_of(0), 0, "service", "answer 429 when a tenant asks for more; 0: no limit"
+    )
+    max_queued_per_tenant: int = _setting(
+        integer_of(0),
+        0,
+        "service",
+        "answer 429 when more of a tenant's sequences wait; 0: no limit but max_queued",
     )
     shutdown_grace_s: int = _setting(
-        _integer(0), 20, "service", "let running requests finish so long when stopping", "S"
+        integer_of(0), 20, "service", "let running requests finish so long when stopping", "S"
     )
     log_level: str = _setting(
-        _choice("debug", "info", "warning", "error"), "info", "service", "how much to log", "LEVEL"
+        choice_of("debug", "info", "warning", "error"),
+        "info",
+        "service",
+        "how much to log",
+        "LEVEL",
     )
 
 
@@ -226,7 +245,17 @@ def load_config(argv: Sequence[str], env: Mapping[str, str]) -> Config:
     for source, raw_values in (("file", from_file), ("env", from_env), ("flag", flags)):
         for name, raw in raw_values.items():
             values[name] = _parse(name, raw, where=_spelling(source, name))
-    return Config(**values)
+    config = Config(**values)
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Refuse settings that others make meaningless."""
+    if config.tenant_weights and config.tenant_header is None:
+        raise ConfigError("tenant_weights means nothing without tenant_header")
+    if config.tenant_weights and config.order != "vtc":
+        raise ConfigError(f"tenant_weights means nothing with order {config.order}; use vtc")
 
 
 def _parse(name: str, raw: Any, where: str) -> Any:
@@ -333,14 +362,16 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 
 def _flag_help(setting: Field[Any]) -> str:
     text = str(setting.metadata["help"])
-    if setting.default is MISSING:
-        return f"{text} (default: ~/.loraplex)"
+    if "default:" in text:
+        return text
     if setting.default is None:
-        return text if "default:" in text else f"{text} (default: auto)"
+        return f"{text} (default: auto)"
     return f"{text} (default: {_shown(setting.default)})"
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, int) and value >= 2**20 and value % 2**20 == 0:

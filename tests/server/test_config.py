@@ -44,6 +44,25 @@ def test_the_file_can_be_named_by_the_environment(tmp_path):
         ([], {}, "port = true", "key `port` of the configuration file must be"),
         ([], {}, 'pool_bytes = "many"', "auto, or a size such as 512MiB"),
         ([], {}, "request_timeout_s = 0", "number of seconds above 0"),
+        (["--ttft-slo-s", "0"], {}, "", "off, or a number of seconds above 0"),
+        (["--cluster-wait-s", "-1"], {}, "", "a number of seconds, 0 or above"),
+        (["--cluster-wait-s", "nan"], {}, "", "a number of seconds, 0 or above"),
+        (["--host-bytes", "-1"], {}, "", "auto, or 0, or a size such as 512MiB"),
+        (["--prefix-cache", "yes"], {}, "", "--prefix-cache must be on or off"),
+        (["--order", "fair"], {}, "", "one of vtc, vtc-adapter, fcfs, lcfs, edf"),
+        (["--tenant-header", "x tenant"], {}, "", "the name of an HTTP header"),
+        (["--tenant-weights", "gold"], {}, "", "names with weights above 0"),
+        (["--tenant-weights", "gold=0"], {}, "", "names with weights above 0"),
+        (["--tenant-weights", "=1"], {}, "", "names with weights above 0"),
+        (["--tenant-weights", "a=1,a=2"], {}, "", "names with weights above 0"),
+        ([], {}, "tenant_weights = 3", "names with weights above 0"),
+        (["--tenant-weights", "a=1"], {}, "", "nothing without tenant_header"),
+        (
+            ["--tenant-weights", "a=1", "--tenant-header", "x", "--order", "fcfs"],
+            {},
+            "",
+            "nothing with order fcfs",
+        ),
         ([], {}, "port = ", "is not TOML"),
         (["--port"], {}, "", "expected one argument"),
     ],
@@ -101,6 +120,41 @@ def test_the_key_comes_from_the_environment_or_the_file_and_is_never_shown(tmp_p
 )
 def test_sizes_are_read_with_their_units(text, size):
     assert load_config(["--pool-bytes", text], {}).pool_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("--host-bytes", "auto", None),
+        ("--host-bytes", "0", 0),
+        ("--host-bytes", "1GiB", 1 << 30),
+        ("--prefix-cache", "off", False),
+        ("--prefix-cache", "on", True),
+        ("--cluster-wait-s", "0", 0.0),
+        ("--cluster-wait-s", "0.05", 0.05),
+        ("--ttft-slo-s", "off", None),
+        ("--ttft-slo-s", "1.5", 1.5),
+        ("--order", "edf", "edf"),
+        ("--eviction", "lru", "lru"),
+        ("--admission", "worst-case", "worst-case"),
+        ("--tenant-header", "X-Tenant", "x-tenant"),
+        ("--tenant-tokens-per-minute", "60000", 60000),
+        ("--max-queued-per-tenant", "8", 8),
+    ],
+)
+def test_words_and_numbers_of_memory_and_scheduling_are_read(flag, text, value):
+    config = load_config([flag, text], {})
+    assert getattr(config, flag.removeprefix("--").replace("-", "_")) == value
+
+
+def test_a_toml_file_may_say_them_in_its_own_types(tmp_path):
+    lines = ["prefix_cache = false", "host_bytes = 0", 'tenant_header = "x-tenant"']
+    path = write_toml(tmp_path, "\n".join([*lines, "tenant_weights = {gold = 3, free = 0.5}"]))
+    config = load_config(["--config", path], {})
+    assert (config.prefix_cache, config.host_bytes) == (False, 0)
+    assert config.tenant_weights == {"gold": 3.0, "free": 0.5}
+    flags = ["--config", path, "--tenant-weights", "gold=2, new=1"]
+    assert load_config(flags, {}).tenant_weights == {"gold": 2.0, "new": 1.0}
 
 
 def test_every_setting_has_a_flag_unless_it_is_secret_and_is_in_the_help(capsys):
