@@ -8,8 +8,10 @@ gets exactly one terminal event, a cancelled one on the next step.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import (
     EndEvent,
     Event,
@@ -74,12 +76,17 @@ class FakeEngine:
         self.reply: Callable[[Request], Sequence[int]] = lambda request: request.prompt_token_ids
         #: How a request ends at once, instead of being answered.
         self.end_with: EndEvent | None = None
-        #: Ends every request after so many tokens, with `end_with`.
+        #: Ends requests after so many tokens, with `end_with`.
         self.end_after = 0
+        #: Which requests end so.
+        self.is_ending: Callable[[Request], bool] = lambda request: True
+        #: Tokens of a prompt that were found in the prefix cache.
+        self.num_cached: Callable[[Request], int] = lambda request: 0
         self.submitted: list[Request] = []
         self.cancelled: set[str] = set()
         self.ended: dict[str, FinishReason] = {}
         self.discarded: list[str] = []
+        self.prefetched: list[AdapterManifest] = []
 
     @property
     def info(self) -> EngineInfo:
@@ -97,8 +104,7 @@ class FakeEngine:
         self.cancelled.update(request.request_id for request in self.submitted)
 
     def submit(self, requests: Sequence[Request]) -> FakeStream:
-        if self.state is not EngineState.READY:
-            raise EngineUnavailable(reason=f"the engine is {self.state.value}", retry_after_s=5.0)
+        self._check_ready()
         self.submitted += requests
         stream = FakeStream(self, [request.request_id for request in requests])
         for request in requests:
@@ -110,15 +116,21 @@ class FakeEngine:
     def discard_adapter(self, adapter_id: str) -> None:
         self.discarded.append(adapter_id)
 
+    def prefetch(self, manifest: AdapterManifest) -> None:
+        self._check_ready()
+        self.prefetched.append(manifest)
+
+    def _check_ready(self) -> None:
+        if self.state is not EngineState.READY:
+            raise EngineUnavailable(reason=f"the engine is {self.state.value}", retry_after_s=5.0)
+
     async def _answer(self, request: Request, stream: FakeStream) -> None:
         for num_sent, event in enumerate(self._events(request)):
             await asyncio.sleep(self.step_s)
             if request.request_id in self.cancelled:
                 event = EndEvent(request.request_id, FinishReason.CANCELLED)
-            elif self.end_with is not None and num_sent >= self.end_after:
-                event = EndEvent(
-                    request.request_id, self.end_with.finish_reason, self.end_with.message
-                )
+            elif self.end_with and num_sent >= self.end_after and self.is_ending(request):
+                event = dataclasses.replace(self.end_with, request_id=request.request_id)
             if event.finish_reason is not None:
                 self.ended[request.request_id] = event.finish_reason
             stream.push(event)
@@ -130,14 +142,16 @@ class FakeEngine:
         if not request.sampling.ignore_eos:
             token_ids.append(END_TOKEN)
         token_ids = (token_ids * request.sampling.max_tokens)[: request.sampling.max_tokens]
-        events = []
+        events: list[TokenEvent] = []
         for num_sent, token_id in enumerate(token_ids, start=1):
             token = SampledToken(token_id, self._logprobs(request, token_id))
+            num_cached = self.num_cached(request) if num_sent == 1 else 0
+            reason = FinishReason.LENGTH if num_sent == request.sampling.max_tokens else None
             if token_id == END_TOKEN and not request.sampling.ignore_eos:
-                return [*events, TokenEvent(request.request_id, token, FinishReason.STOP)]
-            is_last = num_sent == request.sampling.max_tokens
-            reason = FinishReason.LENGTH if is_last else None
-            events.append(TokenEvent(request.request_id, token, reason))
+                reason = FinishReason.STOP
+            events.append(TokenEvent(request.request_id, token, reason, num_cached))
+            if reason is FinishReason.STOP:
+                break
         return events
 
     def _logprobs(self, request: Request, token_id: int) -> TokenLogprobs | None:

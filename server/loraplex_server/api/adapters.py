@@ -19,6 +19,7 @@ from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.errors import InvalidRequest, TooManyUploads, UploadStalled
+from loraplex_server.api.pool_map import Tiers
 from loraplex_server.api.upload import UploadForm, UploadReceiver, boundary_of
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.engine.handle import EngineHandle
@@ -45,7 +46,9 @@ def adapters_router(
     engine: EngineHandle,
     catalog: AdapterCatalog,
     adapter_names: AdapterNames,
+    base_names: tuple[str, ...],
     max_upload_bytes: int,
+    has_host_tier: bool,
 ) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter(tags=["adapters"])
@@ -58,7 +61,9 @@ def adapters_router(
             record, is_new = await uploads.accept(request)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
-        return JSONResponse(_record_body(record, engine), status_code=201 if is_new else 200)
+        return JSONResponse(
+            _record_body(record, Tiers(engine.stats)), status_code=201 if is_new else 200
+        )
 
     @router.get("/v1/adapters")
     async def list_adapters(
@@ -66,10 +71,10 @@ def adapters_router(
     ) -> dict[str, Any]:
         """List adapters by name, those behind the name `after`."""
         records = await asyncio.to_thread(catalog.list, limit=limit + 1, after=after)
-        shown = records[:limit]
+        shown, tiers = records[:limit], Tiers(engine.stats)
         return {
             "object": "list",
-            "data": [_record_body(record, engine) for record in shown],
+            "data": [_record_body(record, tiers) for record in shown],
             "has_more": len(records) > limit,
             "last": shown[-1].name if shown else None,
         }
@@ -77,7 +82,7 @@ def adapters_router(
     @router.get("/v1/adapters/{name:path}")
     async def get_adapter(name: str) -> dict[str, Any]:
         """Describe one adapter."""
-        return _record_body(await asyncio.to_thread(catalog.get, name), engine)
+        return _record_body(await asyncio.to_thread(catalog.get, name), Tiers(engine.stats))
 
     @router.delete("/v1/adapters/{name:path}")
     async def delete_adapter(name: str) -> dict[str, Any]:
@@ -85,6 +90,23 @@ def adapters_router(
         record = await asyncio.to_thread(catalog.delete, name)
         adapter_names.forget(record.id, name)
         return {"object": "adapter.deleted", "name": name, "id": record.id, "deleted": True}
+
+    @router.post("/v1/adapters/{name:path}/prefetch", status_code=202)
+    async def prefetch_adapter(name: str) -> dict[str, Any]:
+        """Hint that requests for the adapter will come soon; answers before anything is moved."""
+        if name in base_names:
+            raise InvalidRequest("the base model is always there; name an adapter", param="name")
+        lease = await asyncio.to_thread(catalog.acquire, name)
+        try:
+            tier = Tiers(engine.stats).of(lease.record.id)
+            if tier == "disk" and not has_host_tier:
+                raise InvalidRequest("this server keeps no adapters in host memory (host_bytes 0)")
+            adapter_names.remember(lease.record.id, name)
+            engine.prefetch(lease.manifest)
+        finally:
+            # The file may go once nobody has a lease; a hint is worth no more than that.
+            await asyncio.to_thread(lease.release)
+        return {"object": "adapter.prefetch", "name": name, "id": lease.record.id, "tier": tier}
 
     return router
 
@@ -196,13 +218,8 @@ async def _drain(chunks: AsyncIterator[bytes]) -> None:
                     return
 
 
-def _record_body(record: AdapterRecord, engine: EngineHandle) -> dict[str, Any]:
-    stats = engine.stats
-    state = "registered"
-    if record.id in stats.resident:
-        state = "resident"
-    elif record.id in stats.loading:
-        state = "loading"
+def _record_body(record: AdapterRecord, tiers: Tiers) -> dict[str, Any]:
+    tier = tiers.of(record.id)
     return {
         "object": "adapter",
         "name": record.name,
@@ -213,5 +230,5 @@ def _record_body(record: AdapterRecord, engine: EngineHandle) -> dict[str, Any]:
         "size_bytes": record.size_bytes,
         "pool_pages": record.pool_pages,
         "created": record.created,
-        "state": state,
+        "state": "registered" if tier == "disk" else tier,
     }

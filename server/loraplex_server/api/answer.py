@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -20,18 +21,21 @@ from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import FinishReason, SampledToken
 from loraplex_server.api.errors import (
     GenerationFailed,
+    Overloaded,
     RequestTimedOut,
     ServerStopping,
     error_body,
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.json_text import compact
+from loraplex_server.api.usage import Usage
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.text.assembler import TextDelta
 
 log = logging.getLogger(__name__)
 
 _DONE: Final = b"data: [DONE]\n\n"
+_USUAL_RETRY_S: Final = 1.0
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -60,7 +64,7 @@ class Written:
 class AnswerFormat(Protocol):
     """Writes one kind of answer; made for one request."""
 
-    def complete(self, sequences: list[Written], num_tokens: int) -> dict[str, Any]:
+    def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
         ...
 
@@ -72,7 +76,7 @@ class AnswerFormat(Protocol):
         """Return the event for a delta; empty when it has nothing to show."""
         ...
 
-    def stream_tail(self, num_tokens: int) -> bytes:
+    def stream_tail(self, usage: Usage) -> bytes:
         """Return the events after all sequences have finished."""
         ...
 
@@ -123,7 +127,7 @@ class GenerationAnswer(Response):
                 sequences[index].add(delta)
             deltas = await self._generation.take()
             self._raise_failure(deltas)
-        body = self._format.complete(sequences, self._generation.num_tokens)
+        body = self._format.complete(sequences, self._generation.usage)
         raw = compact(body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -141,7 +145,7 @@ class GenerationAnswer(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = b""
                 deltas = await self._generation.take()
-            chunk = self._format.stream_tail(self._generation.num_tokens)
+            chunk = self._format.stream_tail(self._generation.usage)
         except _FAILURES as error:
             chunk += _error_event(error)
         except _ClientGone:
@@ -160,18 +164,30 @@ class GenerationAnswer(Response):
                 continue
             if self._generation.is_abandoned:
                 raise _ClientGone
-            raise self._failure(reason, delta.message)
+            raise self._failure(reason, delta)
 
-    def _failure(self, reason: FinishReason, message: str) -> Exception:
+    def _failure(self, reason: FinishReason, delta: TextDelta) -> Exception:
+        message = delta.message
         if reason is FinishReason.REFUSED:
             return RequestRefused(reason=message)
+        if reason is FinishReason.REJECTED:
+            return _overloaded(delta)
         if reason is FinishReason.TIMED_OUT:
-            return RequestTimedOut(message or "the request took longer than the server allows")
+            return self._generation.timeout_error
         if reason is FinishReason.CANCELLED:
             return ServerStopping(message or "the server is shutting down")
         if not self._is_engine_ready():
             return EngineUnavailable(reason=message, retry_after_s=5.0)
         return GenerationFailed(message or "the engine could not complete the request")
+
+
+def _overloaded(delta: TextDelta) -> Overloaded:
+    retry_after_s = delta.retry_after_s
+    if retry_after_s is None or not math.isfinite(retry_after_s):
+        retry_after_s = _USUAL_RETRY_S  # what the engine cannot foresee
+    return Overloaded(
+        delta.message or "the server is overloaded; try again later", retry_after_s=retry_after_s
+    )
 
 
 def _error_event(error: Exception) -> bytes:
@@ -185,6 +201,7 @@ class _ClientGone(Exception):
 _SUCCESSFUL: Final = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 _FAILURES: Final = (
     RequestRefused,
+    Overloaded,
     RequestTimedOut,
     ServerStopping,
     EngineUnavailable,

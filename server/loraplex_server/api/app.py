@@ -16,12 +16,14 @@ from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.errors import install_error_handlers
 from loraplex_server.api.front import Front, unix_time
-from loraplex_server.api.generation import Generations
+from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.services import Services
+from loraplex_server.api.tenant_accounts import TenantAccounts
+from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.sizing import choose_device, choose_step_sizes
 
 _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names the adapter."
@@ -44,6 +46,7 @@ def create_app(services: Services) -> FastAPI:
         generations=_generations(services, RequestMetrics(registry)),
         adapter_names=names,
         base_names=services.base_names,
+        tenant_header=TenantHeader(services.config.tenant_header),
     )
     app.include_router(completions_router(front))
     app.include_router(chat_router(front))
@@ -61,7 +64,9 @@ def create_app(services: Services) -> FastAPI:
             engine=services.engine,
             catalog=services.catalog,
             adapter_names=names,
+            base_names=services.base_names,
             max_upload_bytes=services.config.max_upload_bytes,
+            has_host_tier=services.config.host_bytes != 0,
         )
     )
     app.include_router(
@@ -80,6 +85,12 @@ def _generations(services: Services, metrics: RequestMetrics) -> Generations:
         vocabulary=services.vocabulary,
         metrics=metrics,
         max_sequences=sizes.max_running + config.max_queued,
-        timeout_s=config.request_timeout_s,
+        promises=Promises(config.request_timeout_s, config.ttft_slo_s),
+        tenants=_tenants(services),
         clock=services.clock,
     )
+
+
+def _tenants(services: Services) -> TenantAccounts:
+    config = services.config
+    return TenantAccounts(max_queued=config.max_queued_per_tenant, clock=services.clock)

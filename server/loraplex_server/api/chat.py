@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loraplex_server.api.answer import Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
-from loraplex_server.api.generation import Job
+from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.schemas import ChatBody
-from loraplex_server.api.usage import usage_of
+from loraplex_server.api.usage import Usage
 from loraplex_server.text.assembler import TextDelta
 from loraplex_server.text.vocabulary import Vocabulary
 
@@ -24,11 +24,12 @@ def chat_router(front: Front) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions", tags=["generation"], response_model=None)
-    async def create_chat_completion(body: ChatBody) -> Response:
+    async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answer the conversation, `n` times."""
         job_id = new_id("chatcmpl")
         return await front.answer(
             body,
+            request.headers,
             _wish(body, front.vocabulary),
             job_id,
             lambda job: ChatFormat(job, body, front.vocabulary),
@@ -69,7 +70,7 @@ class ChatFormat:
         self._chunk_head = b"data: " + compact(chunk).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"
 
-    def complete(self, sequences: list[Written], num_tokens: int) -> dict[str, Any]:
+    def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
         """See `AnswerFormat`."""
         choices = [
             {
@@ -81,7 +82,6 @@ class ChatFormat:
             }
             for index, written in enumerate(sequences)
         ]
-        usage = usage_of(self._job.prompts, num_tokens)
         return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": usage}
 
     def stream_head(self) -> bytes:
@@ -106,11 +106,10 @@ class ChatFormat:
             chunks += self._chunk(index, "{}", "null", finish)
         return chunks
 
-    def stream_tail(self, num_tokens: int) -> bytes:
+    def stream_tail(self, usage: Usage) -> bytes:
         """See `AnswerFormat`."""
         if not self._includes_usage:
             return b""
-        usage = usage_of(self._job.prompts, num_tokens)
         chunk = {**self._envelope, "object": "chat.completion.chunk", "choices": []}
         return b"data: " + compact({**chunk, "usage": usage}).encode() + b"\n\n"
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loraplex_server.api.answer import Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
-from loraplex_server.api.generation import Job
+from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import CompletionLogprobs
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.schemas import CompletionBody
-from loraplex_server.api.usage import usage_of
+from loraplex_server.api.usage import Usage
 from loraplex_server.text.assembler import TextDelta
 from loraplex_server.text.vocabulary import Vocabulary
 
@@ -27,11 +27,12 @@ def completions_router(front: Front) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions", tags=["generation"], response_model=None)
-    async def create_completion(body: CompletionBody) -> Response:
+    async def create_completion(body: CompletionBody, request: Request) -> Response:
         """Continue each prompt, `n` times."""
         job_id = new_id("cmpl")
         return await front.answer(
             body,
+            request.headers,
             _wish(body),
             job_id,
             lambda job: CompletionFormat(job, body, front.vocabulary),
@@ -89,7 +90,7 @@ class CompletionFormat:
         texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in body.prompt]
         return [text for text in texts for _ in range(self._job.n)]
 
-    def complete(self, sequences: list[Written], num_tokens: int) -> dict[str, Any]:
+    def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
         """See `AnswerFormat`."""
         choices = []
         for index, written in enumerate(sequences):
@@ -104,7 +105,6 @@ class CompletionFormat:
                     "stop_reason": written.stop_reason,
                 }
             )
-        usage = usage_of(self._job.prompts, num_tokens)
         return {**self._envelope, "choices": choices, "usage": usage}
 
     def stream_head(self) -> bytes:
@@ -124,11 +124,10 @@ class CompletionFormat:
             finish = f'"{delta.finish_reason.value}","stop_reason":{compact(delta.stop_reason)}'
         return self._chunk(index, delta.text, logprobs, finish)
 
-    def stream_tail(self, num_tokens: int) -> bytes:
+    def stream_tail(self, usage: Usage) -> bytes:
         """See `AnswerFormat`."""
         if not self._includes_usage:
             return b""
-        usage = usage_of(self._job.prompts, num_tokens)
         last = {**self._envelope, "choices": [], "usage": usage}
         return b"data: " + compact(last).encode() + b"\n\n"
 

@@ -26,14 +26,27 @@ _GAUGES: Final[tuple[tuple[str, str, _Reader], ...]] = (
     ("requests_running", "Sequences in the running batch.", lambda s: s.num_running),
     ("requests_waiting", "Sequences waiting for pages or an adapter.", lambda s: s.num_waiting),
     ("resident_adapters", "Adapters in the pool and ready to serve.", lambda s: len(s.resident)),
+    ("host_adapters", "Adapters in host memory.", lambda s: len(s.host_adapters)),
+    ("host_bytes", "Host memory that adapters take.", lambda s: s.host_bytes),
+    ("host_capacity_bytes", "Host memory for adapters.", lambda s: s.host_capacity_bytes),
 )
 _COUNTERS: Final[tuple[tuple[str, str, _Reader], ...]] = (
     ("engine_steps", "Steps of the engine.", lambda s: s.num_steps),
     ("engine_step_seconds", "Time spent inside steps.", lambda s: s.step_s),
     ("preemptions", "Sequences that gave back their pages.", lambda s: s.num_preemptions),
     ("adapter_loads", "Adapters loaded into the pool.", lambda s: s.num_loads),
+    ("adapter_load_seconds", "Time from asking for adapters to having them.", lambda s: s.load_s),
+    ("adapter_host_hits", "Loads that host memory served.", lambda s: s.num_host_hits),
+    ("adapter_prefetches", "Adapters brought into host memory early.", lambda s: s.num_prefetches),
     ("adapter_load_failures", "Loads that failed.", lambda s: s.num_load_failures),
     ("adapter_evictions", "Adapters evicted from the pool.", lambda s: s.num_evictions),
+    ("prefix_evictions", "Pages evicted from the prefix cache.", lambda s: s.num_prefix_evictions),
+    (
+        "prefix_hit_tokens",
+        "Prompt tokens found in the prefix cache.",
+        lambda s: s.prefix_hit_tokens,
+    ),
+    ("prefix_query_tokens", "Prompt tokens looked for in it.", lambda s: s.prefix_query_tokens),
     ("prompt_tokens", "Prompt tokens computed, recomputation included.", lambda s: s.prompt_tokens),
     ("generated_tokens", "Tokens generated.", lambda s: s.generated_tokens),
 )
@@ -56,6 +69,8 @@ class EngineCollector(Collector):
         stats = self._engine.stats
         pages = GaugeMetricFamily("loraplex_pool_pages", "Pages of the pool.", labels=["use"])
         pages.add_metric(["kv"], stats.pages_kv)
+        pages.add_metric(["prefix_used"], stats.pages_prefix_used)
+        pages.add_metric(["prefix_idle"], stats.pages_prefix_idle)
         pages.add_metric(["adapters"], stats.pages_adapters)
         pages.add_metric(["free"], stats.pages_free)
         yield pages
@@ -71,15 +86,20 @@ class EngineCollector(Collector):
         yield from self._gateway_metrics(stats)
 
     def _gateway_metrics(self, stats: EngineStats) -> Iterator[Metric]:
-        values = {
+        gauges = {
             "vllm:num_requests_running": stats.num_running,
             "vllm:num_requests_waiting": stats.num_waiting,
             "vllm:kv_cache_usage_perc": kv_usage(stats),
         }
-        for name, value in values.items():
-            gauge = GaugeMetricFamily(name, "As vLLM defines it.", labels=["model_name"])
-            gauge.add_metric([self._base_name], value)
-            yield gauge
+        counters = {
+            "vllm:prefix_cache_queries": stats.prefix_query_tokens,
+            "vllm:prefix_cache_hits": stats.prefix_hit_tokens,
+        }
+        for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, value in values.items():
+                family = kind(name, "As vLLM defines it.", labels=["model_name"])
+                family.add_metric([self._base_name], value)
+                yield family
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         adapters = GaugeMetricFamily(
             "vllm:lora_requests_info", "Adapters by state; the value is the time.", labels=labels
@@ -96,16 +116,21 @@ class EngineCollector(Collector):
 def kv_usage(stats: EngineStats) -> float:
     """Return the share of pages in KV use among those that KV could have (0 to 1).
 
-    Adapters that no running sequence uses count as available: they are evicted on demand.
+    What is evicted on demand counts as available: prefixes that no running sequence refers to, and
+    adapters that none uses.
     """
-    in_use = set(stats.running_adapters)
-    idle = sum(pages for i, pages in stats.resident.items() if i not in in_use)
-    available = stats.pages_kv + stats.pages_free + idle
-    return stats.pages_kv / available if available else 0.0
+    running = set(stats.running_adapters)
+    idle_adapters = sum(pages for i, pages in stats.resident.items() if i not in running)
+    in_use = stats.pages_kv + stats.pages_prefix_used
+    room = in_use + stats.pages_prefix_idle + stats.pages_free + idle_adapters
+    return in_use / room if room else 0.0
 
 
 def adapter_room(stats: EngineStats) -> int:
-    """Return how many adapters of the present mean size the pool could hold at once."""
+    """Return how many adapters of the present mean size the pool could hold at once.
+
+    Without ending anybody: prefixes that nobody refers to make room.
+    """
     num_resident = len(stats.resident)
     mean_pages = max(1, sum(stats.resident.values()) // num_resident) if num_resident else 1
-    return num_resident + stats.pages_free // mean_pages
+    return num_resident + (stats.pages_free + stats.pages_prefix_idle) // mean_pages

@@ -8,8 +8,14 @@ ApiError
 ├── CrossSiteRefused         a web page of another site wants to change something
 ├── TooManyUploads           more uploads are open than the server receives at once
 ├── UploadStalled            nothing came of an upload for too long
-├── QueueFull                more requests wait than the server accepts
+├── InvalidTenant            the header that names the tenant holds no name
+├── QuotaTooSmall            the request alone needs more tokens than its tenant gets in a minute
+├── Overloaded               not now: the engine could not answer in time
+│   ├── QueueFull            more requests wait than the server accepts
+│   ├── TenantQueueFull      more of the tenant's requests wait than one tenant may have waiting
+│   └── QuotaExceeded        the tenant's tokens of this minute are spent
 ├── RequestTimedOut          no complete answer within `request_timeout_s`
+│   └── DeadlineExceeded     no complete answer within the request's own `deadline_s`
 ├── ServerStopping           the server ended the request because it shuts down
 └── GenerationFailed         the engine could not complete the request
 """
@@ -82,14 +88,40 @@ class UploadStalled(ApiError):
     """Nothing came of an upload for too long."""
 
 
-class QueueFull(ApiError):
+class InvalidTenant(ApiError):
+    """The header that names the tenant holds no name."""
+
+
+class QuotaTooSmall(ApiError):
+    """The request alone needs more tokens than its tenant gets in a minute."""
+
+
+class Overloaded(ApiError):
+    """Too much is asked for now, which may be granted `retry_after_s` seconds from now."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class QueueFull(Overloaded):
     """More requests wait than the server accepts."""
 
-    retry_after_s: Final = 1.0
+
+class TenantQueueFull(Overloaded):
+    """More of the tenant's requests wait than one tenant may have waiting."""
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant's tokens of this minute are spent."""
 
 
 class RequestTimedOut(ApiError):
     """No complete answer within the time a request may take."""
+
+
+class DeadlineExceeded(RequestTimedOut):
+    """No complete answer within the time that the request itself set."""
 
 
 class ServerStopping(ApiError):
@@ -132,8 +164,14 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
     TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
     UploadStalled: ErrorShape(408, _INVALID, "upload_timeout"),
+    InvalidTenant: ErrorShape(400, _INVALID, "invalid_tenant"),
+    QuotaTooSmall: ErrorShape(400, _INVALID, "quota_too_small"),
     QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
+    TenantQueueFull: ErrorShape(429, _LIMIT, "tenant_queue_full"),
+    QuotaExceeded: ErrorShape(429, _LIMIT, "quota_exceeded"),
+    Overloaded: ErrorShape(429, _LIMIT, "overloaded"),
     RequestTimedOut: ErrorShape(504, _SERVER, "request_timeout", is_final=True),
+    DeadlineExceeded: ErrorShape(504, _SERVER, "deadline_exceeded", is_final=True),
     ServerStopping: ErrorShape(503, _SERVER, "server_stopping"),
     GenerationFailed: ErrorShape(500, _SERVER, "generation_failed"),
     text.ChatTemplateMissing: ErrorShape(400, _INVALID, "no_chat_template"),
@@ -155,6 +193,14 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     MemoryAccountError: _INTERNAL,
     ModelError: _INTERNAL,
 }
+
+#: What a request can be told that may come again later.
+REJECTIONS: Final[tuple[type[Overloaded], ...]] = (
+    Overloaded,
+    QueueFull,
+    TenantQueueFull,
+    QuotaExceeded,
+)
 
 _HTTP_CODES: Final[Mapping[int, str]] = {
     404: "not_found",
@@ -190,15 +236,24 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
     if isinstance(error, adapters.AdapterRefused):
         body["reasons"] = list(error.reasons)
+    if (retry_after_s := _retry_after_s(error)) is not None:
+        body["retry_after_s"] = round(retry_after_s, 3)
     return {"error": body}
+
+
+def _retry_after_s(error: Exception) -> float | None:
+    retry_after_s: float | None = getattr(error, "retry_after_s", None)
+    return retry_after_s
 
 
 def error_response(error: Exception) -> ErrorResponse:
     """Return the complete answer to a request that failed with `error`."""
     shape = shape_of(type(error))
     headers = {}
-    if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+    if (retry_after_s := _retry_after_s(error)) is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+        # OpenAI's client and ours read this one first; it knows fractions of a second.
+        headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1000)))
     if shape.is_final:
         headers["x-should-retry"] = "false"
     if shape.status == 401:

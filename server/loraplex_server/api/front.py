@@ -9,16 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from starlette.datastructures import Headers
+
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, GenerationAnswer
 from loraplex_server.api.errors import InvalidRequest, ModelNotFound
-from loraplex_server.api.generation import Generations, Job
+from loraplex_server.api.generations import Generations
+from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.sampling import answer_len, base_sampling, text_options
 from loraplex_server.api.schemas import GenerationBody
+from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
 from loraplex_server.text.vocabulary import Vocabulary
@@ -56,10 +60,12 @@ class Front:
     generations: Generations
     adapter_names: AdapterNames
     base_names: tuple[str, ...]
+    tenant_header: TenantHeader
 
     async def answer(
         self,
         body: GenerationBody,
+        headers: Headers,
         wish: Wish,
         job_id: str,
         make_format: Callable[[Job], AnswerFormat],
@@ -69,10 +75,16 @@ class Front:
         Raises:
             ModelNotFound, ContextLengthExceeded, QueueFull, ...: see the error table.
         """
-        self.generations.check_room(wish.num_prompts * (body.n or 1))
+        terms = Terms(
+            tenant=self.tenant_header.read(headers),
+            priority=body.priority or 0,
+            deadline_s=body.deadline_s,
+            ttft_slo_s=body.ttft_slo_s,
+        )
+        self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
         lease = await self._acquire(body.model)
         try:
-            job = await self._job(body, wish, job_id, lease)
+            job = await self._job(body, terms, wish, job_id, lease)
             generation = self.generations.start(job)
         except BaseException:
             if lease is not None:
@@ -86,7 +98,12 @@ class Front:
         )
 
     async def _job(
-        self, body: GenerationBody, wish: Wish, job_id: str, lease: AdapterLease | None
+        self,
+        body: GenerationBody,
+        terms: Terms,
+        wish: Wish,
+        job_id: str,
+        lease: AdapterLease | None,
     ) -> Job:
         is_long = wish.num_chars > _LONG_TEXT_CHARS
         encoder = PromptEncoder(self.vocabulary, self.engine.info.max_model_len)
@@ -103,7 +120,13 @@ class Front:
             body, self.vocabulary, max_tokens=max_tokens, logprobs=wish.logprobs
         )
         return Job(
-            job_id, tuple(map(tuple, prompts)), body.n or 1, sampling, text_options(body), lease
+            job_id=job_id,
+            prompts=tuple(map(tuple, prompts)),
+            n=body.n or 1,
+            sampling=sampling,
+            text=text_options(body),
+            lease=lease,
+            terms=terms,
         )
 
     async def _acquire(self, name: str) -> AdapterLease | None:

@@ -11,6 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from loraplex_server.api.adapter_names import AdapterNames
+from loraplex_server.api.pool_map import pool_map
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
 
@@ -51,20 +52,7 @@ def ops_router(
 
     @router.get("/v1/pool")
     async def pool() -> dict[str, Any]:
-        """Return who holds the pool's pages."""
-        stats, info = engine.stats, engine.info
-        resident = [
-            {"id": i, "name": next(iter(adapter_names.of(i)), None), "pages": pages}
-            for i, pages in stats.resident.items()
-        ]
-        return {
-            "num_pages": info.num_pages,
-            "page_bytes": info.page_bytes,
-            "page_tokens": info.page_tokens,
-            "kv": stats.pages_kv,
-            "adapters": stats.pages_adapters,
-            "free": stats.pages_free,
-            "resident_adapters": resident,
-        }
+        """Return who holds the pool's pages, and what host memory keeps."""
+        return pool_map(engine.stats, engine.info, adapter_names, base_name)
 
     return router

@@ -7,6 +7,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from loraplex_scheduler.plan import FinishReason
+from loraplex_server.api.errors import REJECTIONS, Overloaded, shape_of
 
 # Bucket borders in seconds, as vLLM has them, so that its dashboards fit.
 _TTFT_S: Final = (
@@ -35,7 +36,8 @@ class RequestMetrics:
         )
         self._rejected = Counter(
             "loraplex_requests_rejected",
-            "Requests refused because too many were waiting.",
+            "Requests that were told to come again later, by the code of the error.",
+            ["reason"],
             registry=registry,
         )
         self._first_token_s = Histogram(
@@ -56,12 +58,15 @@ class RequestMetrics:
             buckets=_E2E_S,
             registry=registry,
         )
-        for reason in FinishReason:  # so that every outcome is on the page from the start
-            self._finished.labels(reason.value)
+        # So that every outcome and reason is on the page from the start.
+        for outcome in FinishReason:
+            self._finished.labels(outcome.value)
+        for kind in REJECTIONS:
+            self._rejected.labels(shape_of(kind).code)
 
-    def reject(self) -> None:
-        """A request found the queue full."""
-        self._rejected.inc()
+    def reject(self, kind: type[Overloaded]) -> None:
+        """A request was told to come again later; called once for each, whatever it held."""
+        self._rejected.labels(shape_of(kind).code).inc()
 
     def first_token(self, since_arrival_s: float) -> None:
         """A sequence got its first token."""

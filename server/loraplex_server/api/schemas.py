@@ -20,6 +20,8 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
 MAX_PROMPTS: Final = 1024
+#: Room for a Unix time, which some clients order their requests by.
+MAX_PRIORITY: Final = 2**53 - 1
 
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "allowed_token_ids": (),
@@ -31,7 +33,6 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "guided_regex": (),
     "length_penalty": (1.0,),
     "metadata": (),
-    "priority": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -177,6 +178,9 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    ttft_slo_s: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraplex_server.adapters.base_identity import base_identity
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.record import AdapterLimits
-from loraplex_server.build import ModelFacts
 from loraplex_server.config import Config
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.model.errors import CheckpointError
 from loraplex_server.model.source import ModelSource
 from loraplex_server.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # or whoever imports the API would import the model too
+    from loraplex_server.build import ModelFacts
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
+
+Usage = dict[str, Any]
 
 
-def usage_of(prompts: Sequence[Sequence[int]], num_generated: int) -> dict[str, int]:
-    """Return OpenAI's `usage`: each prompt counts once, however many samples it has."""
-    num_prompt = sum(len(prompt) for prompt in prompts)
+def make_usage(*, num_prompt: int, num_generated: int, num_cached: int) -> Usage:
+    """Return OpenAI's `usage`.
+
+    Args:
+        num_prompt: tokens of all prompts, each counted once however many samples it has.
+        num_generated: tokens of all samples.
+        num_cached: prompt tokens that the prefix cache held, counted as `num_prompt` counts.
+    """
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import Event, Request
 from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats
 
@@ -57,3 +58,11 @@ class EngineHandle(Protocol):
         ...
 
     def discard_adapter(self, adapter_id: str) -> None: ...
+
+    def prefetch(self, manifest: AdapterManifest) -> None:
+        """Hint that the adapter will be wanted soon; nothing tells whether it was followed.
+
+        Raises:
+            EngineUnavailable: the engine is not ready.
+        """
+        ...

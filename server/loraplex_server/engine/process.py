@@ -24,6 +24,7 @@ from loraplex_server.engine.messages import (
     Cancel,
     Command,
     DiscardAdapter,
+    PrefetchAdapter,
     Ready,
     Shutdown,
     StartFailed,
@@ -125,6 +126,8 @@ def _apply(core: EngineCore, command: Command) -> list[Event]:
         return [event for request_id in command.request_ids for event in core.abort(request_id)]
     if isinstance(command, DiscardAdapter):
         core.discard_adapter(command.adapter_id)
+    elif isinstance(command, PrefetchAdapter):
+        core.prefetch(command.manifest)
     return []
 
 

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import FinishReason, Request
 from loraplex_server.engine.child import EngineChild
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
@@ -24,6 +25,7 @@ from loraplex_server.engine.messages import (
     EngineInfo,
     EngineState,
     EngineStats,
+    PrefetchAdapter,
     Reply,
     Shutdown,
     StartFailed,
@@ -134,8 +136,7 @@ class ProcessEngine:
 
     def submit(self, requests: Sequence[Request]) -> ProcessRequestStream:
         """See `EngineHandle`; raises ValueError when a request id is live."""
-        if self._state is not EngineState.READY:
-            raise self._unavailable(f"the engine is {self._state.value}; try again shortly")
+        self._check_ready()
         stream = self._streams.open(requests)
         self._send(Submit(tuple(requests)))
         return stream
@@ -143,6 +144,15 @@ class ProcessEngine:
     def discard_adapter(self, adapter_id: str) -> None:
         if self._state is EngineState.READY:
             self._send(DiscardAdapter(adapter_id))
+
+    def prefetch(self, manifest: AdapterManifest) -> None:
+        """See `EngineHandle`."""
+        self._check_ready()
+        self._send(PrefetchAdapter(manifest))
+
+    def _check_ready(self) -> None:
+        if self._state is not EngineState.READY:
+            raise self._unavailable(f"the engine is {self._state.value}; try again shortly")
 
     def _send(self, command: Command) -> None:
         if self._child is not None:

@@ -36,6 +36,7 @@ class TextDelta:
         stop_reason: the stop string or stop token id that ended the sequence; None for the model's
             own end or any other reason (as in vLLM).
         message: why a sequence failed or timed out.
+        retry_after_s: of a sequence that was rejected, when to come again.
     """
 
     text: str = ""
@@ -43,6 +44,7 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     message: str = ""
+    retry_after_s: float | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -50,7 +52,12 @@ class TextDelta:
 
 
 class TextAssembler:
-    """Owned by whoever reads the events of one request; not thread-safe."""
+    """Owned by whoever reads the events of one request; not thread-safe.
+
+    Attributes:
+        num_tokens: tokens of the answer so far.
+        num_cached: tokens of the prompt that the engine did not have to compute.
+    """
 
     def __init__(
         self,
@@ -80,6 +87,7 @@ class TextAssembler:
         self._is_ended_by_engine = False
         self._is_finished = False
         self.num_tokens = 0
+        self.num_cached = 0
 
     @property
     def is_finished(self) -> bool:
@@ -101,8 +109,10 @@ class TextAssembler:
                 continue
             if isinstance(event, EndEvent):
                 delta.message = event.message
+                delta.retry_after_s = event.retry_after_s
                 self._finish(delta, event.finish_reason)
             else:
+                self.num_cached += event.num_cached
                 self._push_token(delta, event.token, event.finish_reason)
         return delta
 

@@ -19,6 +19,7 @@ def test_a_string_is_continued(client):
         "prompt_tokens": 2,
         "completion_tokens": 3,
         "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -100,7 +100,6 @@ def test_unknown_paths_and_methods_have_the_same_shape(server):
     ("reason", "kind", "code"),
     [
         (FinishReason.REFUSED, openai.BadRequestError, "request_refused"),
-        (FinishReason.TIMED_OUT, openai.InternalServerError, "request_timeout"),
         (FinishReason.FAILED, openai.InternalServerError, "generation_failed"),
         (FinishReason.CANCELLED, openai.InternalServerError, "server_stopping"),
     ],
@@ -110,10 +109,7 @@ def test_an_end_before_any_text_has_its_status(server, client, stream, reason, k
     with pytest.raises(kind) as caught:
         client.completions.create(model=BASE, prompt="x", stream=stream)
     assert caught.value.code == code
-    assert caught.value.message.endswith("because'}") or "because" in caught.value.message
-    if code == "request_timeout":
-        assert caught.value.status_code == 504
-        assert caught.value.response.headers["x-should-retry"] == "false"
+    assert "because" in caught.value.message
 
 
 def test_a_failure_in_the_middle_ends_the_stream_with_an_error(server, client):

@@ -22,23 +22,98 @@ def labels_of(server, name: str) -> dict[str, str]:
     return sample.labels
 
 
+def held(
+    adapter_id: str | None, name: str | None, weights: int | None, prefixes: int, state: str
+) -> dict[str, object]:
+    return {
+        "id": adapter_id,
+        "name": name,
+        "weight_pages": weights,
+        "prefix_pages": prefixes,
+        "state": state,
+    }
+
+
 def test_the_pool_says_who_holds_its_pages(server, client, adapter):
     adapter_id = server.catalog.get(adapter).id
     client.completions.create(model=adapter, prompt="hello")
     server.engine.stats = EngineStats(
-        pages_kv=3, pages_adapters=2, pages_free=59, resident={adapter_id: 2}
+        pages_kv=3,
+        pages_prefix_used=4,
+        pages_prefix_idle=5,
+        pages_adapters=6,
+        pages_free=46,
+        prefix_pages_by_adapter={"": 2, adapter_id: 1, "sha256:left": 6},
+        resident={adapter_id: 2, "sha256:big": 7},
+        loading=("sha256:next",),
+        host_bytes=8192,
+        host_capacity_bytes=65536,
+        host_adapters=(adapter_id, "sha256:next", "sha256:left"),
     )
+    uses = {"kv": 3, "prefix_used": 4, "prefix_idle": 5, "adapters": 6, "free": 46}
+    assert sum(uses.values()) == 64
     assert httpx.get(f"{server.url}/v1/pool").json() == {
         "num_pages": 64,
         "page_bytes": 4096,
         "page_tokens": 16,
-        "kv": 3,
-        "adapters": 2,
-        "free": 59,
-        "resident_adapters": [{"id": adapter_id, "name": adapter, "pages": 2}],
+        **uses,
+        "by_adapter": [
+            held(None, BASE, 0, 2, "resident"),
+            held("sha256:big", None, 7, 0, "resident"),
+            held("sha256:left", None, 0, 6, "host"),
+            held(adapter_id, adapter, 2, 1, "resident"),
+            held("sha256:next", None, None, 0, "loading"),
+        ],
+        "host": {
+            "bytes": 8192,
+            "capacity_bytes": 65536,
+            "adapters": [
+                {"id": adapter_id, "name": adapter},
+                {"id": "sha256:next", "name": None},
+                {"id": "sha256:left", "name": None},
+            ],
+        },
     }
-    assert server.metric('loraplex_pool_pages{use="adapters"}') == 2
-    assert server.metric("loraplex_resident_adapters") == 1
+    for use, pages in uses.items():
+        assert server.metric(f'loraplex_pool_pages{{use="{use}"}}') == pages
+
+
+def test_an_empty_pool_has_an_empty_map(server):
+    shown = httpx.get(f"{server.url}/v1/pool").json()
+    assert (shown["free"], shown["by_adapter"]) == (64, [])
+    assert shown["host"] == {"bytes": 0, "capacity_bytes": 0, "adapters": []}
+
+
+def test_tiers_and_the_prefix_cache_are_measured(server):
+    server.engine.stats = EngineStats(
+        resident={"a": 2, "b": 2},
+        host_adapters=("a", "b", "c"),
+        host_bytes=10,
+        host_capacity_bytes=20,
+        num_loads=4,
+        load_s=0.5,
+        num_host_hits=3,
+        num_prefetches=2,
+        num_prefix_evictions=7,
+        prefix_hit_tokens=160,
+        prefix_query_tokens=200,
+    )
+    expected = {
+        "loraplex_resident_adapters": 2,
+        "loraplex_host_adapters": 3,
+        "loraplex_host_bytes": 10,
+        "loraplex_host_capacity_bytes": 20,
+        "loraplex_adapter_loads_total": 4,
+        "loraplex_adapter_load_seconds_total": 0.5,
+        "loraplex_adapter_host_hits_total": 3,
+        "loraplex_adapter_prefetches_total": 2,
+        "loraplex_prefix_evictions_total": 7,
+        "loraplex_prefix_hit_tokens_total": 160,
+        "loraplex_prefix_query_tokens_total": 200,
+        f'vllm:prefix_cache_hits_total{{model_name="{BASE}"}}': 160,
+        f'vllm:prefix_cache_queries_total{{model_name="{BASE}"}}': 200,
+    }
+    assert {name: server.metric(name) for name in expected} == expected
 
 
 def test_requests_are_counted_and_timed(server, client):
@@ -85,6 +160,18 @@ def test_pages_of_idle_adapters_count_as_available():
     busy = EngineStats(pages_kv=10, pages_free=10, resident={"a": 20}, running_adapters=("a",))
     assert kv_usage(busy) == 0.5
     assert kv_usage(EngineStats()) == 0.0
+
+
+def test_idle_prefixes_count_as_available_and_used_ones_as_in_use():
+    stats = EngineStats(pages_kv=10, pages_prefix_used=5, pages_prefix_idle=10, pages_free=5)
+    assert kv_usage(stats) == 0.5
+    assert kv_usage(EngineStats(pages_prefix_idle=64)) == 0.0
+    full = EngineStats(resident={"a": 20}, pages_prefix_idle=60)
+    assert adapter_room(full) == 4
+
+
+def test_free_pages_make_room_for_adapters():
+    idle = EngineStats(pages_kv=10, pages_free=10, resident={"a": 20})
     assert adapter_room(idle) == 1
     assert adapter_room(EngineStats(pages_free=7)) == 7
 

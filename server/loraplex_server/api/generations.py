@@ -1,0 +1,183 @@
+"""Which requests are let in, and the accounts of those in flight.
+
+Invariants: every accepted sequence is counted as finished exactly once, its tenant pays for what it
+used, and an adapter's lease is held from before submission until the engine sent the terminal event
+of the last sequence using it, whatever happened to the client meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from loraplex_scheduler.plan import Request
+from loraplex_server.api.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    QueueFull,
+    RequestTimedOut,
+)
+from loraplex_server.api.generation import Generation
+from loraplex_server.api.job import Job
+from loraplex_server.api.request_metrics import RequestMetrics
+from loraplex_server.api.sampling import sequence_sampling
+from loraplex_server.api.tenant_accounts import TenantAccounts
+from loraplex_server.engine.handle import EngineHandle
+from loraplex_server.text.assembler import TextAssembler
+from loraplex_server.text.vocabulary import Vocabulary
+
+#: A place is free when somebody's answer ends, which nobody can foresee.
+_QUEUE_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What a request is promised that asks for nothing of its own.
+
+    Attributes:
+        timeout_s: it ends so long after its arrival, whatever it asks for.
+        ttft_slo_s: until its first token; None for no promise.
+    """
+
+    timeout_s: float
+    ttft_slo_s: float | None = None
+
+
+class Generations:
+    """Admits jobs and remembers those in flight; used from the event loop."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineHandle,
+        vocabulary: Vocabulary,
+        metrics: RequestMetrics,
+        max_sequences: int,
+        promises: Promises,
+        tenants: TenantAccounts,
+        clock: Callable[[], float],
+    ) -> None:
+        """Admit up to `max_sequences` at once, of all tenants together."""
+        self._engine = engine
+        self._vocabulary = vocabulary
+        self._metrics = metrics
+        self._max_sequences = max_sequences
+        self._promises = promises
+        self._tenants = tenants
+        self._clock = clock
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._num_live = 0
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that the engine has not ended yet."""
+        return self._num_live
+
+    def check_room(self, tenant: str, num_sequences: int) -> None:
+        """Raise as `start` would for a job of so many sequences, its tokens aside."""
+        if num_sequences > self._max_sequences:
+            raise InvalidRequest(
+                f"the request asks for {num_sequences} sequences; this server takes at most "
+                f"{self._max_sequences} at once",
+                param="n",
+            )
+        with self._counted_rejections():
+            if self._num_live + num_sequences > self._max_sequences:
+                raise QueueFull(
+                    f"{self._num_live} sequences run or wait already; try again shortly",
+                    retry_after_s=_QUEUE_RETRY_S,
+                )
+            self._tenants.check_room(tenant, num_sequences)
+
+    def start(self, job: Job) -> Generation:
+        """Hand the job to the engine; from now on the generation owns the job's lease.
+
+        Raises:
+            Overloaded, EngineUnavailable: and the lease is still the caller's.
+            InvalidRequest, QuotaTooSmall: it asks for more than could ever be admitted.
+        """
+        self.check_room(job.terms.tenant, job.num_sequences)
+        with self._counted_rejections():
+            bill = self._tenants.open(job)
+        requests = self._requests(job, self._clock())
+        try:
+            stream = self._engine.submit(requests)
+        except BaseException:
+            bill.close()
+            raise
+        self._num_live += job.num_sequences
+        generation = Generation(
+            job,
+            stream,
+            requests,
+            self._assemblers(job),
+            timeout_error=self._timeout_error(job),
+            bill=bill,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        pump = asyncio.create_task(self._run(generation, job))
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
+        return generation
+
+    @contextlib.contextmanager
+    def _counted_rejections(self) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded as error:
+            self._metrics.reject(type(error))
+            raise
+
+    async def _run(self, generation: Generation, job: Job) -> None:
+        try:
+            await generation.pump()
+        finally:
+            self._num_live -= job.num_sequences
+            if job.lease is not None:
+                await asyncio.to_thread(job.lease.release)
+
+    def _requests(self, job: Job, now: float) -> tuple[Request, ...]:
+        terms = job.terms
+        ttft_slo_s = terms.ttft_slo_s or self._promises.ttft_slo_s
+        return tuple(
+            Request(
+                request_id=f"{job.job_id}-{index}",
+                prompt_token_ids=job.prompts[index // job.n],
+                sampling=sequence_sampling(job.sampling, index),
+                adapter=job.lease.manifest if job.lease else None,
+                arrival_s=now,
+                deadline_s=now + min(self._promises.timeout_s, terms.deadline_s or math.inf),
+                first_token_by_s=None if ttft_slo_s is None else now + ttft_slo_s,
+                tenant=terms.tenant,
+                priority=terms.priority,
+            )
+            for index in range(job.num_sequences)
+        )
+
+    def _timeout_error(self, job: Job) -> RequestTimedOut:
+        """Return what to say should the job's time be up: whose time it was."""
+        deadline_s, timeout_s = job.terms.deadline_s, self._promises.timeout_s
+        if deadline_s is not None and deadline_s <= timeout_s:
+            return DeadlineExceeded(
+                f"the answer was not complete within the request's deadline_s of {deadline_s:g} s",
+                param="deadline_s",
+            )
+        return RequestTimedOut(
+            f"the answer was not complete within the server's request_timeout_s of {timeout_s:g} s"
+        )
+
+    def _assemblers(self, job: Job) -> list[TextAssembler]:
+        return [
+            TextAssembler(
+                self._vocabulary,
+                job.text,
+                prompt_ids=job.prompts[index // job.n],
+                stop_token_ids=job.sampling.stop_token_ids,
+            )
+            for index in range(job.num_sequences)
+        ]

@@ -1,0 +1,56 @@
+"""What one HTTP request asks the engine for, and on which terms. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.adapters.lease import AdapterLease
+from loraplex_server.text.assembler import TextOptions
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Who pays for a request, and how soon it is wanted.
+
+    Attributes:
+        tenant: on whose account it runs; "" where nobody tells tenants apart.
+        priority: lower ones are served first.
+        deadline_s: seconds until the whole answer is due, if the client said so.
+        ttft_slo_s: seconds until the first token is due; the server's setting if None.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    ttft_slo_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """`n` samples of each prompt.
+
+    Sequence `i` is sample `i % n` of prompt `i // n`.
+    """
+
+    job_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    sampling: SamplingParams
+    text: TextOptions
+    lease: AdapterLease | None
+    terms: Terms
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the job can cost at most, prompts included."""
+        return self.num_prompt_tokens + self.num_sequences * self.sampling.max_tokens
