@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import heapq
 from dataclasses import dataclass
-from typing import Protocol
+from math import exp, log
+from typing import Final, Protocol
 
-from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.answer_lengths import AnswerLengths
 from loraplex_scheduler.sequence import Sequence
-from loraplex_scheduler.waiting import WaitingQueue
+from loraplex_scheduler.step_times import StepLoad, StepTimes
+from loraplex_scheduler.ttft import Situation, everybody, predict
 
 
 @dataclass(frozen=True)
@@ -17,25 +19,6 @@ class Rejection:
 
     message: str
     retry_after_s: float
-
-
-class Situation(Protocol):
-    """What an overload policy may look at; implemented by the scheduler."""
-
-    @property
-    def limits(self) -> SchedulerLimits: ...
-
-    @property
-    def running(self) -> Collection[Sequence]: ...
-
-    @property
-    def waiting(self) -> WaitingQueue: ...
-
-    @property
-    def num_obtainable(self) -> int:
-        """Pages that are free or could be made free by eviction."""
-
-    def is_resident(self, adapter_id: str) -> bool: ...
 
 
 class OverloadPolicy(Protocol):
@@ -49,3 +32,147 @@ class OverloadPolicy(Protocol):
 
         Called before each step's admissions; must cost next to nothing when nobody is late.
         """
+
+
+class NoOverloadControl:
+    """Everybody waits for as long as it takes."""
+
+    def refuse(self, newcomer: Sequence, situation: Situation, now: float) -> Rejection | None:
+        return None
+
+    def drop(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
+        return []
+
+
+#: Nobody is told to come back sooner than this, in seconds.
+_MIN_RETRY_S: Final = 0.1
+
+#: Promises are to be kept for this share of the requests that are accepted in a queue.
+_KEPT_SHARE: Final = 0.9
+
+#: How far one observation moves the logarithm of the correction, and its bounds.
+_CORRECTION_RATE: Final = 0.1
+_MAX_CORRECTION: Final = log(4.0)
+
+#: Predictions that are watched at once, of those that are a good part of what was promised.
+_MAX_WATCHED: Final = 64
+_WATCHED_PART: Final = 0.25
+
+
+class KeepPromises:
+    """Refuses on arrival what would not get its first token by the time promised, or not end by its
+    deadline for having waited, and drops who waits once it is too late.
+
+    So the queue stays as short as what can be served in time, and none of it is served in vain.
+    Predictions are corrected by a factor learned from how they came true: the quantile of
+    `_KEPT_SHARE` of observed over predicted, by stochastic approximation in the logarithm
+    (Robbins and Monro), which a few wild observations do not move far.
+    """
+
+    def __init__(
+        self, times: StepTimes, lengths: AnswerLengths, ttft_slo_s: float | None = None
+    ) -> None:
+        """
+        Args:
+            ttft_slo_s: seconds from arrival promised to requests that ask for nothing else.
+        """
+        self._times = times
+        self._lengths = lengths
+        self._ttft_slo_s = ttft_slo_s
+        self._log_correction = 0.0
+        # When each must have started, had it its adapter. Those who did are taken out then.
+        self._starts: list[tuple[float, int, Sequence]] = []
+        self._watched: list[tuple[Sequence, float, float]] = []  # and accepted when, predicted
+
+    @property
+    def correction(self) -> float:
+        """What predictions are multiplied with."""
+        return exp(self._log_correction)
+
+    def refuse(self, newcomer: Sequence, situation: Situation, now: float) -> Rejection | None:
+        by_s, deadline_s = self._promise(newcomer), newcomer.request.deadline_s
+        if by_s is None and deadline_s is None:
+            return None
+        forecast = predict(newcomer, situation, self._times, self._lengths)
+        first_s = forecast.first_token_s * self.correction
+        if by_s is not None and now + first_s > by_s:
+            return _too_late("first token", first_s, by_s - now)
+        if deadline_s is not None:
+            left_s, answer_s = deadline_s - now, forecast.answer_s
+            # An answer that takes too long even alone is no matter of overload, and may be short.
+            if first_s + (answer_s if answer_s <= left_s else 0.0) > left_s:
+                return _too_late("last token", first_s + answer_s, left_s)
+        if by_s is not None:
+            self._watch(newcomer, forecast.first_token_s, by_s, now)
+            start_s = by_s - self._prefill_s(newcomer)
+            heapq.heappush(self._starts, (start_s, newcomer.order, newcomer))
+        return None
+
+    def drop(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
+        self._learn(now)
+        late: list[Sequence] = []
+        while self._starts and self._starts[0][0] <= now:
+            start_s, order, sequence = heapq.heappop(self._starts)
+            if not sequence.is_live or sequence.num_generated:
+                continue
+            if not sequence.table.pages:
+                late.append(sequence)
+            elif start_s < (by_s := self._promised(sequence)):  # it runs, but may be preempted
+                heapq.heappush(self._starts, (by_s, order, sequence))
+        if not late:
+            return []
+        forecast = predict(
+            late[0], situation, self._times, self._lengths, everybody(situation.waiting)
+        )
+        first_s = forecast.first_token_s * self.correction
+        return [
+            (s, _too_late("first token", first_s, self._promised(s) - s.request.arrival_s))
+            for s in late
+        ]
+
+    def _promise(self, sequence: Sequence) -> float | None:
+        """Return when its first token is due, if ever."""
+        request = sequence.request
+        if request.first_token_by_s is not None or self._ttft_slo_s is None:
+            return request.first_token_by_s
+        return request.arrival_s + self._ttft_slo_s
+
+    def _promised(self, sequence: Sequence) -> float:
+        by_s = self._promise(sequence)
+        assert by_s is not None, "it was promised nothing"
+        return by_s
+
+    def _prefill_s(self, sequence: Sequence) -> float:
+        """Return the time to its first token if nothing else ran."""
+        num_tokens = sequence.num_tokens
+        load = StepLoad(num_tokens, 1, num_tokens, sequence.num_adapter_pages)
+        return self._times.step_s(load)
+
+    def _watch(self, sequence: Sequence, predicted_s: float, by_s: float, now: float) -> None:
+        """Compare a prediction with what comes, if it matters how good it is."""
+        matters = predicted_s > _WATCHED_PART * (by_s - now) > 0
+        if matters and len(self._watched) < _MAX_WATCHED:
+            self._watched.append((sequence, now, predicted_s))
+
+    def _learn(self, now: float) -> None:
+        """Correct predictions by those watched that have come true, or can no more."""
+        for watched in self._watched.copy():
+            sequence, since_s, predicted_s = watched
+            is_served = sequence.num_generated > 0
+            if sequence.is_live and not is_served:
+                continue
+            self._watched.remove(watched)
+            ratio = (now - since_s) / predicted_s
+            if ratio > self.correction:
+                self._log_correction += _CORRECTION_RATE * _KEPT_SHARE
+            elif is_served:
+                self._log_correction -= _CORRECTION_RATE * (1 - _KEPT_SHARE)
+        bounded = min(max(self._log_correction, -_MAX_CORRECTION), _MAX_CORRECTION)
+        self._log_correction = bounded
+
+
+def _too_late(what: str, predicted_s: float, promised_s: float) -> Rejection:
+    return Rejection(
+        f"the {what} would come in {predicted_s:.2f} s, and was asked for in {promised_s:.2f} s",
+        max(_MIN_RETRY_S, predicted_s - promised_s),
+    )
