@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,9 @@ from loraplex_memory.scratch import Scratch
 from loraplex_memory.tensor_file import read_tensor_file
 
 FORMAT = "loraplex-adapter-1"
+
+_KEY: Final = re.compile(r"(\d+)\.(\w+)", re.ASCII)
+_PROJECTIONS: Final[dict[str, Projection]] = {projection: projection for projection in PROJECTIONS}
 
 #: (layer, projection)
 ModuleKey = tuple[int, Projection]
@@ -105,8 +109,8 @@ def _read_scales(metadata: Mapping[str, str]) -> dict[str, float]:
 
 
 def _module_key(key: str) -> ModuleKey:
-    match = re.fullmatch(r"(\d+)\.(\w+)", key)
-    projection = next((p for p in PROJECTIONS if match and p == match[2]), None)
+    match = _KEY.fullmatch(key)
+    projection = _PROJECTIONS.get(match[2]) if match else None
     if match is None or projection is None:
         raise ValueError(f"unknown module {key}")
     return int(match[1]), projection

@@ -64,7 +64,7 @@ class PagePool:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros, and on a CPU commit no memory for pages that are never used."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages, committed on first write; torch.zeros writes them all.
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)

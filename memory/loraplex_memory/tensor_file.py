@@ -12,7 +12,6 @@ The format: eight bytes, the length N of the header as a little-endian integer; 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,9 @@ _DTYPES: Final = {
 }
 
 _LENGTH_BYTES: Final = 8
+
+#: Of rows and columns; more than any model has, and no product of two overflows.
+_MAX_SIZE: Final = 1 << 31
 
 
 def read_tensor_file(
@@ -73,36 +75,26 @@ def _read_into(file: BinaryIO, view: memoryview) -> None:
 
 
 def _views(header: Mapping[str, Any], data: torch.Tensor) -> dict[str, torch.Tensor]:
-    typed: dict[str, torch.Tensor] = {}
+    """Return every matrix that the header describes; no two calls of torch for one, as this runs
+    beside the steps and holds the interpreter."""
+    typed = {
+        name: data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        for name, dtype in _DTYPES.items()
+    }
     tensors = {}
     for name, entry in header.items():
-        dtype_name, shape, start, stop = _entry(name, entry)
-        dtype = _DTYPES[dtype_name]
-        if stop > data.numel():
-            raise ValueError(f"truncated: {name} ends at {stop}, the data at {data.numel()}")
-        if start % dtype.itemsize or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: {dtype_name} {shape} does not lie at {start} to {stop}")
-        if dtype_name not in typed:
-            whole = data.numel() // dtype.itemsize * dtype.itemsize
-            typed[dtype_name] = data[:whole].view(dtype)
-        strides = (shape[1], 1)
-        tensors[name] = typed[dtype_name].as_strided(shape, strides, start // dtype.itemsize)
+        try:
+            elems = typed[entry["dtype"]]
+            (rows, columns), (start, stop) = entry["shape"], entry["data_offsets"]
+            size = elems.itemsize
+            has_size = 0 <= rows < _MAX_SIZE and 0 <= columns < _MAX_SIZE
+            is_placed = 0 <= start <= stop <= data.numel() and start % size == 0
+            if not (has_size and is_placed and rows * columns * size == stop - start):
+                raise ValueError
+            tensors[name] = elems.as_strided((rows, columns), (columns, 1), start // size)
+        except (KeyError, TypeError, ValueError) as error:
+            size = data.numel()
+            raise ValueError(
+                f"truncated or corrupt: {name} is no matrix within {size} bytes: {entry}"
+            ) from error
     return tensors
-
-
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, int]:
-    """Return dtype, shape, start and stop of a matrix."""
-    try:
-        dtype, (rows, columns), (start, stop) = (
-            entry["dtype"],
-            entry["shape"],
-            entry["data_offsets"],
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{name}: no matrix is described by {entry}") from error
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name}: dtype {dtype} is not read")
-    numbers = (rows, columns, start, stop)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"{name}: no matrix is described by {entry}")
-    return dtype, (rows, columns), start, stop

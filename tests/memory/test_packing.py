@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
 from loraplex_memory.packing import pack_adapter
 from loraplex_memory.pool import PagePool
+from loraplex_memory.scratch import Scratch
 from tests.support.kernel_cases import make_weights
 
 GEOMETRY = ModelGeometry(
@@ -57,12 +59,43 @@ def test_every_matrix_lies_where_the_layout_says(weights, layout, dtype):
     assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.values())
 
 
-def test_packing_into_given_memory_overwrites_all_of_it(weights, layout):
-    fresh = pack_adapter(weights, layout, dtype=torch.bfloat16)
-    out = torch.full_like(fresh, float("nan"))
-    packed = pack_adapter(weights, layout, dtype=torch.bfloat16, out=out)
-    assert packed is out
-    assert torch.equal(packed, fresh)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_lie_side_by_side_are_packed_alike(tmp_path, stored, dtype):
+    """A file's matrices are packed many layers at once: twelve, in the order of their names."""
+    geometry = dataclasses.replace(GEOMETRY, num_layers=12)
+    ranks = [[2, 1, 0, 3, 1, 0, 2]] * 5 + [[0, 1, 4, 3, 1, 0, 2]] * 7
+    ranks[9] = [0] * 7
+    apart = {
+        key: LoRAPair(pair.a.to(stored), pair.b.to(stored), 0.1 * key[0] + 0.3)
+        for key, pair in make_weights(geometry, ranks, torch.Generator().manual_seed(1)).items()
+    }
+    layout = AdapterLayout(PoolLayout(geometry, page_tokens=4), tuple(map(tuple, ranks)))
+    write_adapter_file(tmp_path / "a", apart)
+    file_memory, pack_memory = Scratch(), Scratch()
+    pack_memory.take((12, layout.num_pages, POOL.page_elems), dtype).fill_(float("nan"))
+    packed = pack_adapter(
+        read_adapter_file(tmp_path / "a", file_memory), layout, dtype=dtype, scratch=pack_memory
+    )
+    expected = torch.zeros_like(packed).view(12, -1)
+    for (layer, projection), pair in apart.items():
+        at = PROJECTIONS.index(projection)
+        for matrix, chunk in (
+            (pair.a, layout.a_chunks[layer][at]),
+            ((pair.b.float() * pair.scale).T, layout.b_chunks[layer][at]),
+        ):
+            start = chunk * POOL.chunk_elems
+            expected[layer, start : start + matrix.numel()] = matrix.reshape(-1).to(dtype)
+    assert torch.equal(packed.view(12, -1), expected)
+
+
+def test_weights_of_any_strides_are_packed(weights, layout):
+    fresh = pack_adapter(weights, layout, dtype=torch.float32)
+    turned = {
+        key: LoRAPair(pair.a.T.contiguous().T, pair.b.T.contiguous().T, pair.scale)
+        for key, pair in weights.items()
+    }
+    assert torch.equal(pack_adapter(turned, layout, dtype=torch.float32), fresh)
 
 
 def test_a_module_that_is_missing_is_refused(weights, layout):
@@ -96,6 +129,17 @@ def test_writing_touches_the_adapters_pages_and_no_other(weights, layout):
     pool.write(pages, packed)
     assert torch.equal(pool.data[:, pages], packed)
     assert (pool.data[:, :5] == -1.0).all()
+
+
+def test_scratch_memory_is_used_again_unless_it_is_very_large():
+    scratch = Scratch(max_kept_bytes=1000)
+    first = scratch.take((10, 25), torch.float32)
+    again = scratch.take((3, 5), torch.bfloat16)
+    assert (first.shape, again.shape, again.dtype) == ((10, 25), (3, 5), torch.bfloat16)
+    assert first.data_ptr() == again.data_ptr()
+    large = scratch.take((251,), torch.float32)
+    assert large.numel() == 251
+    assert scratch.take((1,), torch.float32).data_ptr() == first.data_ptr()
 
 
 # ---- the file ------------------------------------------------------------------------------
@@ -159,4 +203,70 @@ def test_an_unknown_module_is_an_adapter_file_error(tmp_path, key):
     renamed = {name.replace("0.q", key): tensor for name, tensor in load_file(path).items()}
     save_file(renamed, path, metadata={"format": FORMAT, "scales": json.dumps({key: 1.0})})
     with pytest.raises(AdapterFileError, match="unknown module"):
+        read_adapter_file(path)
+
+
+def spoil(path, change):
+    """Rewrite a file's header."""
+    data = path.read_bytes()
+    stop = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:stop])
+    text = json.dumps(change(header) or header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[stop:])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "I32"},
+        {"dtype": ["F32"]},
+        {"shape": [2, 31]},
+        {"shape": [64]},
+        {"shape": [-2, -32]},
+        {"shape": [2.0, 32]},
+        {"shape": [10**12, 0], "data_offsets": [0, 0]},
+        {"data_offsets": [0, 10**12]},
+        {"data_offsets": [512, 768]},
+        {"data_offsets": [2, 258]},
+        {"data_offsets": "ab"},
+        {"data_offsets": None},
+    ],
+    ids=str,
+)
+def test_a_tensor_described_wrongly_is_an_adapter_file_error(tmp_path, entry):
+    path = tmp_path / "a.safetensors"
+    save_with(path, {"format": FORMAT, "scales": '{"0.q": 1.0}'})
+    spoil(path, lambda header: header["0.q.A"].update(entry))
+    with pytest.raises(AdapterFileError, match=r"0\.q\.A is no matrix within 512 bytes"):
+        read_adapter_file(path)
+
+
+@pytest.mark.parametrize("change", [lambda h: [1], lambda h: h.update(__metadata__=3)])
+def test_a_header_of_another_kind_is_an_adapter_file_error(tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    save_with(path, {"format": FORMAT, "scales": '{"0.q": 1.0}'})
+    spoil(path, change)
+    with pytest.raises(AdapterFileError, match="not an object"):
+        read_adapter_file(path)
+
+
+def test_any_byte_of_a_header_may_be_wrong(weights, tmp_path):
+    """It is refused or read, and never a crash."""
+    path = tmp_path / "a.safetensors"
+    write_adapter_file(path, weights)
+    good = path.read_bytes()
+    for at in range(0, 8 + int.from_bytes(good[:8], "little"), 7):
+        for flip in (1, 0x80):
+            bad = bytearray(good)
+            bad[at] ^= flip
+            path.write_bytes(bad)
+            with suppress(AdapterFileError):
+                read_adapter_file(path)
+
+
+def test_a_disk_that_fails_is_an_adapter_file_error(tmp_path):
+    """Reading address 0 of a process is what Linux answers with EIO, without a broken disk."""
+    path = tmp_path / "a.safetensors"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(AdapterFileError, match="Input/output error"):
         read_adapter_file(path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraplex_kernels.scatter_triton import scatter_pages
+from loraplex_memory.host_pages import HostPages
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import DirectWriter, StreamWriter
@@ -16,7 +17,6 @@ GEOMETRY = ModelGeometry(
     num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48
 )
 LAYOUT = PoolLayout(GEOMETRY, page_tokens=4)
-PAGE_BYTES = LAYOUT.page_elems * 4
 
 
 class RecordedStreams:
@@ -54,6 +54,14 @@ def make_packed(num_pages: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(3, num_pages, LAYOUT.page_elems, generator=generator)
 
 
+def in_arena(packed: torch.Tensor, pages: list[int]) -> HostPages:
+    """Put a packed adapter into these pages of host memory; NaN is all around it."""
+    slab = torch.full((max(pages) + 2, 3, LAYOUT.page_elems), float("nan"))
+    held = HostPages(slab, pages)
+    held.fill(packed)
+    return held
+
+
 def assert_holds(pool: PagePool, pages: list[int], packed: torch.Tensor) -> None:
     """The adapter is in its pages, and every other page is as it was."""
     assert torch.equal(pool.data[:, pages], packed)
@@ -61,48 +69,50 @@ def assert_holds(pool: PagePool, pages: list[int], packed: torch.Tensor) -> None
     assert (pool.data[:, others] == -1.0).all()
 
 
-def test_the_direct_writer_copies_at_once():
+@pytest.mark.parametrize("host_pages", [[0, 1, 2, 3], [5, 6, 2, 3], [9, 0, 4, 2]], ids=str)
+def test_the_direct_writer_copies_at_once(host_pages):
     pool, packed = make_pool(), make_packed(4)
     writer = DirectWriter(pool)
-    buffer = writer.buffer(4)
-    assert (buffer.shape, buffer.dtype) == (packed.shape, pool.dtype)
-    writer.write([9, 2, 3, 0], buffer.copy_(packed), after=writer.fence())
+    writer.write([9, 2, 3, 0], in_arena(packed, host_pages), after=writer.fence())
     assert_holds(pool, [9, 2, 3, 0], packed)
 
 
+@pytest.mark.parametrize("host_pages", [[0, 1, 2, 3, 4], [5, 6, 7, 2, 3], [9, 0, 4, 2, 7]], ids=str)
 @pytest.mark.parametrize(
-    ("staged_pages", "pieces"),
-    [
-        (15, [(3, 5)]),
-        (14, [(2, 5), (1, 5)]),
-        (9, [(1, 5)] * 3),
-        (4, [(1, 4), (1, 1)] * 3),
-        (1, [(1, 1)] * 15),
-        (0, [(1, 1)] * 15),
-    ],
+    ("staged_pages", "rounds"), [(5, [5]), (4, [4, 1]), (2, [2, 2, 1]), (1, [1] * 5), (0, [1] * 5)]
 )
-def test_an_adapter_of_any_size_crosses_behind_the_fence(staged_pages, pieces):
+def test_an_adapter_of_any_size_crosses_behind_the_fence(staged_pages, rounds, host_pages):
     pool, packed, streams = make_pool(), make_packed(5), RecordedStreams()
     writer = StreamWriter(
-        pool, streams.scatter, staging_bytes=staged_pages * PAGE_BYTES, streams=streams
+        pool, streams.scatter, staging_bytes=staged_pages * pool.page_bytes, streams=streams
     )
     pages = [7, 11, 0, 4, 5]
-    writer.write(pages, writer.buffer(5).copy_(packed), after=writer.fence())
+    writer.write(pages, in_arena(packed, host_pages), after=writer.fence())
     assert_holds(pool, pages, packed)
-    scatters = [("scatter", shape) for shape in pieces]
+    scatters = [("scatter", (num_pages, 3)) for num_pages in rounds]
     assert streams.notes == [("wait for fence", 1), *scatters, "done"]
 
 
-def test_buffers_are_used_again_by_the_next_adapter():
-    pool, streams = make_pool(), RecordedStreams()
-    writer = StreamWriter(pool, streams.scatter, staging_bytes=15 * PAGE_BYTES, streams=streams)
-    for seed, pages in enumerate(([1, 2, 3], [8, 4], [5, 6, 7, 9, 10])):
-        pool.data.fill_(-1.0)
-        packed = make_packed(len(pages), seed)
-        buffer = writer.buffer(len(pages))
-        assert buffer.data_ptr() == writer.buffer(1).data_ptr()
-        writer.write(pages, buffer.copy_(packed), after=writer.fence())
-        assert_holds(pool, pages, packed)
+@pytest.mark.parametrize("num_pages", [1, 3, 5])
+def test_an_adapter_without_a_place_in_the_arena_is_packed_in_a_buffer(num_pages):
+    """Of five pages, it is larger than the streamed writer's, too."""
+    streams = RecordedStreams()
+    for make_writer in (
+        DirectWriter,
+        lambda pool: StreamWriter(
+            pool, streams.scatter, staging_bytes=3 * pool.page_bytes, streams=streams
+        ),
+    ):
+        pool = make_pool()
+        writer = make_writer(pool)
+        for seed, pages in enumerate(([1, 2, 3, 7, 0], [8, 4, 5, 11, 2])):
+            pool.data.fill_(-1.0)
+            packed = make_packed(num_pages, seed)
+            buffer = writer.buffer(num_pages)
+            buffer.fill(packed)
+            writer.write(pages[:num_pages], buffer, after=writer.fence())
+            assert_holds(pool, pages[:num_pages], packed)
+        assert writer.buffer(1).slab.data_ptr() == writer.buffer(1).slab.data_ptr()
 
 
 def test_a_write_that_fails_still_waits_for_what_it_enqueued():
@@ -111,9 +121,9 @@ def test_a_write_that_fails_still_waits_for_what_it_enqueued():
     def scatter(staging, pages, pool):
         raise RuntimeError("out of order")
 
-    writer = StreamWriter(make_pool(), scatter, streams=streams, staging_bytes=PAGE_BYTES)
+    writer = StreamWriter(make_pool(), scatter, streams=streams, staging_bytes=0)
     with pytest.raises(RuntimeError, match="out of order"):
-        writer.write([1], make_packed(1), after=writer.fence())
+        writer.write([1], in_arena(make_packed(1), [0]), after=writer.fence())
     assert streams.notes == [("wait for fence", 1), "done"]
 
 

@@ -1,0 +1,53 @@
+"""A background thread gives way: low priority, no helpers of torch's, and nobody else affected."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from loraplex_server.engine.background import start_background_thread
+
+
+def torch_threads_elsewhere() -> int:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_torch_computes_with_one_thread_there_and_with_as_many_as_ever_elsewhere():
+    found = []
+
+    def run():
+        torch.ones(1 << 20).add_(1)  # large enough to be shared out
+        found.append(torch.get_num_threads())
+
+    start_background_thread("test", run).join()
+    assert found == [1]
+    assert torch.get_num_threads() == 2
+    assert torch_threads_elsewhere() == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_its_priority_is_low_and_that_of_others_stays():
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found = []
+    start_background_thread(
+        "test", lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    ).join()
+    assert found[0] > before
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
