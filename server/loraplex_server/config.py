@@ -18,6 +18,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from loraplex_scheduler.policies import ADMISSIONS, EVICTIONS, ORDERS
 from loraplex_server.setting_values import (
     Parser,
     choice_of,
@@ -126,16 +127,16 @@ class Config:
         parse_switch, True, "memory", "keep the KV of prompts for others that begin alike", "ON/OFF"
     )
     eviction: str = _setting(
-        choice_of("cost", "lru", "drop-unused"),
+        choice_of(*EVICTIONS),
         "cost",
         "memory",
         "who leaves the pool first: the cheapest to miss (cost), the least recently used (lru), or "
-        "whoever has no user (drop-unused)",
+        "whoever has no user (unused)",
         "POLICY",
     )
 
     order: str = _setting(
-        choice_of("vtc", "vtc-adapter", "fcfs", "lcfs", "edf"),
+        choice_of(*ORDERS),
         "vtc",
         "scheduling",
         "who is served next: fair shares of tenants (vtc) or adapters (vtc-adapter), first come "
@@ -143,7 +144,7 @@ class Config:
         "POLICY",
     )
     admission: str = _setting(
-        choice_of("expected", "greedy", "worst-case"),
+        choice_of(*ADMISSIONS),
         "expected",
         "scheduling",
         "what to set aside for answers: their expected length, nothing (greedy), or all they may "

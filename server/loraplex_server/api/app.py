@@ -93,4 +93,8 @@ def _generations(services: Services, metrics: RequestMetrics) -> Generations:
 
 def _tenants(services: Services) -> TenantAccounts:
     config = services.config
-    return TenantAccounts(max_queued=config.max_queued_per_tenant, clock=services.clock)
+    return TenantAccounts(
+        max_queued=config.max_queued_per_tenant,
+        tokens_per_minute=config.tenant_tokens_per_minute,
+        clock=services.clock,
+    )

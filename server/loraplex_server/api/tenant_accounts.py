@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final
 
 from loraplex_scheduler.plan import Event, TokenEvent
+from loraplex_scheduler.quota import TokenQuota
 from loraplex_server.api.errors import (
     InvalidRequest,
     QuotaExceeded,
@@ -19,19 +20,7 @@ from loraplex_server.api.errors import (
 from loraplex_server.api.job import Job
 
 #: What stands between a tenant and its turn ends with others' answers, which nobody can foresee.
-_QUEUE_RETRY_S = 1.0
-
-
-class Quota(Protocol):
-    """Tokens that each tenant may spend; `loraplex_scheduler.quota.TokenQuota` is one."""
-
-    def try_spend(self, tenant: str, num_tokens: int, now: float) -> float | None:
-        """Take the tokens, or take none and return the seconds until they could be there."""
-        ...
-
-    def refund(self, tenant: str, num_tokens: int) -> None:
-        """Give back tokens that were spent and not used."""
-        ...
+_QUEUE_RETRY_S: Final = 1.0
 
 
 class TenantAccounts:
@@ -39,8 +28,7 @@ class TenantAccounts:
 
     Args:
         max_queued: sequences of one tenant that may wait for their first token; 0 for no limit.
-        tokens_per_minute: that one tenant may spend, prompts and answers.
-        quota: keeps account of them; None where there is no limit.
+        tokens_per_minute: that one tenant may spend, prompts and answers; 0 for no limit.
         clock: in seconds.
     """
 
@@ -49,12 +37,11 @@ class TenantAccounts:
         *,
         max_queued: int = 0,
         tokens_per_minute: int = 0,
-        quota: Quota | None = None,
         clock: Callable[[], float],
     ) -> None:
         self._max_queued = max_queued
         self._tokens_per_minute = tokens_per_minute
-        self._quota = quota
+        self._quota = TokenQuota(tokens_per_minute) if tokens_per_minute else None
         self._clock = clock
         self._queued: Counter[str] = Counter()
 

@@ -9,9 +9,15 @@ import pytest
 
 from loraplex_scheduler.plan import EndEvent, FinishReason, SampledToken, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_server.api.errors import InvalidRequest, TenantQueueFull
+from loraplex_server.api.errors import (
+    InvalidRequest,
+    QuotaExceeded,
+    QuotaTooSmall,
+    TenantQueueFull,
+)
 from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.tenant_accounts import TenantAccounts
+from loraplex_server.engine.messages import EngineState
 from loraplex_server.text.assembler import TextOptions
 from tests.server.api.conftest import BASE, running_server, wait_until
 
@@ -101,3 +107,85 @@ def test_a_bill_that_ends_early_leaves_nobody_waiting():
     accounts = TenantAccounts(max_queued=1, clock=lambda: 0.0)
     accounts.open(make_job()).close()
     accounts.check_room("a", 1)
+
+
+def test_what_was_charged_and_not_used_is_given_back():
+    # 3 of the prompt and twice 7 of the answers are charged, 3 + 2 are used.
+    accounts = TenantAccounts(tokens_per_minute=17, clock=lambda: 0.0)
+    bill = accounts.open(make_job(n=2))
+    with pytest.raises(QuotaExceeded):
+        accounts.open(make_job(max_tokens=1))
+    bill.book(0, token())
+    bill.book(1, token())
+    bill.book(1, EndEvent("j", FinishReason.CANCELLED))
+    bill.close()
+    accounts.open(make_job(max_tokens=9))
+    with pytest.raises(QuotaExceeded):
+        accounts.open(make_job(prompts=((1,),), max_tokens=1))
+
+
+def test_a_request_that_got_nothing_pays_nothing():
+    accounts = TenantAccounts(tokens_per_minute=10, clock=lambda: 0.0)
+    bill = accounts.open(make_job())
+    bill.book(0, EndEvent("j", FinishReason.REJECTED, retry_after_s=1.0))
+    bill.close()
+    accounts.open(make_job())
+
+
+def test_a_prompt_is_paid_for_when_one_of_its_samples_began():
+    accounts = TenantAccounts(tokens_per_minute=20, clock=lambda: 0.0)
+    bill = accounts.open(make_job(prompts=((1, 2, 3), (4, 5)), n=2, max_tokens=1))
+    bill.book(3, token())
+    bill.close()  # 2 and 1 of 9 were used
+    accounts.open(make_job(max_tokens=14))
+    with pytest.raises(QuotaExceeded):
+        accounts.open(make_job(prompts=((1,),), max_tokens=1))
+
+
+def test_the_wait_that_is_asked_for_is_enough_and_not_too_long():
+    now = [0.0]
+    accounts = TenantAccounts(tokens_per_minute=60, clock=lambda: now[0])
+    accounts.open(make_job(max_tokens=57))
+    with pytest.raises(QuotaExceeded, match="10 tokens") as caught:
+        accounts.open(make_job(max_tokens=7))
+    assert caught.value.retry_after_s == pytest.approx(10.0)
+    accounts.open(make_job("b", max_tokens=57))
+    now[0] = 9.9
+    with pytest.raises(QuotaExceeded):
+        accounts.open(make_job(max_tokens=7))
+    now[0] = 10.01
+    accounts.open(make_job(max_tokens=7))
+
+
+def test_what_a_minute_never_gives_is_refused_for_good():
+    accounts = TenantAccounts(tokens_per_minute=9, clock=lambda: 0.0)
+    with pytest.raises(QuotaTooSmall, match="may need 10 tokens"):
+        accounts.open(make_job())
+
+
+def test_a_spent_quota_is_a_429_for_that_tenant_alone(tmp_path, vocabulary):
+    settings = {"tenant_header": "x-tenant", "tenant_tokens_per_minute": 300}
+    reason = 'loraplex_requests_rejected_total{reason="quota_exceeded"}'
+    body = {"model": BASE, "prompt": "a", "max_tokens": 199, "ignore_eos": True}
+    with running_server(tmp_path, vocabulary, **settings) as server:
+        assert post(server, "a", body).status_code == 200
+        refused = post(server, "a", body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
+        # 100 of 300 tokens are left, 100 are missing, and 5 come each second.
+        assert 15 <= int(refused.headers["retry-after"]) <= 20
+        assert 15_000 < int(refused.headers["retry-after-ms"]) <= 20_000
+        assert server.metric(reason) == 1
+        assert post(server, "b", body).status_code == 200
+        assert post(server, "a", BODY).status_code == 200
+        never = post(server, "c", body | {"n": 2})
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "quota_too_small")
+
+
+def test_an_engine_that_is_down_gives_the_tokens_back(tmp_path, vocabulary):
+    body = {"model": BASE, "prompt": "a", "max_tokens": 199}
+    settings = {"tenant_tokens_per_minute": 200, "max_queued_per_tenant": 1}
+    with running_server(tmp_path, vocabulary, **settings) as server:
+        server.engine.state = EngineState.RESTARTING
+        assert post(server, None, body).status_code == 503
+        server.engine.state = EngineState.READY
+        assert post(server, None, body).status_code == 200
