@@ -59,7 +59,7 @@ class AsyncClient(BaseClient):
 
     @property
     def adapters(self) -> AsyncAdapters:
-        """The adapters the server keeps: push, list, get, delete."""
+        """The adapters the server keeps: push, list, get, delete, prefetch."""
         return AsyncAdapters(self)
 
     async def pool(self) -> Pool:

@@ -15,6 +15,7 @@ from loraplex.stream import AsyncStream
 from loraplex.types import (
     Adapter,
     AdapterDeleted,
+    AdapterPrefetch,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -154,3 +155,7 @@ class AsyncAdapters:
     async def delete(self, name: str) -> AdapterDeleted:
         """Forget a name, or raise NotFoundError. Requests that are running finish."""
         return await self._client.send(calls.delete_adapter(name))
+
+    async def prefetch(self, name: str) -> AdapterPrefetch:
+        """Tell the server that requests for an adapter will come soon, or raise NotFoundError."""
+        return await self._client.send(calls.prefetch_adapter(name))

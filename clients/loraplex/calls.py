@@ -22,6 +22,7 @@ from loraplex.types import (
     Adapter,
     AdapterDeleted,
     AdapterPage,
+    AdapterPrefetch,
     ApiModel,
     ChatCompletion,
     ChatCompletionChunk,
@@ -132,6 +133,11 @@ def delete_adapter(name: str) -> Call[AdapterDeleted]:
     """DELETE /v1/adapters/{name}."""
     path = f"/v1/adapters/{_segment(name)}"
     return Call("DELETE", path, AdapterDeleted, is_repeatable=False)
+
+
+def prefetch_adapter(name: str) -> Call[AdapterPrefetch]:
+    """POST /v1/adapters/{name}/prefetch."""
+    return Call("POST", f"/v1/adapters/{_segment(name)}/prefetch", AdapterPrefetch)
 
 
 def get_pool() -> Call[Pool]:

@@ -88,6 +88,7 @@ class ErrorDetail:
         param: The request field at fault.
         code: The exact error, for programs.
         reasons: Everything that was found wrong with an adapter.
+        retry_after_s: Seconds the server asked to wait.
         body: The decoded JSON, or the text when it was not JSON.
     """
 
@@ -97,6 +98,7 @@ class ErrorDetail:
     code: str | None = None
     reasons: tuple[str, ...] = ()
     body: Any = None
+    retry_after_s: float | None = None
 
     def __str__(self) -> str:
         unsaid = [reason for reason in self.reasons if reason not in self.message]
@@ -164,7 +166,11 @@ class UnprocessableEntityError(APIStatusError):
 
 
 class RateLimitError(APIStatusError):
-    """429: too many requests; `retry_after_s` says when to come back."""
+    """429: too much for now; `retry_after_s` says when to come back.
+
+    `code` says why: `overloaded` (the first token would have come too late), `queue_full`,
+    `tenant_queue_full`, `quota_exceeded` or `too_many_uploads`.
+    """
 
 
 class InternalServerError(APIStatusError):
@@ -175,7 +181,8 @@ class StreamError(LoraplexError):
     """A stream that had begun broke off: what was received so far is not the whole answer.
 
     `code` is the server's, or `connection_lost`, `timeout`, `incomplete` (the stream ended
-    without its `[DONE]`) or `invalid_chunk`.
+    without its `[DONE]`) or `invalid_chunk`. `retry_after_s` is set where the server said when to
+    try again.
     """
 
     def __init__(self, detail: ErrorDetail) -> None:
@@ -186,6 +193,7 @@ class StreamError(LoraplexError):
         self.param = detail.param
         self.code = detail.code
         self.body = detail.body
+        self.retry_after_s = detail.retry_after_s
 
     def __str__(self) -> str:
         return str(self.detail)
@@ -234,7 +242,7 @@ def detail_from_json(body: Any, *, fallback: str) -> ErrorDetail:
     error = body.get("error", body) if isinstance(body, Mapping) else body
     if not isinstance(error, Mapping):
         return ErrorDetail(error if isinstance(error, str) and error else fallback, body=body)
-    reasons = error.get("reasons")
+    reasons, retry_after_s = error.get("reasons"), error.get("retry_after_s")
     return ErrorDetail(
         message=_text(error.get("message")) or _text(error.get("detail")) or fallback,
         type=_text(error.get("type")),
@@ -242,6 +250,7 @@ def detail_from_json(body: Any, *, fallback: str) -> ErrorDetail:
         code=_text(error.get("code")),
         reasons=tuple(str(reason) for reason in reasons) if isinstance(reasons, list) else (),
         body=body,
+        retry_after_s=retry_after_s if isinstance(retry_after_s, int | float) else None,
     )
 
 

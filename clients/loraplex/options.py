@@ -25,7 +25,10 @@ class SamplingOptions(TypedDict, total=False):
     """The fields that completions and chat share.
 
     Those beyond OpenAI's have the names and meanings of vLLM's: top_k, min_p, repetition_penalty,
-    min_tokens, stop_token_ids, include_stop_str_in_output, ignore_eos and *_special_tokens.
+    min_tokens, stop_token_ids, include_stop_str_in_output, ignore_eos, priority (lower is served
+    first) and *_special_tokens. Two are loraplex's own: deadline_s, seconds until the whole answer
+    is due, and ttft_slo_s, seconds until its first token is: an answer that would come later is
+    refused with a RateLimitError, which a client with `max_retries` tries again when it was told.
     """
 
     max_tokens: int | None
@@ -48,6 +51,9 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | Mapping[int, float] | None
     stream_options: StreamOptions | None
     user: str | None
+    priority: int | None
+    deadline_s: float | None
+    ttft_slo_s: float | None
     extra_body: Mapping[str, Any] | None
 
 

@@ -15,6 +15,7 @@ from loraplex.stream import Stream
 from loraplex.types import (
     Adapter,
     AdapterDeleted,
+    AdapterPrefetch,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -182,3 +183,15 @@ class Adapters:
     def delete(self, name: str) -> AdapterDeleted:
         """Forget a name, or raise NotFoundError. Requests that are running finish."""
         return self._client.send(calls.delete_adapter(name))
+
+    def prefetch(self, name: str) -> AdapterPrefetch:
+        """Tell the server that requests for an adapter will come soon.
+
+        It answers at once, with where the adapter is now, and brings it nearer as its time and its
+        memory allow: a hint, on which nothing may depend.
+
+        Raises:
+            NotFoundError: No adapter has this name.
+            BadRequestError: It is the base model's, or the server has no place to bring it to.
+        """
+        return self._client.send(calls.prefetch_adapter(name))

@@ -8,7 +8,6 @@ plain strings for the same reason.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,13 +18,28 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
 
+class PromptTokensDetails(ApiModel):
+    """Where the prompt's tokens came from.
+
+    Attributes:
+        cached_tokens: Those the server had computed before, for a prompt that began alike.
+    """
+
+    cached_tokens: int = 0
+
+
 class Usage(ApiModel):
     """Token counts of one request."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
-    prompt_tokens_details: dict[str, Any] | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that nobody had to compute."""
+        return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else 0
 
 
 class Answer(ApiModel):
@@ -187,7 +201,8 @@ class Adapter(ApiModel):
         size_bytes: Of its files on disk.
         pool_pages: Pages it takes in the memory pool while it is resident.
         created: Unix time in seconds.
-        state: "registered" (on disk), "loading" or "resident" (in the pool).
+        state: "registered" (on disk), "host" (in host memory), "loading" or "resident" (in the
+            pool).
     """
 
     object: str = "adapter"
@@ -218,23 +233,74 @@ class AdapterDeleted(ApiModel):
     deleted: bool
 
 
-class ResidentAdapter(ApiModel):
-    """An adapter in the pool. `name` is None when its last name was deleted while in use."""
+class AdapterPrefetch(ApiModel):
+    """The answer of POST /v1/adapters/{name}/prefetch.
+
+    Attributes:
+        tier: Where the adapter was when the server was asked: "resident" (in the pool), "loading",
+            "host" (in host memory) or "disk".
+    """
+
+    name: str
+    id: str
+    tier: str
+
+
+class PageHolder(ApiModel):
+    """An adapter, or the base model, with pages in the pool.
+
+    Attributes:
+        id: None for the base model.
+        name: None when its last name was deleted while in use.
+        weight_pages: Pages of its weights; None while they are being filled.
+        prefix_pages: Pages of the prefix cache that hold what it computed.
+        state: As of `AdapterPrefetch.tier`.
+    """
+
+    id: str | None
+    name: str | None
+    weight_pages: int | None = None
+    prefix_pages: int = 0
+    state: str = ""
+
+
+class HostAdapter(ApiModel):
+    """An adapter in host memory. `name` is None when its last name was deleted."""
 
     id: str
     name: str | None
-    pages: int
+
+
+class HostTier(ApiModel):
+    """What host memory keeps near the pool. Its adapters may be in the pool as well."""
+
+    bytes: int = 0
+    capacity_bytes: int = 0
+    adapters: list[HostAdapter] = []
 
 
 class Pool(ApiModel):
-    """How the pages of the memory pool are used: `kv + adapters + free == num_pages`."""
+    """Who holds the pages of the memory pool.
+
+    `kv + prefix_used + prefix_idle + adapters + free == num_pages`.
+
+    Attributes:
+        kv: Pages that one running sequence has for itself.
+        prefix_used: Pages of the prefix cache that running sequences refer to.
+        prefix_idle: Pages of the prefix cache that nobody refers to; as good as free.
+        adapters: Pages of adapters' weights, those being filled included.
+    """
 
     num_pages: int
     page_bytes: int
+    page_tokens: int = 0
     kv: int
+    prefix_used: int = 0
+    prefix_idle: int = 0
     adapters: int
     free: int
-    resident_adapters: list[ResidentAdapter] = []
+    by_adapter: list[PageHolder] = []
+    host: HostTier = HostTier()
 
 
 class Health(ApiModel):

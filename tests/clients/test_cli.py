@@ -141,6 +141,42 @@ def test_models_are_listed(loraplex, tiny):
     assert loraplex("models").stdout == "name\tbase\nbase\t-\nsql\tbase\n"
 
 
+def test_a_prefetch_is_asked_for(loraplex, tiny):
+    tiny.add("team/sql")
+    result = loraplex("adapters", "prefetch", "team/sql")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "asked for team/sql: it is on disk, to be brought into host memory\n"
+    assert (
+        json.loads(loraplex("adapters", "prefetch", "team/sql", "--json").stdout)["tier"] == "disk"
+    )
+    missing = loraplex("adapters", "prefetch", "nothing")
+    assert (missing.exit_code, missing.stdout) == (1, "")
+
+
+def test_the_pool_is_shown_as_a_map(loraplex, tiny):
+    shown = loraplex("pool").stdout
+    uses, holders = shown.split("\n\n")
+    assert uses.splitlines() == [
+        "use\tpages\tsize\tshare\tmap",
+        "running sequences\t10\t41.0 kB\t10.0%\t####",
+        "prefixes in use\t5\t20.5 kB\t5.0%\t##",
+        "prefixes, idle\t20\t81.9 kB\t20.0%\t########",
+        "adapters\t15\t61.4 kB\t15.0%\t######",
+        "free\t50\t204.8 kB\t50.0%\t####################",
+    ]
+    assert holders.splitlines() == [
+        "adapter\tstate\tweights\tprefixes",
+        "base\tresident\t0\t20",
+        "sql\tresident\t9\t5",
+        "sha256:11\tloading\t-\t0",
+        "host memory: 1 adapters, 4.1 kB of 8.2 kB",
+    ]
+    assert "... and 2 more (--top 0 shows all)\n" in loraplex("pool", "--top", "1").stdout
+    assert json.loads(loraplex("pool", "--json").stdout) == tiny.pool
+    tiny.pool["host"]["capacity_bytes"] = 0
+    assert loraplex("pool").stdout.endswith("\nhost memory keeps no adapters\n")
+
+
 def test_control_characters_in_names_do_not_reach_the_terminal(loraplex, tiny):
     tiny.add("a\x1b[2Jb")
     assert "\x1b" not in loraplex("models").stdout
@@ -189,6 +225,7 @@ def test_every_status_error_has_advice_in_one_line():
         assert (";" in line) == (status not in (400, 418))
     waiting = errors.InternalServerError(503, detail, retry_after_s=5.0)
     assert explain(waiting) == "it failed; try again in 5 s"
+    assert explain(errors.RateLimitError(429, detail, retry_after_s=2.4)).endswith("in 3 s")
     assert "busy" in explain(errors.APITimeoutError("http://h:1/v1/models", "timed out"))
     assert explain(LoraplexError("other.")) == "other"
 

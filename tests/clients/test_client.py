@@ -182,17 +182,60 @@ async def test_a_cursor_that_does_not_move_ends_the_list(last, on_client):
     assert len(await on_client(script.handler, lambda c: c.adapters.list())) <= 2
 
 
-async def test_the_pool_and_its_residents_are_read(on_client):
-    body = {
-        "num_pages": 9,
-        "page_bytes": 4096,
-        "kv": 3,
-        "adapters": 2,
-        "free": 4,
-        "resident_adapters": [{"id": "sha256:00", "name": None, "pages": 2}],
-    }
+async def test_the_pools_map_is_read(on_client):
+    holder = {"id": "sha256:00", "name": None, "weight_pages": 2, "prefix_pages": 3, "state": "x"}
+    uses = {"kv": 3, "prefix_used": 1, "prefix_idle": 2, "adapters": 2, "free": 1}
+    host = {"bytes": 5, "capacity_bytes": 9, "adapters": [{"id": "sha256:00", "name": "sql"}]}
+    body = {"num_pages": 9, "page_bytes": 4096, **uses, "by_adapter": [holder], "host": host}
     pool = await on_client(Script(ok(body)).handler, lambda c: c.pool())
-    assert (pool.kv + pool.adapters + pool.free, pool.resident_adapters[0].pages) == (9, 2)
+    assert {use: getattr(pool, use) for use in uses} == uses
+    assert (pool.by_adapter[0].weight_pages, pool.by_adapter[0].prefix_pages) == (2, 3)
+    assert (pool.host.capacity_bytes, pool.host.adapters[0].name) == (9, "sql")
+
+
+async def test_a_prefetch_says_where_the_adapter_was(on_client):
+    answer = {"object": "adapter.prefetch", "name": "team/a", "id": "sha256:00", "tier": "disk"}
+    script = Script(httpx.Response(202, json=answer))
+    asked = await on_client(script.handler, lambda c: c.adapters.prefetch("team/a"))
+    [request] = script.requests
+    assert (request.method, request.url.raw_path) == (
+        "POST",
+        b"/v1/adapters/team%2Fa/prefetch",
+    )
+    assert (asked.name, asked.tier) == ("team/a", "disk")
+
+
+async def test_usage_tells_cached_tokens_and_none_where_the_server_says_nothing(on_client):
+    details = {"prompt_tokens_details": {"cached_tokens": 2, "audio_tokens": 0}}
+    told = {**CHAT, "usage": {**CHAT["usage"], **details}}
+    script = Script(ok(told), ok(CHAT))
+    for expected in (2, 0):
+        answer = await on_client(script.handler, lambda c: c.chat.create(model="m", messages=[]))
+        assert answer.usage.cached_tokens == expected
+
+
+async def test_promises_are_sent_as_they_are_given(on_client):
+    script = Script(ok(COMPLETION))
+    terms = {"priority": -1, "deadline_s": 10.0, "ttft_slo_s": 0.5}
+    await on_client(script.handler, lambda c: c.completions.create(model="m", prompt="x", **terms))
+    assert json.loads(script.requests[0].content) == {"model": "m", "prompt": "x", **terms}
+
+
+async def test_an_overloaded_server_is_asked_again_when_it_said(on_client, sleeps):
+    headers = {"retry-after": "3", "retry-after-ms": "2400"}
+    script = Script(httpx.Response(429, headers=headers), ok(CHAT))
+    answer = await on_client(script.handler, lambda c: c.chat.create(model="m", messages=[]))
+    assert (answer.text, sleeps) == ("Arr", [2.4])
+
+
+async def test_a_server_that_stays_overloaded_says_when_to_come_back(on_client, sleeps):
+    error = {"message": "later", "code": "overloaded", "type": "rate_limit_error"}
+    refused = httpx.Response(429, json={"error": error}, headers={"retry-after-ms": "750"})
+    script = Script(*[refused] * 3)
+    with pytest.raises(RateLimitError) as caught:
+        await on_client(script.handler, lambda c: c.chat.create(model="m", messages=[]))
+    assert (caught.value.code, caught.value.retry_after_s) == ("overloaded", 0.75)
+    assert sleeps == [0.75, 0.75]
 
 
 async def test_health_reports_a_restart_instead_of_raising(on_client, sleeps):

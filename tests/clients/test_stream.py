@@ -173,3 +173,11 @@ def test_a_connection_serves_the_next_request_after_a_stream():
             assert "".join(chat(client).text) == "onetwo"
             assert transport.open_connections() == 1
     assert len(peers) == 3
+
+
+async def test_a_sample_rejected_in_the_middle_says_when_to_come_back(on_client, make_pieces):
+    error = {"message": "later", "code": "overloaded", "retry_after_s": 2.4}
+    body = make_pieces(event("He"), f"data: {json.dumps({'error': error})}\n\n".encode(), DONE)
+    with pytest.raises(StreamError) as caught:
+        await on_client(streaming(body), chat)
+    assert (caught.value.code, caught.value.retry_after_s) == ("overloaded", 2.4)

@@ -21,6 +21,7 @@ class TinyLoraplex:
     def __init__(self, slow_s: float = 0.0) -> None:
         self.slow_s = slow_s
         self.adapters: dict[str, dict] = {}
+        self.pool = _pool()
         self.failing: dict[tuple[str, str], Reply] = {}  # (method, path) -> what to say instead
 
     def answer(self, received: Received) -> Reply:
@@ -35,9 +36,14 @@ class TinyLoraplex:
             return Reply({"data": [{"id": "base"}, *self._models()]})
         if key == ("POST", "/v1/chat/completions"):
             return Reply(pieces=self._stream(received.json()))
-        name = unquote(received.path.removeprefix("/v1/adapters/"))
+        if key == ("GET", "/v1/pool"):
+            return Reply(self.pool)
+        path = received.path.removeprefix("/v1/adapters/")
+        name = unquote(path.removesuffix("/prefetch"))
         if name not in self.adapters:
             return Reply(NOT_FOUND, 404, {"x-request-id": "req-9"})
+        if received.method == "POST":
+            return Reply({"name": name, "id": self.adapters[name]["id"], "tier": "disk"}, 202)
         if received.method == "DELETE":
             return Reply({**self.adapters.pop(name), "object": "adapter.deleted", "deleted": True})
         return Reply(self.adapters[name])
@@ -88,6 +94,31 @@ class TinyLoraplex:
         usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 9}
         yield _event(usage=usage)
         yield b"data: [DONE]\n\n"
+
+
+def _pool() -> dict:
+    holders = [
+        (None, "base", 0, 20, "resident"),
+        ("sha256:00", "sql", 9, 5, "resident"),
+        ("sha256:11", None, None, 0, "loading"),
+    ]
+    names = ("id", "name", "weight_pages", "prefix_pages", "state")
+    return {
+        "num_pages": 100,
+        "page_bytes": 4096,
+        "page_tokens": 16,
+        "kv": 10,
+        "prefix_used": 5,
+        "prefix_idle": 20,
+        "adapters": 15,
+        "free": 50,
+        "by_adapter": [dict(zip(names, holder, strict=True)) for holder in holders],
+        "host": {
+            "bytes": 4096,
+            "capacity_bytes": 8192,
+            "adapters": [{"id": "sha256:00", "name": "sql"}],
+        },
+    }
 
 
 def _event(*choices: dict, usage: dict | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""`loraplex adapters`: push, list, show, rm."""
+"""`loraplex adapters`: push, list, show, prefetch, rm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from loraplex.cli.settings import open_client
 from loraplex.cli.terminal import stderr, stdout, write, write_json, write_table
 from loraplex.types import Adapter
 
-app = typer.Typer(help="Push, list, show and remove adapters.", no_args_is_help=True)
+app = typer.Typer(help="Push, list, show, prefetch and remove adapters.", no_args_is_help=True)
+
+_TIERS = {
+    "resident": "it is in the pool already",
+    "loading": "it is on its way into the pool",
+    "host": "it is in host memory already",
+    "disk": "it is on disk, to be brought into host memory",
+}
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME")]
 
@@ -91,6 +98,17 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     ]
     for label, value in rows:
         write(stdout(), f"{label:<13} {value}")
+
+
+@app.command()
+def prefetch(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Tell the server that requests for an adapter will come soon."""
+    with open_client(ctx) as client:
+        asked = client.adapters.prefetch(name)
+    if as_json:
+        write_json(asked)
+    else:
+        write(stdout(), f"asked for {asked.name}: {_TIERS.get(asked.tier, asked.tier)}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from urllib.parse import urlsplit
 
 from loraplex.errors import (
@@ -30,6 +31,8 @@ _ADVICE: dict[type[LoraplexError], str] = {
     InternalServerError: "try again, and look at the server's log",
 }
 
+_WAITING = (InternalServerError, RateLimitError)
+
 
 def explain(error: LoraplexError) -> str:
     """Return what happened and what to do next."""
@@ -45,8 +48,8 @@ def explain(error: LoraplexError) -> str:
 
 def _line(error: LoraplexError, told: str) -> str:
     parts = [" ".join(told.split()).rstrip(".")]
-    if isinstance(error, InternalServerError) and error.retry_after_s is not None:
-        parts.append(f"try again in {error.retry_after_s:.0f} s")
+    if isinstance(error, _WAITING) and error.retry_after_s is not None:
+        parts.append(f"try again in {math.ceil(error.retry_after_s)} s")
     elif type(error) in _ADVICE:
         parts.append(_ADVICE[type(error)])
     line = "; ".join(parts)
