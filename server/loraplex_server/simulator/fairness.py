@@ -1,7 +1,7 @@
 """How unevenly tenants were served, as VTC measures it (arXiv 2401.00588, section 5.1, and its
 artifact's plotting scripts).
 
-A request is worth `prompt + 2 x output` tokens of service, received evenly from first token to last.
+A request is worth `prompt + 2 x output` tokens of service, received evenly from first to last.
 Rates are means over a window of 60 s around each of 100 ticks between 0 and the last arrival. The
 gap at a tick is the sum over tenants of what each got less than the best served one, but no more
 than what it asked for and did not get:
@@ -24,10 +24,9 @@ NUM_TICKS = 100
 
 @dataclass(frozen=True)
 class ServiceGap:
-    """The gap over time; tokens per second.
+    """The gap over time, and each tenant's service; tokens per second.
 
     Attributes:
-        most_s, mean_s: its maximum and mean.
         most_accumulated: the largest difference between two tenants' accumulated service, tokens.
     """
 
@@ -48,12 +47,13 @@ class ServiceGap:
 def service_gap(outcome: Outcome) -> ServiceGap:
     """Measure one run; `service` of the result is `[tenants, ticks]`."""
     last = float(np.nanmax(outcome.arrival_s))
-    tick_s = last / NUM_TICKS * np.arange(NUM_TICKS)
-    half = WINDOW_S / 2
-    service = _served(outcome, tick_s - half, tick_s + half) / WINDOW_S
-    demand = _asked_for(outcome, tick_s - half, tick_s + half) / WINDOW_S
+    tick_s: Floats = np.arange(NUM_TICKS, dtype=np.float64) * (last / NUM_TICKS)
+    since: Floats = tick_s - WINDOW_S / 2
+    until: Floats = tick_s + WINDOW_S / 2
+    service: Floats = _served(outcome, since, until) / WINDOW_S
+    demand: Floats = _asked_for(outcome, since, until) / WINDOW_S
     short_of_best = service.max(axis=0) - service
-    gap = np.minimum(short_of_best, np.abs(demand - service)).sum(axis=0)
+    gap: Floats = np.minimum(short_of_best, np.abs(demand - service)).sum(axis=0)
     accumulated = _served(outcome, np.zeros(NUM_TICKS), tick_s)
     apart = (accumulated.max(axis=0) - accumulated.min(axis=0)).max()
     return ServiceGap(tick_s, gap, service, float(apart))

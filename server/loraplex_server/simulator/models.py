@@ -64,7 +64,7 @@ class AdapterSet:
         return (tuple(rank if p in self.targets else 0 for p in PROJECTIONS),) * num_layers
 
 
-def _llama(
+def llama(
     name: str,
     layers: int,
     hidden: int,
@@ -73,6 +73,7 @@ def _llama(
     intermediate: int,
     vocab: int = 32000,
 ) -> SimulatedModel:
+    """Return a model of the Llama family."""
     geometry = ModelGeometry(
         num_layers=layers,
         hidden_size=hidden,
@@ -87,11 +88,11 @@ def _llama(
 # S-LoRA's 70B runs are of Llama-2-70B, whose attention is grouped; the others have one K and V per
 # head.
 MODELS: Final = {
-    "llama-7b": _llama("llama-7b", 32, 4096, 32, 32, 11008),
-    "llama-13b": _llama("llama-13b", 40, 5120, 40, 40, 13824),
-    "llama-30b": _llama("llama-30b", 60, 6656, 52, 52, 17920),
-    "llama-70b": _llama("llama-70b", 80, 8192, 64, 8, 28672),
-    "llama-3-8b": _llama("llama-3-8b", 32, 4096, 32, 8, 14336, vocab=128256),
+    "llama-7b": llama("llama-7b", 32, 4096, 32, 32, 11008),
+    "llama-13b": llama("llama-13b", 40, 5120, 40, 40, 13824),
+    "llama-30b": llama("llama-30b", 60, 6656, 52, 52, 17920),
+    "llama-70b": llama("llama-70b", 80, 8192, 64, 8, 28672),
+    "llama-3-8b": llama("llama-3-8b", 32, 4096, 32, 8, 14336, vocab=128256),
 }
 
 

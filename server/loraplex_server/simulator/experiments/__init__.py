@@ -1,0 +1,1 @@
+"""Named experiments: each states its parameters, runs, and reports tables and checks."""
