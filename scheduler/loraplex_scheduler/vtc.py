@@ -102,6 +102,11 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._waiting)
 
+    @property
+    def num_clients(self) -> int:
+        """Clients remembered, active and idle."""
+        return len(self._clients)
+
     def counter(self, client: str) -> float:
         """Return a client's counter; the more of two has been served more for its weight."""
         known = self._clients.get(client)
