@@ -192,6 +192,6 @@ class Adapters:
 
         Raises:
             NotFoundError: No adapter has this name.
-            BadRequestError: It is the base model's, or the server has no place to bring it to.
+            BadRequestError: It is the base model's.
         """
         return self._client.send(calls.prefetch_adapter(name))

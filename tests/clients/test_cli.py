@@ -145,7 +145,7 @@ def test_a_prefetch_is_asked_for(loraplex, tiny):
     tiny.add("team/sql")
     result = loraplex("adapters", "prefetch", "team/sql")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == "asked for team/sql: it is on disk, to be brought into host memory\n"
+    assert result.stdout == "asked for team/sql: it is on disk, and will be brought nearer\n"
     assert (
         json.loads(loraplex("adapters", "prefetch", "team/sql", "--json").stdout)["tier"] == "disk"
     )

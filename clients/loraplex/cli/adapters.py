@@ -23,7 +23,7 @@ _TIERS = {
     "resident": "it is in the pool already",
     "loading": "it is on its way into the pool",
     "host": "it is in host memory already",
-    "disk": "it is on disk, to be brought into host memory",
+    "disk": "it is on disk, and will be brought nearer",
 }
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME")]

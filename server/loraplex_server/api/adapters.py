@@ -48,7 +48,6 @@ def adapters_router(
     adapter_names: AdapterNames,
     base_names: tuple[str, ...],
     max_upload_bytes: int,
-    has_host_tier: bool,
 ) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter(tags=["adapters"])
@@ -99,8 +98,6 @@ def adapters_router(
         lease = await asyncio.to_thread(catalog.acquire, name)
         try:
             tier = Tiers(engine.stats).of(lease.record.id)
-            if tier == "disk" and not has_host_tier:
-                raise InvalidRequest("this server keeps no adapters in host memory (host_bytes 0)")
             adapter_names.remember(lease.record.id, name)
             engine.prefetch(lease.manifest)
         finally:

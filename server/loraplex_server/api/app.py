@@ -66,7 +66,6 @@ def create_app(services: Services) -> FastAPI:
             adapter_names=names,
             base_names=services.base_names,
             max_upload_bytes=services.config.max_upload_bytes,
-            has_host_tier=services.config.host_bytes != 0,
         )
     )
     app.include_router(

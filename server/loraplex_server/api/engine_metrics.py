@@ -35,7 +35,7 @@ _COUNTERS: Final[tuple[tuple[str, str, _Reader], ...]] = (
     ("engine_step_seconds", "Time spent inside steps.", lambda s: s.step_s),
     ("preemptions", "Sequences that gave back their pages.", lambda s: s.num_preemptions),
     ("adapter_loads", "Adapters loaded into the pool.", lambda s: s.num_loads),
-    ("adapter_load_seconds", "Time from asking for adapters to having them.", lambda s: s.load_s),
+    ("adapter_load_seconds", "Time spent loading adapters.", lambda s: s.load_s),
     ("adapter_host_hits", "Loads that host memory served.", lambda s: s.num_host_hits),
     ("adapter_prefetches", "Adapters brought into host memory early.", lambda s: s.num_prefetches),
     ("adapter_load_failures", "Loads that failed.", lambda s: s.num_load_failures),

@@ -61,7 +61,7 @@ class EngineStats:
     num_loads: int = 0
     num_load_failures: int = 0
     load_s: float = 0.0
-    """Seconds from asking for an adapter to its being ready, summed over `num_loads`."""
+    """Seconds that the `num_loads` took, without their time in the loader's queue."""
     num_evictions: int = 0
     """Adapters that left the pool."""
     num_prefix_evictions: int = 0

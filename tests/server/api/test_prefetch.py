@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from loraplex_server.engine.messages import EngineState, EngineStats
-from tests.server.api.conftest import BASE, make_adapter, running_server
+from tests.server.api.conftest import BASE, make_adapter
 
 
 def prefetch(server, name: str) -> httpx.Response:
@@ -57,16 +57,6 @@ def test_a_hint_to_an_engine_that_is_down_is_not_lost_in_silence(server, adapter
     answer = prefetch(server, adapter)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
     assert server.catalog.num_leases(server.catalog.get(adapter).id) == 0
-
-
-def test_a_server_without_host_memory_for_adapters_says_so(tmp_path, vocabulary):
-    with running_server(tmp_path / "data", vocabulary, host_bytes=0) as server:
-        adapter_id = server.upload("a", make_adapter(tmp_path / "a")).json()["id"]
-        refused = prefetch(server, "a")
-        assert refused.status_code == 400
-        assert "host_bytes" in refused.json()["error"]["message"]
-        server.engine.stats = EngineStats(resident={adapter_id: 1})
-        assert prefetch(server, "a").status_code == 202
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
