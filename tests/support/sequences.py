@@ -6,15 +6,18 @@ from itertools import count
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_scheduler.plan import Request
+from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sequence import Sequence
-from tests.support.scheduling import make_accounts, make_manifest, make_request
+from tests.support.scheduling import PLAIN, make_accounts, make_manifest, make_request
 
 
 class SequenceFactory:
     """Makes sequences of one pool, in the order of their arrival."""
 
-    def __init__(self, num_pages: int = 4096, *, page_tokens: int = 4) -> None:
-        self.accounts = make_accounts(num_pages, page_tokens=page_tokens)
+    def __init__(
+        self, num_pages: int = 4096, *, page_tokens: int = 4, choice: PolicyChoice = PLAIN
+    ) -> None:
+        self.accounts = make_accounts(num_pages, page_tokens=page_tokens, choice=choice)
         self._orders = count()
 
     def __call__(
@@ -45,11 +48,17 @@ class SequenceFactory:
         return Sequence(request, order, table, layout, max_len)
 
 
-def run(sequence: Sequence, num_generated: int = 0) -> Sequence:
-    """Give a sequence pages and the state after its prompt and so many tokens of its answer."""
+def answer(sequence: Sequence, num_generated: int) -> Sequence:
+    """Give a sequence so many tokens of its answer, and no pages."""
     for _ in range(num_generated):
         sequence.num_tokens += 1
         sequence.append(7)
+    return sequence
+
+
+def run(sequence: Sequence, num_generated: int = 0) -> Sequence:
+    """Give a sequence pages and the state after its prompt and so many tokens of its answer."""
+    answer(sequence, num_generated)
     sequence.table.grow(sequence.num_tokens)
     sequence.num_computed = sequence.num_tokens - 1 if num_generated else 0
     return sequence
