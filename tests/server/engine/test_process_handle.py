@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import FinishReason, Request
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine import process
@@ -190,6 +191,11 @@ async def test_a_load_is_booked_although_its_request_was_cancelled(tmp_path):
     await engine.stop()
 
 
+async def test_a_hint_wakes_the_idle_engine(engine, tmp_path):
+    engine.prefetch(save_adapter(tmp_path, tiny_spec().geometry))
+    await wait_for(lambda: list(engine.stats.resident) == ["a"], 10.0)
+
+
 # ---- dying and restarting ------------------------------------------------------------------
 
 
@@ -202,6 +208,8 @@ async def test_when_the_process_dies_requests_fail_once_and_it_comes_back(engine
     with pytest.raises(EngineUnavailable) as refused:
         engine.submit([request("b")])
     assert refused.value.retry_after_s >= 1.0
+    with pytest.raises(EngineUnavailable):
+        engine.prefetch(AdapterManifest("a", "a.safetensors", ()))
     await wait_for(lambda: engine.state is EngineState.READY)
     assert engine.num_restarts == 1
     assert len(await collect(engine.submit([request("c")]))) == 8
