@@ -35,7 +35,7 @@ class PoolAccounts:
         self.layout = layout
         self.clock = GivenClock()
         self.allocator = PageAllocator(num_pages)
-        self._evictor = Evictor(eviction)
+        self._evictor = Evictor(eviction, self.clock)
         self.prefixes = PrefixCache(
             self.allocator,
             self._evictor,
@@ -107,4 +107,4 @@ class PoolAccounts:
         self.allocator.check()
         self.residency.check()
         self.prefixes.check()
-        self._evictor.check([*self.residency.idle_adapters(), *self.prefixes.idle_leaves()])
+        self._evictor.check(self.residency.idle_adapters(), self.prefixes.idle_leaves())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log2
-from typing import Final, Protocol
+from typing import Protocol
 
 
 class RestoreCosts(Protocol):
@@ -25,13 +25,20 @@ class RestoreCosts(Protocol):
 class EvictionPolicy(Protocol):
     """Without state; the same object may serve many pools.
 
+    A key is `log2(value) + t / half_life`, where t is the time of the last use and the value is the
+    one that it had then; it halves with every half-life of its kind.
+
     Attributes:
-        half_life_s: after this time a use counts half.
+        adapter_half_life_s: after this time, a use of an adapter counts half.
+        prefix_half_life_s: after this time, a use of a prefix page counts half.
         drops_unused: adapters leave once nobody runs with them, needed or not.
     """
 
     @property
-    def half_life_s(self) -> float: ...
+    def adapter_half_life_s(self) -> float: ...
+
+    @property
+    def prefix_half_life_s(self) -> float: ...
 
     @property
     def drops_unused(self) -> bool: ...
@@ -53,28 +60,34 @@ class EvictionPolicy(Protocol):
 
 @dataclass(frozen=True)
 class CostAware:
-    """Seconds to restore x chance of use / pages, in log2; the least valuable goes first.
+    """Seconds to restore x chance of use / pages; the least valuable goes first.
 
-    The chance of use is a decayed count of uses, so it stands for the uses to come in about a
-    half-life. GreedyDual-Size-Frequency (Cherkasova, 1998) has the same three factors, with
-    an inflating clock in place of decay; ELORA (its cost model) those of transfer cost, visit
-    probability and recency, and the tree in which a prefix depends on its adapter: a prefix page
-    cannot be used without it, so while the adapter is away its pages count `orphan_weight`.
+    The factors are those of GreedyDual-Size-Frequency (Cherkasova, 1998), with decay in place of its
+    inflating clock, and of ELORA's cost model (transfer cost x visit probability x recency). A
+    decayed count f of half-life h stands for a rate of `f * ln(2) / h` uses per second. For adapters
+    f counts requests, whoever they were for; for a prefix page see `PrefixCache`. Adapters keep
+    their popularity for longer than a conversation lasts, hence two half-lives.
+
+    ELORA drops prefixes with their adapter, as they cannot be used without it. But the request that
+    brings the adapter back finds them, and a deep discount lost more than it gained on mixed
+    traffic: they only count `orphan_weight`.
     """
 
-    half_life_s: float = 300.0
-    orphan_weight: float = 0.25
-    drops_unused: Final[bool] = False
+    adapter_half_life_s: float = 300.0
+    prefix_half_life_s: float = 60.0
+    orphan_weight: float = 0.8
+    drops_unused: bool = False
 
     def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
         del last_use_s
-        return use_score + page_cost
+        return use_score + page_cost - log2(self.adapter_half_life_s)
 
     def prefix_key(
         self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
     ) -> float:
         del last_use_s
-        return use_score + page_cost + (log2(self.orphan_weight) if is_orphan else 0.0)
+        key = use_score + page_cost - log2(self.prefix_half_life_s)
+        return key + log2(self.orphan_weight) if is_orphan else key
 
 
 @dataclass(frozen=True)
@@ -84,20 +97,28 @@ class LeastRecentlyUsed:
     half_life_s: float = 300.0
     drops_unused: bool = False
 
+    @property
+    def adapter_half_life_s(self) -> float:
+        return self.half_life_s
+
+    @property
+    def prefix_half_life_s(self) -> float:
+        return self.half_life_s
+
     def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
         del use_score, page_cost
-        return last_use_s
+        return last_use_s / self.half_life_s
 
     def prefix_key(
         self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
     ) -> float:
         del use_score, page_cost, is_orphan
-        return last_use_s
+        return last_use_s / self.half_life_s
 
 
 @dataclass(frozen=True)
 class DropUnused(LeastRecentlyUsed):
-    """S-LoRA's: an adapter stays only while a running sequence uses it (section 4.2).
+    """S-LoRA's: an adapter stays only while a running sequence uses it.
 
     In between, when pages are short, as `LeastRecentlyUsed`.
     """

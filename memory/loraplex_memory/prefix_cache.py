@@ -11,14 +11,19 @@ leaves leave.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, MutableSequence, Sequence
 from math import log2
 
 from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.clock import GivenClock
 from loraplex_memory.eviction import EvictionPolicy, RestoreCosts, page_cost
-from loraplex_memory.evictor import Evictable, Evictor
-from loraplex_memory.usage import FirstUseOdds, add_scores
+from loraplex_memory.evictor import Evictor
+from loraplex_memory.lazy_heap import Evictable
+from loraplex_memory.usage import FirstUseOdds
+
+#: Evicted pages whose use is remembered.
+MAX_REMEMBERED = 65_536
 
 
 class PrefixRoot:
@@ -30,10 +35,19 @@ class PrefixRoot:
         idle_leaves: what could leave now, in the order in which it became idle.
     """
 
-    __slots__ = ("adapter_id", "children", "idle_leaves", "is_dropped", "is_orphan", "num_nodes")
+    __slots__ = (
+        "adapter_id",
+        "chain",
+        "children",
+        "idle_leaves",
+        "is_dropped",
+        "is_orphan",
+        "num_nodes",
+    )
 
     def __init__(self, adapter_id: str | None, *, is_orphan: bool) -> None:
         self.adapter_id = adapter_id
+        self.chain = hash(adapter_id)
         self.children: dict[tuple[int, ...], PrefixNode] = {}
         self.idle_leaves: dict[PrefixNode, None] = {}
         self.num_nodes = 0
@@ -42,9 +56,17 @@ class PrefixRoot:
 
 
 class PrefixNode(Evictable):
-    """One page that holds the keys and values of `token_ids` after those of its ancestors."""
+    """One page that holds the keys and values of `token_ids` after those of its ancestors.
+
+    Attributes:
+        chain: hash of the adapter and all tokens up to the end of the page; of use for statistics
+            only, where it does not matter that two contents may have the same.
+        use_score: see `usage`.
+        was_hit: somebody asked for it after it was made.
+    """
 
     __slots__ = (
+        "chain",
         "children",
         "last_use_s",
         "num_refs",
@@ -63,6 +85,7 @@ class PrefixNode(Evictable):
         parent: PrefixNode | PrefixRoot,
         token_ids: tuple[int, ...],
         page: int,
+        chain: int,
         use_score: float,
     ) -> None:
         super().__init__()
@@ -72,6 +95,7 @@ class PrefixNode(Evictable):
         self.page = page
         self.children: dict[tuple[int, ...], PrefixNode] = {}
         self.num_refs = 1
+        self.chain = chain
         self.use_score = use_score
         self.was_hit = False
         self.last_use_s = 0.0
@@ -97,8 +121,11 @@ class PrefixNode(Evictable):
 class PrefixCache:
     """Owned by the engine step (one thread). Owns the pages of its nodes, in use or idle.
 
-    A node's count of uses starts with the odds that a new page is ever found by somebody, as
-    learned so far, and grows by one with every sequence that finds it.
+    A page that was found by somebody counts one use as of then, however many came before: what
+    conversations need next is what was used last, and counting favours those that are over. A page
+    that was never found counts the odds that it will be. They are learned from what was asked for
+    again, evicted or not, so the cache remembers the chains of hashes of evicted pages; learned from
+    hits alone, low odds would get new pages evicted before anybody can come back for them.
     """
 
     def __init__(
@@ -115,8 +142,10 @@ class PrefixCache:
         self._evictor = evictor
         self._costs = costs
         self._clock = clock
-        self._half_life_s = evictor.policy.half_life_s
+        self._half_life_s = evictor.policy.prefix_half_life_s
         self._odds = FirstUseOdds()
+        # By chain, whether it was hit; evicted longest ago first.
+        self._evicted: OrderedDict[int, bool] = OrderedDict()
         self._roots: dict[str | None, PrefixRoot] = {}
         self._dropped: dict[PrefixRoot, None] = {}
         self._resident: set[str] = set()
@@ -159,7 +188,7 @@ class PrefixCache:
                 if not node.children:
                     node.root.idle_leaves.pop(node, None)
             node.num_refs += 1
-            node.use_score = add_scores(node.use_score, now)
+            node.use_score = now
             if not node.was_hit:
                 node.was_hit = True
                 self._odds.first_used()
@@ -185,17 +214,15 @@ class PrefixCache:
         root = path[0].root if path else self._root(adapter_id)
         if root.is_dropped:
             return
-        size, new_score = self.page_tokens, self._new_score()
+        size = self.page_tokens
         made: list[int] = []
         parent: PrefixNode | PrefixRoot = path[-1] if path else root
         for end in range((len(path) + 1) * size, num_tokens + 1, size):
             content = tuple(token_ids[end - size : end])
             node = parent.children.get(content)
             if node is None:
-                node = PrefixNode(root, parent, content, pages[len(path)], new_score)
-                parent.children[content] = node
+                node = self._make(root, parent, content, pages[len(path)])
                 made.append(node.page)
-                self._odds.made()
             elif may_replace:
                 self._allocator.free((pages[len(path)],))
                 pages[len(path)] = node.page
@@ -230,7 +257,10 @@ class PrefixCache:
             self._offer(last)
 
     def evict(self, node: PrefixNode) -> None:
-        """Free the page of an idle leaf."""
+        """Free the page of an idle leaf, and remember how much it was used."""
+        self._evicted[node.chain] = node.was_hit
+        if len(self._evicted) > MAX_REMEMBERED:
+            self._evicted.popitem(last=False)
         self._remove(node)
         if isinstance(node.parent, PrefixNode) and node.parent.is_evictable:
             self._offer(node.parent)
@@ -259,7 +289,7 @@ class PrefixCache:
         if root is not None:
             root.is_orphan = True
             for leaf in root.idle_leaves:
-                self._evictor.offer(leaf)
+                self._evictor.prefixes.offer(leaf)
 
     def idle_leaves(self) -> Iterator[PrefixNode]:
         """Yield all that could leave now."""
@@ -301,12 +331,30 @@ class PrefixCache:
             root = self._roots[adapter_id] = PrefixRoot(adapter_id, is_orphan=is_orphan)
         return root
 
-    def _new_score(self) -> float:
-        return self._clock.now_s / self._half_life_s + log2(self._odds.odds)
+    def _make(
+        self,
+        root: PrefixRoot,
+        parent: PrefixNode | PrefixRoot,
+        content: tuple[int, ...],
+        page: int,
+    ) -> PrefixNode:
+        chain, now = hash((parent.chain, content)), self._clock.now_s / self._half_life_s
+        was_hit = self._evicted.pop(chain, None)
+        if was_hit is None:
+            use_score = now + log2(self._odds.odds)
+            self._odds.made()
+        else:
+            use_score = now
+            if not was_hit:
+                self._odds.first_used()
+        node = PrefixNode(root, parent, content, page, chain, use_score)
+        node.was_hit = was_hit is not None
+        parent.children[content] = node
+        return node
 
     def _offer(self, leaf: PrefixNode) -> None:
         leaf.root.idle_leaves[leaf] = None
-        self._evictor.offer(leaf)
+        self._evictor.prefixes.offer(leaf)
 
     def _remove(self, leaf: PrefixNode) -> None:
         root = leaf.root
@@ -316,7 +364,7 @@ class PrefixCache:
         self.num_nodes -= 1
         self.num_idle -= 1
         self._allocator.free((leaf.page,))
-        self._evictor.withdraw(leaf)
+        self._evictor.prefixes.withdraw(leaf)
         if not root.num_nodes:
             if root.is_dropped:
                 del self._dropped[root]

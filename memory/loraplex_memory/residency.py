@@ -18,7 +18,8 @@ from enum import StrEnum
 from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.clock import GivenClock
 from loraplex_memory.eviction import EvictionPolicy, RestoreCosts, page_cost
-from loraplex_memory.evictor import Evictable, Evictor
+from loraplex_memory.evictor import Evictor
+from loraplex_memory.lazy_heap import Evictable
 from loraplex_memory.prefix_cache import PrefixCache
 from loraplex_memory.usage import UseHistory
 
@@ -88,7 +89,7 @@ class AdapterResidency:
         self._prefixes = prefixes
         self._costs = costs
         self._clock = clock
-        self._history = UseHistory(clock, evictor.policy.half_life_s, MAX_REMEMBERED)
+        self._history = UseHistory(clock, evictor.policy.adapter_half_life_s, MAX_REMEMBERED)
         # Least recently used first; `pin` and `finish_load` move an adapter to the end.
         self._entries: OrderedDict[str, PooledAdapter] = OrderedDict()
         self._idle: dict[str, int] = {}  # pages of each adapter that could leave
@@ -253,10 +254,10 @@ class AdapterResidency:
             return
         entry.last_use_s = self._clock.now_s
         entry.page_cost = page_cost(self._costs.adapter_s(num_pages), num_pages)
-        self._evictor.offer(entry)
+        self._evictor.adapters.offer(entry)
 
     def _remove(self, entry: PooledAdapter) -> None:
         del self._entries[entry.adapter_id]
-        self._evictor.withdraw(entry)
+        self._evictor.adapters.withdraw(entry)
         self._allocator.free(entry.pages)
         self._prefixes.adapter_left(entry.adapter_id)

@@ -1,18 +1,53 @@
-"""The accounts of the pool: hypothesis tries to lose, double or misfile a page."""
+"""The accounts of the pool: hypothesis tries to lose, double, misfile or mix up a page."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.errors import OutOfPages
+from loraplex_memory.eviction import CostAware, DropUnused, EvictionPolicy, LeastRecentlyUsed
+from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.page_table import PageTable
-from loraplex_memory.residency import AdapterResidency, ResidencyState
+from loraplex_memory.residency import ResidencyState
 
 PAGES = 20
+PAGE_TOKENS = 2
+LAYOUT = PoolLayout(ModelGeometry(1, 64, 4, 2, 16, 128), PAGE_TOKENS)
+ADAPTERS = ("a", "b", "c")
+POLICIES: tuple[EvictionPolicy, ...] = (CostAware(), LeastRecentlyUsed(), DropUnused())
+
+
+class Costs:
+    """A load costs 1 s and 0.1 s per page; a prefix page 0.5 s until told otherwise."""
+
+    def __init__(self) -> None:
+        self.page_s = 0.5
+
+    def adapter_s(self, num_pages: int) -> float:
+        return 1.0 + 0.1 * num_pages
+
+    def prefix_page_s(self) -> float:
+        return self.page_s
+
+
+def make_accounts(
+    num_pages: int = PAGES, policy: EvictionPolicy | None = None, costs: Costs | None = None
+) -> PoolAccounts:
+    return PoolAccounts(
+        LAYOUT, num_pages, eviction=policy or LeastRecentlyUsed(), costs=costs or Costs()
+    )
+
+
+def load(accounts: PoolAccounts, adapter_id: str, num_pages: int) -> None:
+    accounts.residency.begin_load(adapter_id, num_pages)
+    accounts.residency.finish_load(adapter_id)
 
 
 def test_a_page_freed_twice_is_caught():
@@ -21,6 +56,12 @@ def test_a_page_freed_twice_is_caught():
     allocator.free(pages)
     with pytest.raises(ValueError, match="freed twice"):
         allocator.free(pages)
+
+
+def test_a_free_page_cannot_be_given_another_use():
+    allocator = PageAllocator(2)
+    with pytest.raises(ValueError, match="is free"):
+        allocator.reassign([0], PageUse.PREFIX)
 
 
 def test_a_refused_allocation_takes_nothing():
@@ -40,123 +81,255 @@ def test_any_freed_page_serves_either_use():
 
 
 def test_eviction_takes_the_least_recently_used_and_spares_the_pinned():
-    allocator = PageAllocator(9)
-    residency = AdapterResidency(allocator)
-    for name in "abc":
-        residency.begin_load(name, 3)
-        residency.finish_load(name)
-    residency.pin("a")
-    residency.unpin("a")
-    residency.pin("b")
-    assert residency.num_evictable_pages() == 6
-    assert residency.evict_idle(1, keep={"c"}) == ["a"]
-    assert residency.evict_idle(9) == ["c"]
-    assert residency.resident_ids() == ["b"]
+    accounts = make_accounts(9)
+    for now, name in enumerate("abc"):
+        accounts.clock.set(now)
+        load(accounts, name, 3)
+    accounts.clock.set(5.0)
+    accounts.residency.pin("a")
+    accounts.residency.unpin("a")
+    accounts.residency.pin("b")
+    assert accounts.num_evictable() == 6
+    assert accounts.num_evictable({"c", "b", "unknown"}) == 3
+    assert accounts.evict(1, {"c"}) == 3
+    assert accounts.residency.resident_ids() == ["c", "b"]
+    assert accounts.evict(9) == 3
+    assert accounts.residency.resident_ids() == ["b"]
+    assert accounts.num_adapter_evictions == 2
+
+
+def test_making_room_that_cannot_be_had_evicts_nothing():
+    accounts = make_accounts(9)
+    load(accounts, "a", 3)
+    load(accounts, "b", 3)
+    accounts.residency.pin("b")
+    assert not accounts.try_make_free(7)
+    assert not accounts.try_make_free(4, {"a"})
+    assert accounts.residency.is_resident("a")
+    assert accounts.try_make_free(3)
+    assert accounts.residency.is_resident("a")
+    assert accounts.try_make_free(6)
+    assert not accounts.residency.is_resident("a")
 
 
 def test_a_discarded_adapter_leaves_at_its_last_unpin():
-    residency = AdapterResidency(PageAllocator(3))
+    accounts = make_accounts(3)
+    residency = accounts.residency
     residency.begin_load("a", 2)
-    residency.discard("a")
+    accounts.discard_adapter("a")
     assert residency.state("a") is ResidencyState.LOADING
     residency.keep("a")
     residency.finish_load("a")
     residency.pin("a")
-    residency.discard("a")
+    accounts.discard_adapter("a")
     assert residency.is_resident("a")
     residency.unpin("a")
     assert residency.state("a") is None
+    accounts.check()
+
+
+def test_only_a_policy_that_drops_the_unused_does_so():
+    for policy, left in ((LeastRecentlyUsed(), ["a", "b", "c"]), (DropUnused(), ["b", "c"])):
+        accounts = make_accounts(policy=policy)
+        for name in "abc":
+            load(accounts, name, 2)
+        accounts.residency.pin("b")
+        accounts.drop_unused({"c"})
+        assert sorted(accounts.residency.resident_ids()) == left
+        accounts.check()
+
+
+@dataclass(eq=False)
+class Life:
+    """A sequence while it runs."""
+
+    adapter_id: str | None
+    token_ids: list[int]
+    table: PageTable
+
+
+Content = tuple[str | None, tuple[int, ...]]
 
 
 class Accounts(RuleBasedStateMachine):
-    """Sequences and adapters come and go in one pool of twenty pages."""
+    """Sequences, prefixes and adapters come and go in one pool of twenty pages.
+
+    `content` is what each page was last written with: adapter, and all tokens up to its end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = PageAllocator(PAGES)
-        self.residency = AdapterResidency(self.allocator)
-        self.tables: list[PageTable] = []
-        self.pins: list[str] = []
-        self.next_id = 0
+        self.lives: list[Life] = []
+        self.content: dict[int, Content] = {}
 
-    @rule(num_tokens=st.integers(1, 30))
-    def start_sequence(self, num_tokens: int) -> None:
-        table = PageTable(self.allocator, 4)
-        try:
-            table.grow(num_tokens)
-        except OutOfPages:
-            assert not table.pages
-        else:
-            self.tables.append(table)
+    @initialize(policy=st.sampled_from(POLICIES))
+    def make_pool(self, policy: EvictionPolicy) -> None:
+        self.costs = Costs()
+        self.accounts = make_accounts(PAGES, policy, self.costs)
 
-    @precondition(lambda self: self.tables)
-    @rule(data=st.data(), more=st.integers(1, 9))
-    def grow_sequence(self, data: st.DataObject, more: int) -> None:
-        table = data.draw(st.sampled_from(self.tables))
+    # ---- sequences ---------------------------------------------------------------------------
+
+    @rule(
+        adapter_id=st.sampled_from((None, *ADAPTERS)),
+        token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        short_by=st.integers(0, 2),
+    )
+    def start_sequence(self, adapter_id: str | None, token_ids: list[int], short_by: int) -> None:
+        residency = self.accounts.residency
+        if adapter_id:
+            residency.expect(adapter_id)
+            if not residency.is_resident(adapter_id):
+                return
+            residency.pin(adapter_id)
+        table = self.accounts.new_table(adapter_id)
+        limit = len(token_ids) - short_by
+        match, evictable = table.match(token_ids, limit), self.accounts.num_evictable()
+        assert table.adopt(token_ids, limit) == match.num_tokens <= max(0, limit)
+        assert self.accounts.num_evictable() == evictable - match.num_idle_pages
+        for i, page in enumerate(table.pages):
+            wanted = (adapter_id, tuple(token_ids[: (i + 1) * PAGE_TOKENS]))
+            assert self.content[page] == wanted, "a page with something else was found"
+        self.lives.append(Life(adapter_id, token_ids, table))
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=4), makes_room=st.booleans())
+    def compute(self, data: st.DataObject, more: list[int], makes_room: bool) -> None:
+        """Grow to all tokens there are and write the pages that were not adopted."""
+        life = data.draw(st.sampled_from(self.lives))
+        table, token_ids = life.table, life.token_ids + more
+        if makes_room:
+            self.accounts.try_make_free(table.pages_missing(len(token_ids)))
         before = list(table.pages)
         try:
-            table.grow(table.capacity + more)
+            table.grow(len(token_ids))
         except OutOfPages:
             assert list(table.pages) == before
+            return
+        life.token_ids = token_ids
+        for i in range(table.num_shared, len(table.pages)):
+            content = (life.adapter_id, tuple(token_ids[: (i + 1) * PAGE_TOKENS]))
+            self.content[table.pages[i]] = content
 
-    @precondition(lambda self: self.tables)
-    @rule(data=st.data())
-    def end_sequence(self, data: st.DataObject) -> None:
-        table = data.draw(st.sampled_from(self.tables))
-        self.tables.remove(table)
-        table.release()
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), may_replace=st.booleans())
+    def publish(self, data: st.DataObject, may_replace: bool) -> None:
+        life = data.draw(st.sampled_from(self.lives))
+        table, before = life.table, list(life.table.pages)
+        num_tokens = data.draw(st.integers(0, min(len(life.token_ids), table.capacity)))
+        table.publish(life.token_ids, num_tokens, may_replace=may_replace)
+        assert may_replace or list(table.pages) == before, "a page of a drafted step changed hands"
+        assert len(table.pages) == len(before)
+        for i in range(table.num_shared):
+            content = (life.adapter_id, tuple(life.token_ids[: (i + 1) * PAGE_TOKENS]))
+            assert self.content[table.pages[i]] == content, "a page was replaced by something else"
 
-    @rule(num_pages=st.integers(0, 8))
-    def begin_load(self, num_pages: int) -> None:
-        self.next_id += 1
-        before = self.allocator.num_free
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), publishes=st.booleans())
+    def end_sequence(self, data: st.DataObject, publishes: bool) -> None:
+        life = data.draw(st.sampled_from(self.lives))
+        self.lives.remove(life)
+        if publishes:
+            num_tokens = min(len(life.token_ids), life.table.capacity)
+            life.table.publish(life.token_ids, num_tokens, may_replace=True)
+        life.table.release()
+        assert not life.table.pages
+        if life.adapter_id:
+            self.accounts.residency.unpin(life.adapter_id)
+        self.accounts.drop_unused()
+
+    # ---- adapters ----------------------------------------------------------------------------
+
+    @rule(adapter_id=st.sampled_from(ADAPTERS), num_pages=st.integers(0, 8))
+    def begin_load(self, adapter_id: str, num_pages: int) -> None:
+        if self.accounts.residency.state(adapter_id) is not None:
+            return
+        before = self.accounts.num_free
         try:
-            self.residency.begin_load(f"a{self.next_id}", num_pages)
+            pages = self.accounts.residency.begin_load(adapter_id, num_pages)
         except OutOfPages:
-            assert self.allocator.num_free == before
+            assert self.accounts.num_free == before
+            return
+        for page in pages:
+            self.content.pop(page, None)
 
-    @precondition(lambda self: self.residency.loading_ids())
+    @precondition(lambda self: self.accounts.residency.loading_ids())
     @rule(data=st.data(), succeeds=st.booleans())
     def end_load(self, data: st.DataObject, succeeds: bool) -> None:
-        adapter_id = data.draw(st.sampled_from(self.residency.loading_ids()))
-        (self.residency.finish_load if succeeds else self.residency.fail_load)(adapter_id)
+        residency = self.accounts.residency
+        adapter_id = data.draw(st.sampled_from(residency.loading_ids()))
+        (residency.finish_load if succeeds else residency.fail_load)(adapter_id)
 
-    @precondition(lambda self: self.residency.resident_ids())
-    @rule(data=st.data())
-    def pin(self, data: st.DataObject) -> None:
-        adapter_id = data.draw(st.sampled_from(self.residency.resident_ids()))
-        self.residency.pin(adapter_id)
-        self.pins.append(adapter_id)
+    @rule(adapter_id=st.sampled_from(ADAPTERS))
+    def discard(self, adapter_id: str) -> None:
+        self.accounts.discard_adapter(adapter_id)
+        table = self.accounts.new_table(adapter_id)
+        assert table.match([0, 0], 2).num_tokens == table.match([1, 1], 2).num_tokens == 0
 
-    @precondition(lambda self: self.pins)
-    @rule(data=st.data())
-    def unpin(self, data: st.DataObject) -> None:
-        adapter_id = data.draw(st.sampled_from(self.pins))
-        self.pins.remove(adapter_id)
-        self.residency.unpin(adapter_id)
+    @rule(adapter_id=st.sampled_from(ADAPTERS))
+    def keep(self, adapter_id: str) -> None:
+        self.accounts.residency.keep(adapter_id)
 
-    @rule(num_pages=st.integers(1, PAGES))
-    def evict(self, num_pages: int) -> None:
-        offered = self.residency.num_evictable_pages()
-        before = self.allocator.num_free
-        evicted = self.residency.evict_idle(num_pages)
-        assert not set(evicted) & set(self.pins)
-        assert self.allocator.num_free - before >= min(num_pages, offered)
+    # ---- room --------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.residency))
-    @rule(data=st.data())
-    def discard(self, data: st.DataObject) -> None:
-        ids = self.residency.resident_ids() + self.residency.loading_ids()
-        self.residency.discard(data.draw(st.sampled_from(ids)))
+    @rule(num_pages=st.integers(0, PAGES), spared=st.sets(st.sampled_from(ADAPTERS)))
+    def make_free(self, num_pages: int, spared: set[str]) -> None:
+        accounts = self.accounts
+        before, evictable = accounts.num_free, accounts.num_evictable(spared)
+        there = {i for i in spared if accounts.residency.is_resident(i)}
+        if accounts.try_make_free(num_pages, spared):
+            assert accounts.num_free >= num_pages
+        else:
+            assert accounts.num_free == before
+            assert before + evictable < num_pages, "there was room"
+        assert all(accounts.residency.is_resident(i) for i in there), "a spared adapter left"
+
+    @rule(num_pages=st.integers(1, PAGES), spared=st.sets(st.sampled_from(ADAPTERS)))
+    def evict(self, num_pages: int, spared: set[str]) -> None:
+        evictable, before = self.accounts.num_evictable(spared), self.accounts.num_free
+        freed = self.accounts.evict(num_pages, spared)
+        assert freed == self.accounts.num_free - before
+        assert min(num_pages, evictable) <= freed <= evictable
+
+    @rule(after_s=st.sampled_from((0.1, 10.0, 1000.0)), page_s=st.sampled_from((0.0, 0.01, 5.0)))
+    def time_goes_by(self, after_s: float, page_s: float) -> None:
+        self.accounts.clock.set(self.accounts.clock.now_s + after_s)
+        self.costs.page_s = page_s
 
     @invariant()
     def accounts_agree(self) -> None:
-        self.allocator.check()
-        self.residency.check()
-        kv = sum(len(table.pages) for table in self.tables)
-        assert kv == self.allocator.num_held(PageUse.KV)
-        assert all(self.residency.is_resident(i) for i in self.pins)
+        if not hasattr(self, "accounts"):
+            return
+        accounts, allocator = self.accounts, self.accounts.allocator
+        accounts.check()
+        private = [p for s in self.lives for p in s.table.pages[s.table.num_shared :]]
+        assert len(private) == len(set(private)) == allocator.num_held(PageUse.KV)
+        shared = {p for s in self.lives for p in s.table.pages[: s.table.num_shared]}
+        assert not shared & set(private), "a private page is shared"
+        assert len(shared) + accounts.prefixes.num_idle == allocator.num_held(PageUse.PREFIX)
+        adapters = {
+            p
+            for i in (*accounts.residency.resident_ids(), *accounts.residency.loading_ids())
+            for p in accounts.residency.pages(i)
+        }
+        assert not adapters & (shared | set(private)), "an adapter has a sequence's page"
+        pinned = [s.adapter_id for s in self.lives if s.adapter_id]
+        assert accounts.residency.num_pins() == len(pinned)
+        assert all(accounts.residency.is_resident(i) for i in pinned)
+
+    def teardown(self) -> None:
+        """Whatever happened: once everybody is gone, the whole pool can be had."""
+        if not hasattr(self, "accounts"):
+            return
+        for life in self.lives:
+            life.table.release()
+            if life.adapter_id:
+                self.accounts.residency.unpin(life.adapter_id)
+        for adapter_id in self.accounts.residency.loading_ids():
+            self.accounts.residency.fail_load(adapter_id)
+        assert self.accounts.try_make_free(PAGES)
+        assert self.accounts.prefixes.pages_by_adapter() == {}
+        self.accounts.check()
 
 
 TestAccounts = Accounts.TestCase
-TestAccounts.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestAccounts.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
