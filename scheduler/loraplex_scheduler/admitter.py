@@ -33,9 +33,10 @@ class Admitter:
     """Owned by the scheduler.
 
     Attributes:
-        claims: adapters, resident or on their way, that waiting sequences looked at by the last
-            step are to run with; each with the service key of the first such sequence. Only older
-            sequences may evict them, or a load would be undone before it was of use.
+        claims: adapters that were loaded, or are being loaded, for a sequence that still waits, and
+            that sequence. Those who run evict them last. If it comes to that, the sequence is not
+            passed over a second time: nobody is admitted before it, so those who run come to an
+            end and nobody can undo its load for ever.
         num_prefix_queries, num_prefix_hits: tokens of prompts at their first admission, and those
             of them that were found in the prefix cache.
     """
@@ -53,10 +54,23 @@ class Admitter:
         self._roster = roster
         self._admission = admission
         self._clustering = clustering
-        self.claims: dict[str, tuple[int, float, int]] = {}
+        self.claims: dict[str, Sequence] = {}
+        self._undone: set[Sequence] = set()
+        self._spared: set[str] = set()
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._num_set_aside = 0
+
+    def drop_claims(self) -> None:
+        """Forget the claims of sequences that wait no more; note whose load was undone."""
+        residency, waiting = self._accounts.residency, self._roster.waiting
+        self._undone = {sequence for sequence in self._undone if sequence in waiting}
+        for adapter_id, sequence in list(self.claims.items()):
+            if sequence not in waiting:
+                del self.claims[adapter_id]
+            elif residency.state(adapter_id) is None:
+                del self.claims[adapter_id]
+                self._undone.add(sequence)
 
     def admit(
         self, draft: StepDraft, now: float
@@ -66,7 +80,8 @@ class Admitter:
         Returns:
             The loads that waiting sequences need, and the adapters of those behind.
         """
-        self.claims = {}
+        self.drop_claims()
+        self._spared = set()
         self._num_set_aside = 0
         loads: list[AdapterLoad] = []
         if not self._roster.waiting:
@@ -92,7 +107,7 @@ class Admitter:
         if adapter_id is None:
             return not self._clustering.may_join(sequence)
         state = self._accounts.residency.state(adapter_id)
-        self.claims.setdefault(adapter_id, sequence.service_key)
+        self._spared.add(adapter_id)  # whoever comes later may not evict it
         if state is ResidencyState.RESIDENT:
             return not self._clustering.may_join(sequence)
         if state is None:
@@ -101,7 +116,7 @@ class Admitter:
             if not self._try_load(sequence, loads):
                 return False
         self._num_set_aside += sequence.table.pages_missing(sequence.num_tokens)
-        return True
+        return sequence not in self._undone
 
     def _try_load(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
         """Start the load it needs; False, and nothing has changed, when there is no room for it."""
@@ -114,8 +129,9 @@ class Admitter:
         num_left = self._admission.pages_to_leave(sequence)
         if self._num_obtainable() < num_pages + num_left:
             return False
-        self._accounts.try_make_free(layout.num_pages, self.claims.keys())
+        self._accounts.try_make_free(layout.num_pages, self._spared)
         pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
+        self.claims[manifest.adapter_id] = sequence
         loads.append(AdapterLoad(manifest, layout, pages))
         return True
 
@@ -132,7 +148,7 @@ class Admitter:
         if self._num_obtainable() - found.num_idle_pages < num_needed:
             return False
         sequence.num_computed = table.adopt(sequence.token_ids, sequence.num_tokens - 1)
-        self._accounts.try_make_free(num_own, self.claims.keys())
+        self._accounts.try_make_free(num_own, self._spared)
         table.grow(sequence.num_tokens)
         self._start(sequence, draft)
         return True
@@ -154,8 +170,8 @@ class Admitter:
         sequence.table.publish(sequence.token_ids, num_known, may_replace=False)
 
     def _num_obtainable(self) -> int:
-        """Pages that are free, or would be if all idle ones but the claimed adapters' were."""
-        return self._accounts.num_free + self._accounts.num_evictable(self.claims.keys())
+        """Pages that are free, or would be if all idle ones but the spared adapters' were."""
+        return self._accounts.num_free + self._accounts.num_evictable(self._spared)
 
     def _pages_of(self, num_tokens: int) -> int:
         return self._accounts.layout.pages_for_tokens(num_tokens)

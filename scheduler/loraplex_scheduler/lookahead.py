@@ -2,14 +2,14 @@
 
 Three sources, surest first: requests that wait behind those a step could admit, hints
 (`POST /v1/adapters/{name}/prefetch`), and the adapters asked for most lately. The first two come
-into host memory; all may come into the pool, but only into pages that nobody uses, so that a guess
-never costs anybody anything that is there already.
+into host memory; all may come into the pool, but only into pages that are free and that nobody who
+runs could come to need, so that a guess costs nobody anything.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from loraplex_memory.accounts import PoolAccounts
@@ -17,6 +17,7 @@ from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.fit import AdapterLayouts
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import AdapterLoad
+from loraplex_scheduler.sequence import Sequence
 
 #: Adapters that history remembers; a manifest of an 8B model takes some 2 kB.
 _MAX_REMEMBERED: Final = 4096
@@ -77,25 +78,29 @@ class Lookahead:
         self._hints.clear()
         return [m for i, m in wanted.items() if self._accounts.residency.state(i) is None]
 
-    def begin_loads(self, guesses: Iterable[AdapterManifest]) -> list[AdapterLoad]:
+    def begin_loads(
+        self, guesses: Iterable[AdapterManifest], running: Collection[Sequence]
+    ) -> list[AdapterLoad]:
         """Start loads of guesses, and of what is popular, while pages lie idle."""
         residency = self._accounts.residency
-        if residency.num_loading or not self._has_room(1):
+        if residency.num_loading or not self._has_room(1, ()):
             return []
         loads = []
         for manifest in (*guesses, *self._popular()):
             layout = self._layouts.of(manifest)
             is_absent = residency.state(manifest.adapter_id) is None
-            if is_absent and self._has_room(layout.num_pages):
+            if is_absent and self._has_room(layout.num_pages, running):
                 pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
                 loads.append(AdapterLoad(manifest, layout, pages))
             if residency.num_loading >= self._limits.max_loading:
                 break
         return loads
 
-    def _has_room(self, num_pages: int) -> bool:
-        spared = int(_FREE_SHARE * self._accounts.allocator.num_pages)
-        return self._accounts.num_free >= num_pages + spared
+    def _has_room(self, num_pages: int, running: Collection[Sequence]) -> bool:
+        """Whether so many pages would leave enough: pages of a load cannot be had until it ends."""
+        num_spared = int(_FREE_SHARE * self._accounts.allocator.num_pages)
+        num_to_grow = sum(s.table.pages_missing(s.last_len) for s in running)
+        return self._accounts.num_free >= num_pages + max(num_spared, num_to_grow)
 
     def _popular(self) -> list[AdapterManifest]:
         """Return absent adapters that were asked for lately, the most popular first."""

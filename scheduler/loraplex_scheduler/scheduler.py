@@ -10,8 +10,8 @@ sequence gives its pages back and recomputes what the prefix cache does not keep
 
 Why nobody starves: a sequence never outgrows a pool that is empty but for its adapter. The oldest
 running one takes pages from everything idle and from every younger sequence, so it finishes. A
-waiting one is overtaken only while its adapter is on its way or for a bounded time: what it will
-need stays set aside, and no younger sequence may evict the adapter it waits for.
+waiting one is overtaken only for a bounded time or while its adapter is on its way: what it will
+need then stays set aside, and if its load is undone all the same, nobody overtakes it again.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Scheduler:
         if draft:
             batching.launched(has_admitted=has_admitted)
         guesses = self._lookahead.guesses(behind)
-        loads += self._lookahead.begin_loads(guesses)
+        loads += self._lookahead.begin_loads(guesses, self._roster.running)
         self._drafted = draft.flight(self.accounts.residency, loads, guesses)
         return self._drafted.plan
 
@@ -327,13 +327,16 @@ class Scheduler:
         Returns False when it must sit this step out: it was the youngest and gave way, or pages
         are held by adapters that are still loading.
         """
-        claims, key = self._admitter.claims, sequence.service_key
-        spared = {adapter_id for adapter_id, claim in claims.items() if claim < key}
+        claimed = self._admitter.claims.keys()
         running = self._roster.running
-        while not self.accounts.try_make_free(sequence.table.pages_missing(num_tokens), spared):
+        num_pages = sequence.table.pages_missing(num_tokens)
+        while not (
+            self.accounts.try_make_free(num_pages, claimed)
+            or self.accounts.try_make_free(num_pages)
+        ):
             victim = running[-1]
-            if victim is sequence and len(running) == 1 and not spared:
-                return False
+            if victim is sequence and len(running) == 1:
+                return False  # loads hold the rest, and will end
             self._roster.preempt(victim)
             self.num_preemptions += 1
             draft.drop(victim)
@@ -368,7 +371,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)
-        # Those that waiting requests are about to run with are of use.
+        # Those that were loaded for somebody who still waits are of use.
         self.accounts.drop_unused(self._admitter.claims.keys())
 
     def _rejected(self, request_id: str, rejection: Rejection) -> EndEvent:

@@ -16,9 +16,10 @@ import torch
 from bench_gpu_models import ALL_LINEAR, ATTENTION, uniform_ranks
 
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import Projection
 from loraplex_memory.pool import PagePool
-from loraplex_scheduler.plan import Plan, PlannedAdapter, SequenceStep
+from loraplex_scheduler.plan import Plan, PlannedAdapter, Request, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.runner import Flight, StepRunner
 
@@ -151,17 +152,13 @@ class StepBench:
 def _step(
     request_id: str, adapter_id: str | None, table: tuple[int, ...], start: int, *, is_first: bool
 ) -> SequenceStep:
+    manifest = AdapterManifest(adapter_id, "", ()) if adapter_id else None
     return SequenceStep(
-        request_id=request_id,
-        adapter_id=adapter_id,
+        request=Request(request_id, (5,), _GREEDY, manifest),
         start=start,
+        num_tokens=1,
         token_ids=(5,) if is_first else (),
         block_table=table,
         is_sampled=True,
-        sampling=_GREEDY,
-        history=(),
-        num_prompt=1,
-        position=start + 1,
-        banned_token_ids=frozenset(),
         awaits_token=not is_first,
     )

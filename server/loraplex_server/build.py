@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_kernels.native import load_native
-from loraplex_memory.allocator import PageAllocator
+from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.host_arena import HostArena
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
-from loraplex_memory.residency import AdapterResidency
 from loraplex_memory.transfers import PoolWriter
 from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.policies import PolicyChoice, make_eviction, make_policies
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
 from loraplex_server.engine.core import EngineCore
@@ -35,6 +36,7 @@ from loraplex_server.sizing import (
     auto_pool_bytes,
     choose_device,
     choose_dtype,
+    choose_host_pages,
     choose_limits,
     choose_num_pages,
     choose_step_sizes,
@@ -108,9 +110,10 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     warn_of_long_rope(facts.spec, limits.max_model_len)
     model = Transformer(facts.spec, weights, max_model_len=limits.max_model_len)
     pool = PagePool(facts.layout, num_pages, dtype=dtype, device=device)
-    if device.type == "cpu":
-        return assemble_core(model, pool, limits, wake)
-    return _assemble_on_gpu(model, pool, limits, wake)
+    num_host_pages = choose_host_pages(config.host_bytes, facts.layout, dtype.itemsize, device)
+    arena = HostArena(facts.layout, num_host_pages, dtype=dtype, is_pinned=device.type == "cuda")
+    assemble = _assemble_on_gpu if device.type == "cuda" else assemble_core
+    return assemble(model, pool, limits, wake, choice=choose_policies(config), arena=arena)
 
 
 def _step_bytes(facts: ModelFacts, weights: ModelWeights, sizes: StepSizes) -> int:
@@ -127,8 +130,26 @@ def _step_bytes(facts: ModelFacts, weights: ModelWeights, sizes: StepSizes) -> i
     )
 
 
+def choose_policies(config: Config) -> PolicyChoice:
+    """Return what the settings say of scheduling and eviction."""
+    return PolicyChoice(
+        order=config.order,
+        admission=config.admission,
+        eviction=config.eviction,
+        has_prefix_cache=config.prefix_cache,
+        cluster_wait_s=config.cluster_wait_s,
+        tenant_weights=config.tenant_weights,
+    )
+
+
 def _assemble_on_gpu(
-    model: Transformer, pool: PagePool, limits: SchedulerLimits, wake: Callable[[], None]
+    model: Transformer,
+    pool: PagePool,
+    limits: SchedulerLimits,
+    wake: Callable[[], None],
+    *,
+    choice: PolicyChoice,
+    arena: HostArena,
 ) -> EngineCore:
     """Put an engine on a GPU together; compiles kernels and records graphs, which takes a while."""
     # Imported here: these import triton, which a CPU's engine does without.
@@ -145,7 +166,17 @@ def _assemble_on_gpu(
         max_running=limits.max_running,
         max_model_len=limits.max_model_len,
     )
-    return assemble_core(model, pool, limits, wake, runner=runner, writer=writer, overlap=True)
+    return assemble_core(
+        model,
+        pool,
+        limits,
+        wake,
+        choice=choice,
+        arena=arena,
+        runner=runner,
+        writer=writer,
+        overlap=True,
+    )
 
 
 def assemble_core(
@@ -154,6 +185,8 @@ def assemble_core(
     limits: SchedulerLimits,
     wake: Callable[[], None] = lambda: None,
     *,
+    choice: PolicyChoice | None = None,
+    arena: HostArena | None = None,
     runner: StepRunner | None = None,
     writer: PoolWriter | None = None,
     overlap: bool = False,
@@ -161,13 +194,22 @@ def assemble_core(
     """Put scheduler, memory and a loaded model together.
 
     Args:
+        choice: the policies; default: those of a server without settings.
+        arena: host memory for packed adapters; default: none, each load reads the disk.
         runner: default: the one of a CPU.
         writer: how adapters get into the pool; default: by copying in host memory.
         overlap: see `EngineCore`.
     """
     layout = pool.layout
-    allocator = PageAllocator(pool.num_pages)
-    residency = AdapterResidency(allocator)
+    choice = choice or PolicyChoice()
+    policies = make_policies(choice, limits, layout.page_tokens)
+    accounts = PoolAccounts(
+        layout,
+        pool.num_pages,
+        eviction=make_eviction(choice),
+        costs=policies.times,
+        has_prefix_cache=choice.has_prefix_cache,
+    )
     info = EngineInfo(
         max_model_len=limits.max_model_len,
         num_pages=pool.num_pages,
@@ -179,11 +221,10 @@ def assemble_core(
     )
     return EngineCore(
         info=info,
-        scheduler=Scheduler(limits, layout, allocator, residency),
+        scheduler=Scheduler(limits, accounts, policies),
         runner=runner or Runner(model, pool),
-        loader=AdapterLoader(pool, wake, writer),
-        allocator=allocator,
-        residency=residency,
+        loader=AdapterLoader(pool, wake, writer, arena),
+        accounts=accounts,
         overlap=overlap,
     )
 

@@ -111,6 +111,6 @@ def test_after_eviction_and_reload(model, cases, manifests, judge):
             again = drive(core, requests_for(mine, manifests))
             assert all(outputs.get(i, tokens) == tokens for i, tokens in again.items())
             outputs |= again
-    assert scheduler.num_evictions >= len(ADAPTERS)
+    assert scheduler.accounts.num_adapter_evictions >= len(ADAPTERS)
     core.close()
-    judge(outputs, f"{scheduler.num_evictions} evictions")
+    judge(outputs, f"{scheduler.accounts.num_adapter_evictions} evictions")

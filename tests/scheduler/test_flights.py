@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.allocator import PageAllocator, PageUse
+from loraplex_memory.allocator import PageUse
 from loraplex_memory.layout import PoolLayout
-from loraplex_memory.page_table import PageTable
-from loraplex_memory.residency import AdapterResidency
 from loraplex_scheduler.plan import EndEvent, FinishReason, SampledToken, StepResult, TokenEvent
-from loraplex_scheduler.roster import Roster
 from loraplex_scheduler.sequence import Sequence
 from tests.support.scheduling import (
     EOS,
     TINY,
     compute,
     finish_loads,
+    make_accounts,
     make_manifest,
     make_request,
     make_scheduler,
@@ -26,7 +24,7 @@ from tests.support.scheduling import (
 
 def launch(scheduler):
     """Schedule a step and book that it was launched."""
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     scheduler.advance(plan)
     scheduler.check()
     return plan
@@ -52,8 +50,8 @@ def test_the_next_step_takes_the_token_that_is_on_the_way():
 def test_with_no_step_in_flight_nothing_is_awaited():
     scheduler = make_scheduler()
     scheduler.add(make_request("r", num_prompt=4))
-    compute(scheduler, scheduler.schedule(), 7)
-    step = only(scheduler.schedule())
+    compute(scheduler, scheduler.schedule(0.0), 7)
+    step = only(scheduler.schedule(0.0))
     assert not step.awaits_token
     assert step.token_ids == (7,)
 
@@ -74,9 +72,9 @@ def test_whoever_awaits_the_last_token_has_left_the_batch():
     scheduler = make_scheduler()
     scheduler.add(make_request("r", max_tokens=1))
     plan = launch(scheduler)
-    assert scheduler._allocator.num_held(PageUse.KV) == 0
+    assert scheduler.accounts.allocator.num_held(PageUse.KV) == 0
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
-    assert scheduler.schedule().sequences == ()
+    assert scheduler.schedule(0.0).sequences == ()
     (event,) = scheduler.commit(plan, result_of(plan))
     assert event.finish_reason is FinishReason.LENGTH
     assert not scheduler.has_work
@@ -96,7 +94,7 @@ def test_a_step_too_far_gives_no_token_after_the_end():
     first, second = launch(scheduler), launch(scheduler)
     (event,) = scheduler.commit(first, result_of(first, EOS))
     assert event.finish_reason is FinishReason.STOP
-    assert scheduler._allocator.num_held(PageUse.KV) == 0
+    assert scheduler.accounts.allocator.num_held(PageUse.KV) == 0
     assert scheduler.has_work, "a step is in flight"
     assert scheduler.commit(second, result_of(second)) == []
     assert not scheduler.has_work
@@ -128,7 +126,7 @@ def test_a_request_that_gave_way_gets_its_token_where_it_waits():
     scheduler = make_scheduler(num_pages=4, max_step_tokens=64)
     scheduler.add(make_request("old", num_prompt=7, max_tokens=9))
     scheduler.add(make_request("young", num_prompt=3, max_tokens=9, arrival_s=1.0))
-    compute(scheduler, scheduler.schedule())
+    compute(scheduler, scheduler.schedule(0.0))
     first = launch(scheduler)  # both are at the end of a page
     second = launch(scheduler)
     assert scheduler.num_preemptions == 1
@@ -145,7 +143,7 @@ def test_a_request_that_gave_way_may_end_where_it_waits():
     scheduler = make_scheduler(num_pages=4, max_step_tokens=64)
     scheduler.add(make_request("old", num_prompt=7, max_tokens=9))
     scheduler.add(make_request("young", num_prompt=3, max_tokens=9, arrival_s=1.0))
-    compute(scheduler, scheduler.schedule())
+    compute(scheduler, scheduler.schedule(0.0))
     first = launch(scheduler)
     launch(scheduler)
     assert scheduler.num_waiting == 1
@@ -197,7 +195,7 @@ def test_a_third_step_is_not_scheduled_before_the_first_is_committed():
     launch(scheduler)
     launch(scheduler)
     with pytest.raises(AssertionError, match="two steps"):
-        scheduler.schedule()
+        scheduler.schedule(0.0)
 
 
 def test_an_adapter_may_leave_while_a_step_in_flight_reads_it():
@@ -205,12 +203,12 @@ def test_an_adapter_may_leave_while_a_step_in_flight_reads_it():
     num_pages = AdapterLayout(PoolLayout(TINY, 4), adapter.ranks).num_pages
     scheduler = make_scheduler(num_pages=num_pages + 4, max_step_tokens=64)
     scheduler.add(make_request("r", adapter=adapter, max_tokens=1))
-    finish_loads(scheduler, scheduler.schedule())
+    finish_loads(scheduler, scheduler.schedule(0.0))
     plan = launch(scheduler)
     assert only(plan).adapter_id == "a"
     scheduler.add(make_request("big", num_prompt=20, max_tokens=1))
     assert only(launch(scheduler)).request_id == "big"
-    assert scheduler.num_evictions == 1
+    assert scheduler.accounts.num_adapter_evictions == 1
     (event,) = scheduler.commit(plan, result_of(plan))
     assert event.finish_reason is FinishReason.LENGTH
 
@@ -218,27 +216,24 @@ def test_an_adapter_may_leave_while_a_step_in_flight_reads_it():
 def test_a_deleted_adapter_leaves_though_an_aborted_request_is_in_flight():
     scheduler = make_scheduler()
     scheduler.add(make_request("r", adapter=make_manifest("a")))
-    finish_loads(scheduler, scheduler.schedule())
+    finish_loads(scheduler, scheduler.schedule(0.0))
     plan = launch(scheduler)
     scheduler.discard_adapter("a")
-    assert scheduler._residency.is_resident("a")
+    assert scheduler.accounts.residency.is_resident("a")
     scheduler.abort("r")
     scheduler.discard_adapter("a")
-    assert scheduler._residency.state("a") is None
+    assert scheduler.accounts.residency.state("a") is None
     assert scheduler.commit(plan, result_of(plan)) == []
 
 
 @pytest.mark.parametrize(("num_tokens", "awaits"), [(4, False), (6, False), (7, True)])
 def test_only_a_span_that_reaches_an_awaited_token_takes_it(num_tokens, awaits):
-    allocator = PageAllocator(8)
-    table = PageTable(allocator, page_tokens=3)
+    accounts = make_accounts(num_pages=8, page_tokens=3)
+    table = accounts.new_table(None)
     request = make_request("r", num_prompt=6, max_tokens=9)
     sequence = Sequence(request, order=0, table=table, adapter_layout=None, max_len=20)
-    sequence.num_awaited = 1  # gave way with a token on the way
-    roster = Roster(AdapterResidency(allocator))
-    roster.add(sequence)
-    roster.admit(sequence)
-    assert table.capacity == 9
+    sequence.num_tokens = 7  # gave way with a token on the way
+    table.grow(sequence.num_tokens)
     step = sequence.step(num_tokens, frozenset())
     assert (step.awaits_token, step.is_sampled) == (awaits, awaits)
     assert (step.num_tokens, step.token_ids) == (num_tokens, (1, 2, 3, 4, 5, 6)[:num_tokens])

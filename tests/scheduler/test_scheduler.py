@@ -31,7 +31,7 @@ def run(scheduler, *, token_id=9, max_steps=200):
     for _ in range(max_steps):
         if not scheduler.has_work:
             return events
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         scheduler.check()
         events += compute(scheduler, plan, token_id)
         finish_loads(scheduler, plan)
@@ -56,7 +56,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     scheduler.add(make_request("r", num_prompt=19, max_tokens=1))
     spans = []
     while scheduler.has_work:
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         spans += [(s.start, s.num_tokens, s.is_sampled) for s in plan.sequences]
         compute(scheduler, plan)
     assert spans == [(0, 8, False), (8, 8, False), (16, 3, True)]
@@ -65,12 +65,12 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
 def test_decodes_are_not_held_up_by_a_long_prompt():
     scheduler = make_scheduler(max_step_tokens=8)
     scheduler.add(make_request("old", num_prompt=30, max_tokens=2))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     compute(scheduler, plan)
     scheduler.add(make_request("young", num_prompt=2, max_tokens=9, arrival_s=1.0))
     planned = []
     for _ in range(5):
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         planned.append({s.request_id: s.num_tokens for s in plan.sequences})
         assert sum(s.num_tokens for s in plan.sequences) <= 8
         compute(scheduler, plan)
@@ -102,15 +102,15 @@ def test_a_request_waits_for_its_adapter_and_others_do_not():
     scheduler = make_scheduler()
     scheduler.add(make_request("slow", adapter=make_manifest("a")))
     scheduler.add(make_request("fast", arrival_s=1.0))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert [load.adapter.adapter_id for load in plan.loads] == ["a"]
     assert [s.request_id for s in plan.sequences] == ["fast"]
     compute(scheduler, plan)
-    again = scheduler.schedule()
+    again = scheduler.schedule(0.0)
     assert again.loads == ()
     compute(scheduler, again)
     scheduler.finish_load("a")
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert {s.request_id for s in plan.sequences} == {"slow", "fast"}
     assert plan.adapters["a"].pages
 
@@ -120,12 +120,12 @@ def test_an_idle_adapter_leaves_only_when_the_space_is_needed():
     scheduler = make_scheduler(num_pages=16, max_step_tokens=64)
     scheduler.add(make_request("r", adapter=adapter, max_tokens=1))
     run(scheduler)
-    assert scheduler._residency.is_resident("a")
-    assert scheduler._allocator.num_held(PageUse.ADAPTER) > 8
+    assert scheduler.accounts.residency.is_resident("a")
+    assert scheduler.accounts.allocator.num_held(PageUse.ADAPTER) > 8
     scheduler.add(make_request("big", num_prompt=40, max_tokens=8))
     run(scheduler)
-    assert not scheduler._residency.is_resident("a")
-    assert scheduler.num_evictions == 1
+    assert not scheduler.accounts.residency.is_resident("a")
+    assert scheduler.accounts.num_adapter_evictions == 1
 
 
 def test_loading_for_the_queue_does_not_evict_what_an_earlier_request_waits_for():
@@ -134,7 +134,7 @@ def test_loading_for_the_queue_does_not_evict_what_an_earlier_request_waits_for(
     for i in range(3):
         manifest = make_manifest(f"a{i}", rank=8)
         scheduler.add(make_request(f"r{i}", adapter=manifest, arrival_s=i))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     for load in plan.loads:
         pages[load.adapter.adapter_id] = load.pages
     assert list(pages) == ["a0"]  # a1 does not fit beside it and may not push it out
@@ -148,7 +148,7 @@ def test_a_failed_load_fails_its_requests_and_nobody_else():
     scheduler = make_scheduler()
     scheduler.add(make_request("broken", adapter=make_manifest("a")))
     scheduler.add(make_request("fine"))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     compute(scheduler, plan)
     events = scheduler.fail_load("a", "the file is gone")
     assert events == [EndEvent("broken", FinishReason.FAILED, "the file is gone")]
@@ -160,7 +160,7 @@ def test_abort_works_while_waiting_loading_running_and_after_the_end():
     scheduler = make_scheduler()
     scheduler.add(make_request("loading", adapter=make_manifest("a")))
     scheduler.add(make_request("running", arrival_s=1.0))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     scheduler.advance(plan)
     for name in ("loading", "running"):
         (event,) = scheduler.abort(name)
@@ -216,7 +216,7 @@ def test_a_request_waiting_for_its_adapter_is_not_starved_by_younger_ones():
             scheduler.add(
                 make_request(f"y{num_young}", num_prompt=8, max_tokens=16, arrival_s=num_young)
             )
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         scheduler.check()
         ended += [e.request_id for e in compute(scheduler, plan) if e.finish_reason]
         loading = [(load, age + 1) for load, age in loading] + [(load, 0) for load in plan.loads]
@@ -230,11 +230,11 @@ def test_a_request_waiting_for_its_adapter_is_not_starved_by_younger_ones():
 def test_a_load_takes_no_page_that_a_running_sequence_needs_next():
     scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 3, max_step_tokens=64)
     scheduler.add(make_request("running", num_prompt=7, max_tokens=5))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     compute(scheduler, plan)
     scheduler.add(make_request("w", num_prompt=3, adapter=make_manifest("a", 8), arrival_s=1.0))
     while scheduler.num_running:  # the load takes as long as the answer
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         assert [s.request_id for s in plan.sequences] == ["running"]
         compute(scheduler, plan)
     assert scheduler.num_preemptions == 0
@@ -257,7 +257,7 @@ def test_end_tokens_are_banned_until_min_tokens():
     scheduler.add(make_request("r", min_tokens=2, stop_token_ids=frozenset({7})))
     banned = []
     while scheduler.has_work:
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         banned += [s.banned_token_ids for s in plan.sequences]
         compute(scheduler, plan)
     assert banned == [{EOS, 7}, {EOS, 7}, frozenset(), frozenset()]
@@ -266,12 +266,12 @@ def test_end_tokens_are_banned_until_min_tokens():
 def test_a_deleted_adapter_leaves_when_nobody_uses_it():
     scheduler = make_scheduler()
     scheduler.add(make_request("r", adapter=make_manifest("a")))
-    finish_loads(scheduler, scheduler.schedule())
+    finish_loads(scheduler, scheduler.schedule(0.0))
     scheduler.discard_adapter("a")
-    assert scheduler._residency.is_resident("a")
+    assert scheduler.accounts.residency.is_resident("a")
     run(scheduler)
     scheduler.discard_adapter("a")
-    assert scheduler._residency.state("a") is None
+    assert scheduler.accounts.residency.state("a") is None
 
 
 @pytest.mark.parametrize(

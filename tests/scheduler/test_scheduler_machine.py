@@ -4,7 +4,9 @@ After every step the accounts must agree, and every page must hold what the step
 everything that was accepted has ended exactly once with its own answer, and every page is back.
 
 All of it at depth 0 (each step committed before the next), at depth 1 (one step in flight while the
-next is scheduled, as the engine does with overlap), and with both in any order.
+next is scheduled, as the engine does with overlap), and with both in any order; and with every
+policy that can be chosen. Requests share prompts and adapters, so pages are shared, replaced and
+found again all the time, and the device checks that each holds the text it is taken for.
 """
 
 from __future__ import annotations
@@ -15,11 +17,19 @@ from collections import deque
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import AdapterLoad, Event, FinishReason, Plan, StepResult, TokenEvent
+from loraplex_scheduler.policies import S_LORA, PolicyChoice
 from loraplex_scheduler.scheduler import Scheduler
 from tests.support.scheduling import make_manifest, make_request, make_scheduler
 from tests.support.shadow_device import NOT_FINITE, ShadowDevice, answer_of
@@ -28,6 +38,15 @@ ADAPTERS = [None, *(make_manifest(f"a{i}", rank) for i, rank in enumerate((1, 2,
 
 STOPS = frozenset({7})
 
+CHOICES = (
+    PolicyChoice(),
+    PolicyChoice(order="fcfs", admission="greedy", eviction="lru"),
+    PolicyChoice(order="vtc-adapter", admission="greedy", cluster_wait_s=3.0),
+    PolicyChoice(order="lcfs", admission="worst-case", eviction="unused", has_prefix_cache=False),
+    PolicyChoice(order="edf", admission="expected", eviction="unused"),
+    S_LORA,
+)
+
 #: Ends that the answer itself brings, as against those that come from outside.
 OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -35,9 +54,9 @@ OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 class Life:
     """Drives one scheduler, at most `depth` steps in flight, and keeps count of who has ended."""
 
-    def __init__(self, depth: int = 0) -> None:
+    def __init__(self, depth: int = 0, choice: PolicyChoice = CHOICES[0]) -> None:
         self.depth = depth
-        self.scheduler: Scheduler = make_scheduler(num_pages=24, max_model_len=40)
+        self.scheduler: Scheduler = make_scheduler(num_pages=24, max_model_len=40, choice=choice)
         self.device = ShadowDevice()
         self.loading: list[AdapterLoad] = []
         self.flights: deque[tuple[Plan, StepResult]] = deque()
@@ -45,6 +64,7 @@ class Life:
         self.tokens: dict[str, list[int]] = {}
         self.free_ids: list[str] = []
         self.count = self.num_accepted = self.num_ended = 0
+        self.now = 0.0
 
     def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: object) -> None:
         """Add a request, under the id of one that has ended where there is any."""
@@ -54,13 +74,16 @@ class Life:
             num_prompt=num_prompt,
             max_tokens=max_tokens,
             adapter=ADAPTERS[adapter],
-            arrival_s=float(self.count),
+            arrival_s=self.now,
             seed=self.count,
             **extra,
         )
         try:
-            self.scheduler.add(request)
+            events = self.scheduler.add(request)
         except RequestRefused:
+            return
+        if events:
+            assert [e.finish_reason for e in events] == [FinishReason.REJECTED]
             return
         if self.free_ids:
             self.free_ids.pop()
@@ -94,7 +117,7 @@ class Life:
 
     def launch(self) -> int:
         """Schedule and launch a step; return 0 when there was nothing to compute."""
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.now)
         self.loading += plan.loads
         for load in plan.loads:
             self.device.begin_load(load)
@@ -119,12 +142,19 @@ class Life:
         else:
             self.book(self.scheduler.fail_load(load.adapter.adapter_id, "disk"))
 
+    def go_on_to(self, now: float) -> None:
+        """Let time pass; whoever's deadline is past, or promise hopeless, ends."""
+        self.now = max(self.now, now)
+        self.book(self.scheduler.expire(self.now))
+        self.book(self.scheduler.drop_hopeless(self.now))
+
     def drain(self) -> None:
         while len(self.flights) > 1:
             self.land()
         for _ in range(3000):
             if not self.scheduler.has_work:
                 break
+            self.now += 1.0  # bounded waits end by time
             self.step()
             while self.loading:
                 self.end_load(0, succeeds=True)
@@ -133,9 +163,10 @@ class Life:
         assert self.num_ended == self.num_accepted
         while self.loading:
             self.end_load(0, succeeds=True)
-        assert self.scheduler._allocator.num_held(PageUse.KV) == 0
-        self.scheduler._residency.evict_idle(10**6)
-        assert self.scheduler._allocator.num_free == 24, "pages leaked"
+        accounts = self.scheduler.accounts
+        assert accounts.allocator.num_held(PageUse.KV) == 0
+        accounts.evict(24)
+        assert accounts.num_free == 24, "pages leaked"
 
 
 class AnyLife(RuleBasedStateMachine):
@@ -143,7 +174,12 @@ class AnyLife(RuleBasedStateMachine):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
+        self.depth = depth
         self.life = Life(depth)
+
+    @initialize(choice=st.sampled_from(CHOICES))
+    def choose(self, choice: PolicyChoice) -> None:
+        self.life = Life(self.depth, choice)
 
     @rule(
         adapter=st.integers(0, len(ADAPTERS) - 1),
@@ -152,6 +188,9 @@ class AnyLife(RuleBasedStateMachine):
         deadline_s=st.one_of(st.none(), st.integers(0, 30)),
         presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
         min_tokens=st.sampled_from([0, 0, 1]),
+        first_token_by_s=st.one_of(st.none(), st.integers(0, 30)),
+        tenant=st.sampled_from(["", "t"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
     )
     def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: object) -> None:
         self.life.arrive(adapter, num_prompt, max_tokens, stop_token_ids=STOPS, **extra)
@@ -170,7 +209,11 @@ class AnyLife(RuleBasedStateMachine):
 
     @rule(now=st.integers(0, 30))
     def time_passes(self, now: int) -> None:
-        self.life.book(self.life.scheduler.expire(float(now)))
+        self.life.go_on_to(float(now))
+
+    @rule(adapter=st.sampled_from([a for a in ADAPTERS if a]))
+    def prefetch(self, adapter: AdapterManifest) -> None:
+        self.life.scheduler.prefetch(adapter)
 
     @rule(name=st.sampled_from([a.adapter_id for a in ADAPTERS if a]))
     def discard(self, name: str) -> None:
@@ -228,10 +271,11 @@ TestSequential.settings = TestOverlapped.settings = TestInterleaved.settings = S
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(len(CHOICES)))
 def test_ten_thousand_random_steps_leak_no_page(seed, depth):
-    rng, life = random.Random(seed), Life(depth)
-    for _ in range(2500):
+    rng, life = random.Random(seed), Life(depth, CHOICES[seed])
+    for _ in range(2000):
+        life.now += 0.1
         if rng.random() < 0.3 and len(life.open) < 40:
             life.arrive(
                 rng.randrange(len(ADAPTERS)),
@@ -244,7 +288,9 @@ def test_ten_thousand_random_steps_leak_no_page(seed, depth):
         if life.open and rng.random() < 0.05:
             life.book(life.scheduler.abort(rng.choice(sorted(life.open))))
         life.step()
-    assert life.scheduler.num_preemptions > 0
-    assert life.scheduler.num_evictions > 0
+    never_preempts = CHOICES[seed].admission == "worst-case"
+    assert (life.scheduler.num_preemptions == 0) == never_preempts
+    assert (life.scheduler.num_prefix_hits > 0) == CHOICES[seed].has_prefix_cache
+    assert life.scheduler.accounts.num_adapter_evictions > 0
     assert life.num_ended > 100
     life.drain()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from loraplex_kernels.sampling_triton import SamplingScratch, sample_rows
-from loraplex_scheduler.plan import SequenceStep
+from loraplex_scheduler.plan import Request, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.model.draw import filtered_probs, uniforms
 from loraplex_server.model.sampler import sample
@@ -27,17 +27,12 @@ BLOCK = 512
 
 def make_step(*, position: int = 7, request_id: str = "r", **sampling) -> SequenceStep:
     return SequenceStep(
-        request_id=request_id,
-        adapter_id=None,
-        start=0,
+        request=Request(request_id, (), SamplingParams(**sampling)),
+        start=position - 1,
+        num_tokens=1,
         token_ids=(1,),
         block_table=(0,),
         is_sampled=True,
-        sampling=SamplingParams(**sampling),
-        history=(),
-        num_prompt=0,
-        position=position,
-        banned_token_ids=frozenset(),
     )
 
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_layout import AdapterRanks
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.layout import ModelGeometry, PoolLayout
-from loraplex_memory.residency import AdapterResidency
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import Event, Plan, Request, SampledToken, StepResult
+from loraplex_scheduler.policies import PolicyChoice, make_eviction, make_policies
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_scheduler.scheduler import Scheduler
 
@@ -38,15 +38,49 @@ def make_request(
     adapter: AdapterManifest | None = None,
     arrival_s: float = 0.0,
     deadline_s: float | None = None,
+    first_token_by_s: float | None = None,
+    tenant: str = "",
+    priority: int = 0,
+    prompt: tuple[int, ...] | None = None,
     **sampling: object,
 ) -> Request:
+    """Return a request; all prompts of a length are equal unless one is given."""
     return Request(
         request_id=request_id,
-        prompt_token_ids=tuple(range(1, num_prompt + 1)),
+        prompt_token_ids=prompt or tuple(range(1, num_prompt + 1)),
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         adapter=adapter,
         arrival_s=arrival_s,
         deadline_s=deadline_s,
+        first_token_by_s=first_token_by_s,
+        tenant=tenant,
+        priority=priority,
+    )
+
+
+#: As little as possible between a test and what it looks at.
+PLAIN = PolicyChoice(order="fcfs", admission="greedy", eviction="lru", has_prefix_cache=False)
+
+
+class FixedCosts:
+    """What it costs to restore things, for accounts without a scheduler."""
+
+    def adapter_s(self, num_pages: int) -> float:
+        return 1e-3 * num_pages
+
+    def prefix_page_s(self) -> float:
+        return 1e-3
+
+
+def make_accounts(
+    num_pages: int = 64, *, page_tokens: int = 4, choice: PolicyChoice = PLAIN
+) -> PoolAccounts:
+    return PoolAccounts(
+        PoolLayout(TINY, page_tokens),
+        num_pages,
+        eviction=make_eviction(choice),
+        costs=FixedCosts(),
+        has_prefix_cache=choice.has_prefix_cache,
     )
 
 
@@ -58,8 +92,8 @@ def make_scheduler(
     max_running: int = 8,
     max_model_len: int = 64,
     max_loading: int = 4,
+    choice: PolicyChoice = PLAIN,
 ) -> Scheduler:
-    allocator = PageAllocator(num_pages)
     limits = SchedulerLimits(
         max_step_tokens=max_step_tokens,
         max_running=max_running,
@@ -67,8 +101,8 @@ def make_scheduler(
         max_loading=max_loading,
         eos_token_ids=frozenset({EOS}),
     )
-    layout = PoolLayout(TINY, page_tokens)
-    return Scheduler(limits, layout, allocator, AdapterResidency(allocator))
+    accounts = make_accounts(num_pages, page_tokens=page_tokens, choice=choice)
+    return Scheduler(limits, accounts, make_policies(choice, limits, page_tokens))
 
 
 def result_of(plan: Plan, token_id: int = 9) -> StepResult:

@@ -29,8 +29,8 @@ _INSTEAD = 99
 #: Why a request fails whose logits are not finite.
 NOT_FINITE = "not finite"
 
-#: Content of a page: the adapter, or for each of its tokens (seed, position).
-_Page = str | list[tuple[int, int] | None]
+#: Content of a page: the adapter, or for each of its tokens what its KV depends on.
+_Page = str | list[tuple[str | None, int] | None]
 
 
 def draw(seed: int, position: int, banned: AbstractSet[int]) -> int | None:
@@ -108,13 +108,14 @@ class ShadowDevice:
             page = self._pages.get(page_id)
             if not isinstance(page, list):
                 page = self._pages[page_id] = [None] * self._page_tokens
-            page[position % self._page_tokens] = step.sampling.seed, position
+            page[position % self._page_tokens] = self._content(step, position)
 
     def _check(self, step: SequenceStep, plan: Plan) -> None:
         num_tokens = step.start + step.num_tokens
         for position in range(num_tokens):
             page = self._pages[step.block_table[position // self._page_tokens]]
-            assert page[position % self._page_tokens] == (step.sampling.seed, position), "lost KV"
+            found = page[position % self._page_tokens]
+            assert found == self._content(step, position), "not the KV of this text"
         if step.adapter_id is not None:
             for page_id in plan.adapters[step.adapter_id].pages:
                 assert self._pages[page_id] == step.adapter_id, "these pages hold something else"
@@ -122,6 +123,11 @@ class ShadowDevice:
             assert step.position == num_tokens
         if step.is_sampled and step.sampling.has_penalties:
             assert step.history == tuple(self._token(step, p) for p in range(num_tokens))
+
+    def _content(self, step: SequenceStep, position: int) -> tuple[str | None, int]:
+        """Return what keys and values depend on: the adapter, and all tokens up to this one."""
+        chain = tuple(self._token(step, p) for p in range(position + 1))
+        return step.adapter_id, hash(chain)
 
     def _token(self, step: SequenceStep, position: int) -> int:
         if position < step.num_prompt:

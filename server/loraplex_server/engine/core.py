@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from loraplex_memory.allocator import PageAllocator, PageUse
-from loraplex_memory.residency import AdapterResidency
+from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Plan, Request, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
@@ -39,8 +40,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: StepRunner,
         loader: AdapterLoader,
-        allocator: PageAllocator,
-        residency: AdapterResidency,
+        accounts: PoolAccounts,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
     ) -> None:
@@ -48,11 +48,12 @@ class EngineCore:
         self.scheduler = scheduler
         self._runner = runner
         self._loader = loader
-        self._allocator = allocator
-        self._residency = residency
+        self._accounts = accounts
         self._clock = clock
         self._overlap = overlap
         self._in_flight: tuple[Plan, Flight] | None = None
+        self._launched_at = 0.0
+        self._landed_at = 0.0
         self._num_steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -73,18 +74,23 @@ class EngineCore:
         return self._is_waiting_for_loads
 
     def add(self, request: Request) -> list[Event]:
-        """Accept a request, or return its terminal event when it can never run."""
+        """Accept a request, or return its terminal event when it can never run, or not in time."""
         try:
-            self.scheduler.add(request)
+            return self.scheduler.add(request)
         except RequestRefused as error:
             return [EndEvent(request.request_id, FinishReason.REFUSED, error.reason)]
-        return []
 
     def abort(self, request_id: str) -> list[Event]:
         return self.scheduler.abort(request_id)
 
+    def prefetch(self, manifest: AdapterManifest) -> None:
+        """Bring an adapter closer before anybody asks for it, if that costs nobody anything."""
+        self.scheduler.prefetch(manifest)
+
     def discard_adapter(self, adapter_id: str) -> None:
+        """The adapter was deleted: forget it wherever nobody uses it."""
         self.scheduler.discard_adapter(adapter_id)
+        self._loader.discard(adapter_id)
 
     def step(self, load_timeout_s: float = 0.0) -> list[Event]:
         """Run one step and return what happened.
@@ -99,12 +105,16 @@ class EngineCore:
         had_flight = self._in_flight is not None
         if self.scheduler.needs_known_tokens:
             events += self._land()
-        plan = self.scheduler.schedule()
+        now = self._clock()
+        events += self.scheduler.drop_hopeless(now)
+        plan = self.scheduler.schedule(now)
         # Before the launch, so that loads start early, and after the launch of the step before:
         # these pages may have been another's until now, and the loader has its copies wait for
         # what was launched by the time of `submit`. This plan touches none of them.
         for load in plan.loads:
             self._loader.submit(load)
+        for manifest in plan.prefetches:
+            self._loader.prefetch(manifest)
         events += self._fly(plan)
         self._is_waiting_for_loads = not plan.sequences and not had_flight
         if not self._is_waiting_for_loads:
@@ -113,22 +123,36 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Return a snapshot for metrics and for the pool's map."""
-        residency, scheduler = self._residency, self.scheduler
+        accounts, scheduler, loader = self._accounts, self.scheduler, self._loader
+        residency, allocator, prefixes = accounts.residency, accounts.allocator, accounts.prefixes
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            pages_kv=self._allocator.num_held(PageUse.KV),
-            pages_adapters=self._allocator.num_held(PageUse.ADAPTER),
-            pages_free=self._allocator.num_free,
+            pages_kv=allocator.num_held(PageUse.KV),
+            pages_adapters=allocator.num_held(PageUse.ADAPTER),
+            pages_free=allocator.num_free,
+            pages_prefix_used=prefixes.num_nodes - prefixes.num_idle,
+            pages_prefix_idle=prefixes.num_idle,
             resident={i: len(residency.pages(i)) for i in residency.resident_ids()},
             loading=tuple(residency.loading_ids()),
             running_adapters=tuple(sorted(scheduler.running_adapters())),
             waiting_adapters=tuple(sorted(scheduler.waiting_adapters())),
+            prefix_pages_by_adapter=prefixes.pages_by_adapter(),
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
-            num_loads=self._loader.num_loads,
-            num_load_failures=self._loader.num_failures,
-            num_evictions=scheduler.num_evictions,
+            num_rejected=scheduler.num_rejections,
+            num_loads=loader.num_loads,
+            num_load_failures=loader.num_failures,
+            num_prefetches=loader.num_prefetches,
+            num_host_hits=loader.num_host_hits,
+            load_s=loader.load_s,
+            host_bytes=loader.host_bytes,
+            host_capacity_bytes=loader.host_capacity_bytes,
+            host_adapters=loader.host_adapters,
+            num_evictions=accounts.num_adapter_evictions,
+            num_prefix_evictions=accounts.num_prefix_evictions,
+            prefix_query_tokens=scheduler.num_prefix_queries,
+            prefix_hit_tokens=scheduler.num_prefix_hits,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             step_s=self._step_s,
@@ -147,7 +171,7 @@ class EngineCore:
         events: list[Event] = []
         for result in self._loader.poll(timeout_s):
             if result.error is None:
-                self.scheduler.finish_load(result.adapter_id)
+                self.scheduler.finish_load(result.adapter_id, result.took_s)
             else:
                 events += self.scheduler.fail_load(result.adapter_id, result.error)
         return events
@@ -156,6 +180,7 @@ class EngineCore:
         """Launch a plan, unless it is empty; then commit what may no longer be in flight."""
         launched: tuple[Plan, Flight] | None = None
         if plan.sequences:
+            launched_at = self._clock()
             launched = plan, self._runner.launch(plan)
             self.scheduler.advance(plan)
             self._num_steps += 1
@@ -164,7 +189,8 @@ class EngineCore:
                 for step in plan.sequences
             )
         events = self._land()
-        self._in_flight = launched
+        if launched is not None:
+            self._in_flight, self._launched_at = launched, launched_at
         if not self._overlap:
             events += self._land()
         return events
@@ -175,6 +201,10 @@ class EngineCore:
             return []
         plan, flight = self._in_flight
         self._in_flight = None
-        events = self.scheduler.commit(plan, flight.result())
+        result = flight.result()
+        # A device takes up a step when it was launched and the one before it is done.
+        started_at = max(self._launched_at, self._landed_at)
+        self._landed_at = self._clock()
+        events = self.scheduler.commit(plan, result, self._landed_at - started_at)
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events

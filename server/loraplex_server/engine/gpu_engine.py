@@ -14,7 +14,7 @@ from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import StreamWriter
-from loraplex_scheduler.plan import Plan, PlannedAdapter, SequenceStep
+from loraplex_scheduler.plan import Plan, PlannedAdapter, Request, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.device_runner import DeviceRunner
 from loraplex_server.engine.runner import StepRunner
@@ -86,7 +86,9 @@ def make_stream_writer(pool: PagePool) -> StreamWriter:
     Writes zeros into the pool's first page.
     """
     writer = StreamWriter(pool, scatter_pages)
-    writer.write([0], writer.buffer(1).zero_(), after=writer.fence())
+    empty = writer.buffer(1)
+    empty.slab[0].zero_()
+    writer.write([0], empty, after=writer.fence())
     return writer
 
 
@@ -132,19 +134,16 @@ def largest_plan(
 def long_plan(layout: PoolLayout, num_each: int, num_sequences: int) -> Plan:
     """Return a plan of whole prompts of the base model, each on pages of its own."""
     pages_each = layout.pages_for_tokens(num_each)
+    prompt = (0,) * num_each
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9)
     sequences = [
         SequenceStep(
-            request_id=str(index),
-            adapter_id=None,
+            request=Request(str(index), prompt, sampling),
             start=0,
-            token_ids=(0,) * num_each,
+            num_tokens=num_each,
+            token_ids=prompt,
             block_table=tuple(range(index * pages_each, (index + 1) * pages_each)),
             is_sampled=True,
-            sampling=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
-            history=(),
-            num_prompt=num_each,
-            position=num_each,
-            banned_token_ids=frozenset(),
         )
         for index in range(num_sequences)
     ]

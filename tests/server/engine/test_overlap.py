@@ -71,8 +71,7 @@ def with_runner(core, runner, *, overlap):
         scheduler=core.scheduler,
         runner=runner,
         loader=core._loader,
-        allocator=core._allocator,
-        residency=core._residency,
+        accounts=core._accounts,
         overlap=overlap,
     )
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from loraplex_scheduler.plan import SequenceStep
+from loraplex_scheduler.plan import Request, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.model.draw import filtered_probs, uniforms
 from loraplex_server.model.logit_edits import edit_logits
@@ -19,16 +19,13 @@ VOCAB = 300
 
 def make_step(*, history=(), num_prompt=0, position=7, banned=(), **sampling) -> SequenceStep:
     return SequenceStep(
-        request_id="r",
-        adapter_id=None,
-        start=0,
+        request=Request("r", tuple(history)[:num_prompt], SamplingParams(**sampling)),
+        start=position - 1,
+        num_tokens=1,
         token_ids=(1,),
         block_table=(0,),
         is_sampled=True,
-        sampling=SamplingParams(**sampling),
         history=tuple(history),
-        num_prompt=num_prompt,
-        position=position,
         banned_token_ids=frozenset(banned),
     )
 
