@@ -10,7 +10,8 @@ from loraplex_memory.eviction import EvictionPolicy, RestoreCosts
 from loraplex_memory.evictor import Evictor
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.page_table import PageTable
-from loraplex_memory.prefix_cache import PrefixCache, PrefixNode
+from loraplex_memory.prefix_cache import PrefixCache
+from loraplex_memory.prefix_node import PrefixNode
 from loraplex_memory.residency import AdapterResidency, PooledAdapter
 
 

@@ -62,11 +62,11 @@ class EvictionPolicy(Protocol):
 class CostAware:
     """Seconds to restore x chance of use / pages; the least valuable goes first.
 
-    The factors are those of GreedyDual-Size-Frequency (Cherkasova, 1998), with decay in place of its
-    inflating clock, and of ELORA's cost model (transfer cost x visit probability x recency). A
-    decayed count f of half-life h stands for a rate of `f * ln(2) / h` uses per second. For adapters
-    f counts requests, whoever they were for; for a prefix page see `PrefixCache`. Adapters keep
-    their popularity for longer than a conversation lasts, hence two half-lives.
+    The factors are those of GreedyDual-Size-Frequency (Cherkasova, 1998), with decay in place of
+    its inflating clock, and of ELORA's cost model (transfer cost x visit probability x recency). A
+    decayed count f of half-life h stands for `f * ln(2) / h` uses per second. For adapters f counts
+    requests, whoever they were for; for a prefix page see `PrefixCache`. Adapters keep their
+    popularity for longer than a conversation lasts, hence two half-lives.
 
     ELORA drops prefixes with their adapter, as they cannot be used without it. But the request that
     brings the adapter back finds them, and a deep discount lost more than it gained on mixed

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from loraplex_memory.allocator import PageAllocator, PageUse
-from loraplex_memory.prefix_cache import PrefixCache, PrefixNode
+from loraplex_memory.prefix_cache import PrefixCache
+from loraplex_memory.prefix_node import PrefixNode
 
 
 class PrefixMatch(NamedTuple):

@@ -11,111 +11,15 @@ leaves leave.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, MutableSequence, Sequence
 from math import log2
 
 from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.clock import GivenClock
-from loraplex_memory.eviction import EvictionPolicy, RestoreCosts, page_cost
+from loraplex_memory.eviction import RestoreCosts, page_cost
 from loraplex_memory.evictor import Evictor
-from loraplex_memory.lazy_heap import Evictable
-from loraplex_memory.usage import FirstUseOdds
-
-#: Evicted pages whose use is remembered.
-MAX_REMEMBERED = 65_536
-
-
-class PrefixRoot:
-    """The empty prefix under one adapter.
-
-    Attributes:
-        is_orphan: the adapter is not in the pool.
-        is_dropped: nobody finds it any more; its nodes go when their users do.
-        idle_leaves: what could leave now, in the order in which it became idle.
-    """
-
-    __slots__ = (
-        "adapter_id",
-        "chain",
-        "children",
-        "idle_leaves",
-        "is_dropped",
-        "is_orphan",
-        "num_nodes",
-    )
-
-    def __init__(self, adapter_id: str | None, *, is_orphan: bool) -> None:
-        self.adapter_id = adapter_id
-        self.chain = hash(adapter_id)
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
-        self.idle_leaves: dict[PrefixNode, None] = {}
-        self.num_nodes = 0
-        self.is_orphan = is_orphan
-        self.is_dropped = False
-
-
-class PrefixNode(Evictable):
-    """One page that holds the keys and values of `token_ids` after those of its ancestors.
-
-    Attributes:
-        chain: hash of the adapter and all tokens up to the end of the page; of use for statistics
-            only, where it does not matter that two contents may have the same.
-        use_score: see `usage`.
-        was_hit: somebody asked for it after it was made.
-    """
-
-    __slots__ = (
-        "chain",
-        "children",
-        "last_use_s",
-        "num_refs",
-        "page",
-        "page_cost",
-        "parent",
-        "root",
-        "token_ids",
-        "use_score",
-        "was_hit",
-    )
-
-    def __init__(
-        self,
-        root: PrefixRoot,
-        parent: PrefixNode | PrefixRoot,
-        token_ids: tuple[int, ...],
-        page: int,
-        chain: int,
-        use_score: float,
-    ) -> None:
-        super().__init__()
-        self.root = root
-        self.parent = parent
-        self.token_ids = token_ids
-        self.page = page
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
-        self.num_refs = 1
-        self.chain = chain
-        self.use_score = use_score
-        self.was_hit = False
-        self.last_use_s = 0.0
-        self.page_cost = 0.0
-
-    @property
-    def is_evictable(self) -> bool:
-        return not self.num_refs and not self.children
-
-    @property
-    def spared_as(self) -> str | None:
-        return None
-
-    def key(self, policy: EvictionPolicy) -> float:
-        return policy.prefix_key(
-            last_use_s=self.last_use_s,
-            use_score=self.use_score,
-            page_cost=self.page_cost,
-            is_orphan=self.root.is_orphan,
-        )
+from loraplex_memory.prefix_node import PrefixNode, PrefixRoot
+from loraplex_memory.usage import ReturnOdds
 
 
 class PrefixCache:
@@ -123,9 +27,7 @@ class PrefixCache:
 
     A page that was found by somebody counts one use as of then, however many came before: what
     conversations need next is what was used last, and counting favours those that are over. A page
-    that was never found counts the odds that it will be. They are learned from what was asked for
-    again, evicted or not, so the cache remembers the chains of hashes of evicted pages; learned from
-    hits alone, low odds would get new pages evicted before anybody can come back for them.
+    that was never found counts the odds that it will be (`ReturnOdds`).
     """
 
     def __init__(
@@ -143,9 +45,7 @@ class PrefixCache:
         self._costs = costs
         self._clock = clock
         self._half_life_s = evictor.policy.prefix_half_life_s
-        self._odds = FirstUseOdds()
-        # By chain, whether it was hit; evicted longest ago first.
-        self._evicted: OrderedDict[int, bool] = OrderedDict()
+        self._odds = ReturnOdds()
         self._roots: dict[str | None, PrefixRoot] = {}
         self._dropped: dict[PrefixRoot, None] = {}
         self._resident: set[str] = set()
@@ -191,7 +91,7 @@ class PrefixCache:
             node.use_score = now
             if not node.was_hit:
                 node.was_hit = True
-                self._odds.first_used()
+                self._odds.returned()
 
     def publish(
         self,
@@ -257,10 +157,8 @@ class PrefixCache:
             self._offer(last)
 
     def evict(self, node: PrefixNode) -> None:
-        """Free the page of an idle leaf, and remember how much it was used."""
-        self._evicted[node.chain] = node.was_hit
-        if len(self._evicted) > MAX_REMEMBERED:
-            self._evicted.popitem(last=False)
+        """Free the page of an idle leaf."""
+        self._odds.evicted(node.chain, was_hit=node.was_hit)
         self._remove(node)
         if isinstance(node.parent, PrefixNode) and node.parent.is_evictable:
             self._offer(node.parent)
@@ -300,7 +198,7 @@ class PrefixCache:
         """Raise AssertionError if a page is lost, or a node misplaced or miscounted."""
         nodes: list[PrefixNode] = []
         for root in (*self._roots.values(), *self._dropped):
-            below = list(_nodes_below(root))
+            below = list(root.nodes())
             assert below, "an empty tree is kept"
             assert len(below) == root.num_nodes, "the count of a tree's nodes is off"
             assert all(node.root is root for node in below), "a node of another tree"
@@ -339,16 +237,10 @@ class PrefixCache:
         page: int,
     ) -> PrefixNode:
         chain, now = hash((parent.chain, content)), self._clock.now_s / self._half_life_s
-        was_hit = self._evicted.pop(chain, None)
-        if was_hit is None:
-            use_score = now + log2(self._odds.odds)
-            self._odds.made()
-        else:
-            use_score = now
-            if not was_hit:
-                self._odds.first_used()
+        is_return = self._odds.made(chain)
+        use_score = now if is_return else now + log2(self._odds.odds)
         node = PrefixNode(root, parent, content, page, chain, use_score)
-        node.was_hit = was_hit is not None
+        node.was_hit = is_return
         parent.children[content] = node
         return node
 
@@ -377,11 +269,3 @@ class PrefixCache:
         while isinstance(node, PrefixNode) and node.is_evictable:
             self._remove(node)
             node = node.parent
-
-
-def _nodes_below(root: PrefixRoot) -> Iterator[PrefixNode]:
-    stack = list(root.children.values())
-    while stack:
-        node = stack.pop()
-        yield node
-        stack += node.children.values()

@@ -62,32 +62,49 @@ class UseHistory:
         return exp2(self.score(adapter_id) - self._clock.now_s / self._half_life_s)
 
 
-class FirstUseOdds:
-    """How likely something new is ever used again, learned from all that was made before it.
+class ReturnOdds:
+    """How likely a new page is ever asked for again, learned from all that were made before.
 
-    Counts what was made and what of it was used at least once; what is made now may still be used,
-    so the estimate is a little low while much is new. Both counts are halved every `window` things
-    made, to follow the traffic.
+    Owned by the prefix cache. A page that was evicted and is asked for again counts as much as one
+    that is found: learned from what is found alone, low odds would get new pages evicted before
+    anybody can come back for them, and so confirm themselves. Hence the memory of `max_evicted`
+    evicted pages, by hash. What is made now may still be asked for, so the estimate is a little low
+    while much is new. Both counts are halved once `window` pages were made, to follow the traffic.
     """
 
-    __slots__ = ("_num_made", "_num_used", "_window")
-
-    def __init__(self, window: int = 8192) -> None:
+    def __init__(self, window: int = 8192, max_evicted: int = 65_536) -> None:
         self._window = window
+        self._max_evicted = max_evicted
         # Rule of succession: even odds before anything is known.
         self._num_made = 2.0
-        self._num_used = 1.0
+        self._num_returned = 1.0
+        # Whether it was ever asked for again; evicted longest ago first.
+        self._evicted: OrderedDict[int, bool] = OrderedDict()
 
     @property
     def odds(self) -> float:
         """A probability in (0, 1]."""
-        return min(1.0, self._num_used / self._num_made)
+        return min(1.0, self._num_returned / self._num_made)
 
-    def made(self) -> None:
+    def made(self, chain: int) -> bool:
+        """Count a page that is made; returns whether it had been evicted before."""
+        was_hit = self._evicted.pop(chain, None)
+        if was_hit is not None:
+            if not was_hit:
+                self.returned()
+            return True
         self._num_made += 1.0
         if self._num_made > self._window:
             self._num_made /= 2.0
-            self._num_used /= 2.0
+            self._num_returned /= 2.0
+        return False
 
-    def first_used(self) -> None:
-        self._num_used += 1.0
+    def returned(self) -> None:
+        """A page is asked for again for the first time."""
+        self._num_returned += 1.0
+
+    def evicted(self, chain: int, *, was_hit: bool) -> None:
+        """Remember an evicted page."""
+        self._evicted[chain] = was_hit
+        if len(self._evicted) > self._max_evicted:
+            self._evicted.popitem(last=False)
