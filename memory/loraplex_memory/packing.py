@@ -1,15 +1,14 @@
 """Laying an adapter's matrices out as pages, in host memory.
 
 Packing runs beside the steps and its Python code holds up theirs, so it makes few calls: matrices
-of consecutive layers that are alike and lie at equal distances in memory, as they do in an adapter
-file, are packed by one.
+that are alike and lie at equal distances in memory, as all layers do in an adapter file, are packed
+by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Final, NamedTuple, Self
+from typing import Final
 
 import torch
 
@@ -18,8 +17,8 @@ from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PROJECTIONS
 from loraplex_memory.scratch import Scratch
 
-#: Most elements packed by one call: what it computes on the way stays in the cache.
-_RUN_ELEMS: Final = 1 << 18
+#: Most elements packed by one call; bounds the memory for what it computes on the way.
+_RUN_ELEMS: Final = 1 << 20
 
 
 def pack_adapter(
@@ -45,30 +44,23 @@ def pack_adapter(
     """
     _check(weights, layout)
     pool = layout.pool
-    num_layers, chunk_elems = pool.geometry.num_layers, pool.chunk_elems
+    num_layers = pool.geometry.num_layers
     shape = (num_layers, layout.num_pages, pool.page_elems)
     packed = (scratch or Scratch()).take(shape, dtype)
     rows = packed.view(num_layers, -1)
     for at, projection in enumerate(PROJECTIONS):
-        pairs = {
-            layer: weights[layer, projection]
-            for layer in range(num_layers)
-            if layout.ranks[layer][at]
-        }
-        places = {
-            layer: _Place.of(pair, layout.a_chunks[layer][at], layout.b_chunks[layer][at])
-            for layer, pair in pairs.items()
-        }
-        row_elems = max(
-            pool.geometry.in_features(projection), pool.geometry.out_features(projection)
-        )
-        for run in _runs(places, _RUN_ELEMS // row_elems):
-            a = _stack([pairs[layer].a for layer in run])
-            b = _stack([pairs[layer].b for layer in run]).float()
-            scales = torch.tensor([pairs[layer].scale for layer in run]).view(-1, 1, 1)
-            into = rows[run.start : run.stop]
-            _put(into, layout.a_chunks[run.start][at] * chunk_elems, a)
-            _put(into, layout.b_chunks[run.start][at] * chunk_elems, (b * scales).transpose(1, 2))
+        present = [layer for layer in range(num_layers) if layout.ranks[layer][at]]
+        pairs = {layer: weights[layer, projection] for layer in present}
+        for run in _runs(pairs, layout, at):
+            index = torch.tensor(run)
+            some = [pairs[layer] for layer in run]
+            scales = torch.tensor([pair.scale for pair in some]).view(-1, 1, 1)
+            a = _stack([pair.a for pair in some])
+            b = (_stack([pair.b for pair in some]).float() * scales).to(dtype).transpose(1, 2)
+            for matrices, chunks in ((a.to(dtype), layout.a_chunks), (b, layout.b_chunks)):
+                flat = matrices.reshape(len(run), -1)
+                start = chunks[run[0]][at] * pool.chunk_elems
+                rows[:, start : start + flat.shape[1]].index_copy_(0, index, flat)
     _clear_ends(rows, layout)
     return packed
 
@@ -88,44 +80,42 @@ def _check(weights: AdapterWeights, layout: AdapterLayout) -> None:
             )
 
 
-class _Place(NamedTuple):
-    """Where one module's matrices are; a run's have all but the starts in common."""
+def _runs(pairs: Mapping[int, LoRAPair], layout: AdapterLayout, at: int) -> Iterator[list[int]]:
+    """Yield layers that one call can pack; together, all that have the module.
 
-    alike: tuple[object, ...]
-    a_start: int
-    b_start: int
-
-    @classmethod
-    def of(cls, pair: LoRAPair, a_chunk: int, b_chunk: int) -> Self:
-        alike = (a_chunk, b_chunk, *_kind(pair.a), *_kind(pair.b))
-        return cls(alike, int(pair.a.storage_offset()), int(pair.b.storage_offset()))
+    Args:
+        pairs: the matrices of one projection, by layer.
+        layout: where they go.
+        at: the projection's index.
+    """
+    alike: dict[tuple[object, ...], list[tuple[int, int, int]]] = {}
+    for layer, pair in pairs.items():
+        place = layout.ranks[layer][at], layout.a_chunks[layer][at], layout.b_chunks[layer][at]
+        addresses = pair.a.data_ptr(), pair.b.data_ptr(), layer
+        alike.setdefault((*place, *_kind(pair.a), *_kind(pair.b)), []).append(addresses)
+    for group in alike.values():
+        first = pairs[group[0][-1]]
+        yield from _even_runs(sorted(group), _RUN_ELEMS // max(first.a.numel(), first.b.numel()))
 
 
 def _kind(matrix: torch.Tensor) -> tuple[object, ...]:
-    memory = matrix.untyped_storage().data_ptr()
-    return matrix.dtype, matrix.shape, matrix.stride(), memory
+    return matrix.dtype, matrix.stride(), matrix.untyped_storage().data_ptr()
 
 
-def _runs(places: Mapping[int, _Place], max_layers: int) -> Iterator[range]:
-    """Yield consecutive layers that one call can pack; together, all that have the module."""
-    run = range(0)
-    for layer, here in sorted(places.items()):
-        if run and layer == run.stop and len(run) < max_layers:
-            before = [places[i] for i in run[-2:]]
-            if _is_evenly_spaced([*before, here]):
-                run = range(run.start, layer + 1)
-                continue
-        if run:
+def _even_runs(places: list[tuple[int, int, int]], max_len: int) -> Iterator[list[int]]:
+    """Cut (address of A, address of B, layer), in order, where a step differs from the last."""
+    run: list[int] = []
+    step = last = (0, 0)
+    for a, b, layer in places:
+        new_step = a - last[0], b - last[1]
+        fits = new_step[1] > 0 and (len(run) == 1 or new_step == step)
+        if run and (len(run) >= max_len or not fits):
             yield run
-        run = range(layer, layer + 1)
+            run = []
+        run.append(layer)
+        step, last = new_step, (a, b)
     if run:
         yield run
-
-
-def _is_evenly_spaced(places: Sequence[_Place]) -> bool:
-    steps = {(b.a_start - a.a_start, b.b_start - a.b_start) for a, b in pairwise(places)}
-    is_alike = all(place.alike == places[0].alike for place in places)
-    return is_alike and len(steps) == 1 and min(steps.pop()) > 0
 
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -133,14 +123,8 @@ def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     first = matrices[0]
     if len(matrices) == 1:
         return first.unsqueeze(0)
-    step = matrices[1].storage_offset() - first.storage_offset()
+    step = (matrices[1].data_ptr() - first.data_ptr()) // first.itemsize
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
-
-
-def _put(rows: torch.Tensor, start: int, matrices: torch.Tensor) -> None:
-    """Copy `[n, rank, length]` into `rows` `[n, elements of a layer]`, each from `start` on."""
-    num_elems = matrices.shape[1] * matrices.shape[2]
-    rows[:, start : start + num_elems].view(matrices.shape).copy_(matrices)
 
 
 def _clear_ends(rows: torch.Tensor, layout: AdapterLayout) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraplex_memory import packing
 from loraplex_memory.adapter_file import (
     FORMAT,
     LoRAPair,
@@ -59,13 +60,17 @@ def test_every_matrix_lies_where_the_layout_says(weights, layout, dtype):
     assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.values())
 
 
+@pytest.mark.parametrize("run_elems", [1, 300, 1 << 20])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_lie_side_by_side_are_packed_alike(tmp_path, stored, dtype):
+def test_weights_that_lie_side_by_side_are_packed_alike(
+    tmp_path, monkeypatch, stored, dtype, run_elems
+):
     """A file's matrices are packed many layers at once: twelve, in the order of their names."""
     geometry = dataclasses.replace(GEOMETRY, num_layers=12)
     ranks = [[2, 1, 0, 3, 1, 0, 2]] * 5 + [[0, 1, 4, 3, 1, 0, 2]] * 7
     ranks[9] = [0] * 7
+    monkeypatch.setattr(packing, "_RUN_ELEMS", run_elems)
     apart = {
         key: LoRAPair(pair.a.to(stored), pair.b.to(stored), 0.1 * key[0] + 0.3)
         for key, pair in make_weights(geometry, ranks, torch.Generator().manual_seed(1)).items()
@@ -87,6 +92,24 @@ def test_weights_that_lie_side_by_side_are_packed_alike(tmp_path, stored, dtype)
             start = chunk * POOL.chunk_elems
             expected[layer, start : start + matrix.numel()] = matrix.reshape(-1).to(dtype)
     assert torch.equal(packed.view(12, -1), expected)
+
+
+def test_weights_in_any_order_in_memory_are_packed():
+    ranks = ((2, 1, 0, 3, 1, 0, 2),) * 5
+    geometry = dataclasses.replace(GEOMETRY, num_layers=5)
+    weights = make_weights(geometry, ranks, torch.Generator().manual_seed(2))
+    layout = AdapterLayout(PoolLayout(geometry, page_tokens=4), ranks)
+    fresh = pack_adapter(weights, layout, dtype=torch.float32)
+    memory = torch.cat([m.reshape(-1) for pair in weights.values() for m in (pair.a, pair.b)])
+    for order in (sorted(weights), sorted(weights, reverse=True)):
+        a_stop, b_stop, turned = 0, memory.numel(), {}
+        for key in order:  # A from the front, B from the back
+            pair = weights[key]
+            a, b = memory[a_stop:][: pair.a.numel()], memory[:b_stop][-pair.b.numel() :]
+            a_stop, b_stop = a_stop + pair.a.numel(), b_stop - pair.b.numel()
+            a, b = a.view(pair.a.shape), b.view(pair.b.shape)
+            turned[key] = LoRAPair(a.copy_(pair.a), b.copy_(pair.b), pair.scale)
+        assert torch.equal(pack_adapter(turned, layout, dtype=torch.float32), fresh)
 
 
 def test_weights_of_any_strides_are_packed(weights, layout):
