@@ -163,7 +163,7 @@ class Admitter:
         self._admission.admitted(sequence)
         self._clustering.admitted(sequence)
         num_tokens = min(sequence.num_pending, draft.budget)
-        step = sequence.step(num_tokens, self._limits.eos_token_ids)
+        step = sequence.step(num_tokens)
         draft.put(sequence, step)
         # So that others of the same prompt, admitted in this very step, share what it computes.
         num_known = min(step.start + num_tokens, len(sequence.token_ids))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.residency import AdapterResidency
 from loraplex_scheduler.flights import Flight
-from loraplex_scheduler.plan import AdapterLoad, Plan, PlannedAdapter, SequenceStep
+from loraplex_scheduler.plan import AdapterLoad, Plan, SequenceStep
 from loraplex_scheduler.sequence import Sequence
 from loraplex_scheduler.step_times import StepLoad
 
@@ -23,7 +22,7 @@ class StepDraft:
     """
 
     def __init__(self, max_step_tokens: int) -> None:
-        self.budget = max_step_tokens
+        self.budget = self._max_step_tokens = max_step_tokens
         # Spans of one token come first in a plan (see `Plan`).
         self._single: dict[Sequence, SequenceStep] = {}
         self._longer: dict[Sequence, SequenceStep] = {}
@@ -49,25 +48,16 @@ class StepDraft:
         """Return the spans of more than one token."""
         return list(self._longer.items())
 
-    def flight(
-        self,
-        residency: AdapterResidency,
-        loads: Iterable[AdapterLoad],
-        prefetches: Iterable[AdapterManifest],
-    ) -> Flight:
+    def flight(self, loads: Iterable[AdapterLoad], prefetches: Iterable[AdapterManifest]) -> Flight:
         """Return the decision as a plan, with whose it is and what it costs."""
         sequences = *self._single, *self._longer
         steps = *self._single.values(), *self._longer.values()
-        adapters: dict[str, PlannedAdapter] = {}
-        num_tokens = kv_tokens = adapter_pages = 0
-        for sequence, step in zip(sequences, steps, strict=True):
-            num_tokens += step.num_tokens
-            kv_tokens += step.start + step.num_tokens
-            adapter_id = sequence.adapter_id
-            if adapter_id is not None and adapter_id not in adapters:
-                assert sequence.adapter_layout is not None
-                pages = residency.pages(adapter_id)
-                adapters[adapter_id] = PlannedAdapter(sequence.adapter_layout, pages)
-                adapter_pages += len(pages)
-        plan = Plan(steps, tuple(loads), adapters, tuple(prefetches))
-        return Flight(plan, sequences, StepLoad(num_tokens, len(steps), kv_tokens, adapter_pages))
+        adapters = {s.adapter_id: s.planned for s in sequences if s.adapter_id and s.planned}
+        num_tokens = self._max_step_tokens - self.budget
+        load = StepLoad(
+            num_tokens,
+            len(steps),
+            kv_tokens=num_tokens + sum([step.start for step in steps]),
+            adapter_pages=sum([len(planned.pages) for planned in adapters.values()]),
+        )
+        return Flight(Plan(steps, tuple(loads), adapters, tuple(prefetches)), sequences, load)

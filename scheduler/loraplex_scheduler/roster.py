@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from loraplex_memory.residency import AdapterResidency
+from loraplex_scheduler.plan import PlannedAdapter
 from loraplex_scheduler.sequence import Sequence
 from loraplex_scheduler.waiting import WaitingQueue
 
@@ -57,8 +58,10 @@ class Roster:
 
     def admit(self, sequence: Sequence) -> None:
         """Let a waiting sequence run that has pages for all its tokens; pin its adapter."""
-        if sequence.adapter_id:
+        if sequence.adapter_id and sequence.adapter_layout:
             self._residency.pin(sequence.adapter_id)
+            pages = self._residency.pages(sequence.adapter_id)
+            sequence.planned = PlannedAdapter(sequence.adapter_layout, pages)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_SERVICE_KEY)
         if sequence.has_penalties:
@@ -117,5 +120,6 @@ class Roster:
         sequence.table.release()
         self.running.remove(sequence)
         self.penalized.discard(sequence)
+        sequence.planned = None
         if sequence.adapter_id:
             self._residency.unpin(sequence.adapter_id)

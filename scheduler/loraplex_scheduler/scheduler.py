@@ -242,7 +242,7 @@ class Scheduler:
             batching.launched(has_admitted=has_admitted)
         guesses = self._lookahead.guesses(behind)
         loads += self._lookahead.begin_loads(guesses, self._roster.running)
-        self._drafted = draft.flight(self.accounts.residency, loads, guesses)
+        self._drafted = draft.flight(loads, guesses)
         return self._drafted.plan
 
     def advance(self, plan: Plan) -> None:
@@ -298,35 +298,33 @@ class Scheduler:
 
     def _continue_running(self, draft: StepDraft) -> None:
         """Plan the running sequences, decodes before longer catch-ups, each by age."""
-        eos_token_ids = self.limits.eos_token_ids
+        page_tokens = self.accounts.layout.page_tokens
         catching_up = []
         for sequence in self._roster.running.copy():
-            if sequence.num_tokens - sequence.num_computed > 1:
+            num_tokens = sequence.num_tokens
+            if num_tokens - sequence.num_computed > 1:
                 catching_up.append(sequence)
-            elif self._can_continue(sequence, sequence.num_tokens, draft):
-                draft.put(sequence, sequence.step(1, eos_token_ids))
+            elif num_tokens <= len(sequence.table.pages) * page_tokens or self._grow(
+                sequence, num_tokens, draft
+            ):
+                draft.put(sequence, sequence.step(1))
         for sequence in catching_up:
             num_tokens = min(sequence.num_pending, draft.budget)
             stop = sequence.num_computed + num_tokens
-            if num_tokens > 0 and self._can_continue(sequence, stop, draft):
-                draft.put(sequence, sequence.step(num_tokens, eos_token_ids))
+            if num_tokens > 0 and self._grow(sequence, stop, draft):
+                draft.put(sequence, sequence.step(num_tokens))
         for sequence, step in draft.longer():
             num_known = min(step.start + step.num_tokens, len(sequence.token_ids))
             sequence.table.publish(sequence.token_ids, num_known, may_replace=False)
 
-    def _can_continue(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
-        """See to pages for `num_tokens` tokens; False when it was preempted or must sit out."""
-        table = sequence.table
-        if not table.pages:  # preempted in this very step
-            return False
-        return num_tokens <= table.capacity or self._grow(sequence, num_tokens, draft)
-
     def _grow(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
         """Find pages for a running sequence: idle ones first, then younger sequences'.
 
-        Returns False when it must sit this step out: it was the youngest and gave way, or pages
-        are held by adapters that are still loading.
+        Returns False when it must sit this step out: it was preempted in this very step, it was
+        the youngest and gave way, or pages are held by adapters that are still loading.
         """
+        if not sequence.table.pages:
+            return False
         claimed = self._admitter.claims.keys()
         running = self._roster.running
         num_pages = sequence.table.pages_missing(num_tokens)
@@ -354,17 +352,17 @@ class Scheduler:
         max_len = fitting_len(request, layout, self.limits, self.accounts.layout, num_pages)
         table = self.accounts.new_table(adapter.adapter_id if adapter else None)
         self._next_order += 1
-        return Sequence(request, self._next_order, table, layout, max_len)
+        eos_token_ids = self.limits.eos_token_ids
+        return Sequence(request, self._next_order, table, layout, max_len, eos_token_ids)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        sequence.append(token.token_id)
-        num_known = sequence.num_known_computed
-        if num_known % self.accounts.layout.page_tokens == 0 and sequence.table.pages:
-            sequence.table.publish(sequence.token_ids, num_known, may_replace=True)
-        reason = sequence.finish_reason(self.limits.eos_token_ids)
+        reason = sequence.append(token.token_id)
         if reason is not None:
             self._policies.admission.ended(sequence)
             self._end(sequence)
+        elif sequence.num_computed % self.accounts.layout.page_tokens == 0 and sequence.table.pages:
+            num_known = sequence.num_known_computed
+            sequence.table.publish(sequence.token_ids, num_known, may_replace=True)
         is_first = len(sequence.token_ids) == sequence.num_prompt + 1
         num_cached = (sequence.num_cached or 0) if is_first else 0
         return TokenEvent(sequence.request_id, token, reason, num_cached)

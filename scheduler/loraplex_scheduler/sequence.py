@@ -14,7 +14,7 @@ from typing import Final
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.page_table import PageTable
-from loraplex_scheduler.plan import FinishReason, Request, SequenceStep
+from loraplex_scheduler.plan import FinishReason, PlannedAdapter, Request, SequenceStep
 
 _NO_TOKENS: Final[frozenset[int]] = frozenset()
 
@@ -29,6 +29,8 @@ class Sequence:
         max_len: tokens of prompt and answer that it may have at most, by model and pool.
         last_len: so many tokens complete it: `max_len`, or earlier by its own `max_tokens`.
         num_tokens: tokens of prompt and answer, awaited ones included.
+        end_token_ids: each ends it; never empty of the model's own unless it ignores those.
+        planned: where its adapter lies, while it runs with one.
         num_cached: tokens of the prompt found in the prefix cache when it was first admitted; None
             before.
         is_live: its terminal event has not been written.
@@ -41,6 +43,7 @@ class Sequence:
         table: PageTable,
         adapter_layout: AdapterLayout | None,
         max_len: int,
+        eos_token_ids: frozenset[int],
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -55,6 +58,10 @@ class Sequence:
         self.last_len = min(max_len, self.num_prompt + request.sampling.max_tokens)
         self.num_tokens = self.num_prompt
         self.num_computed = 0
+        sampling = request.sampling
+        eos = _NO_TOKENS if sampling.ignore_eos else eos_token_ids
+        self.end_token_ids = sampling.stop_token_ids | eos
+        self.planned: PlannedAdapter | None = None
         self.num_cached: int | None = None
         self.is_live = True
         self.has_penalties = request.sampling.has_penalties
@@ -94,7 +101,7 @@ class Sequence:
         """Its next token cannot be sampled before the ids of the awaited ones are known."""
         return self.has_penalties and self.num_awaited > 0
 
-    def step(self, num_tokens: int, eos_token_ids: frozenset[int]) -> SequenceStep:
+    def step(self, num_tokens: int) -> SequenceStep:
         """Describe the computation of the next `num_tokens` tokens."""
         start, token_ids = self.num_computed, self.token_ids
         stop = start + num_tokens
@@ -114,7 +121,7 @@ class Sequence:
             assert stop == num_known, "the last step must be booked first"
             step.history = tuple(token_ids)
         if self.num_tokens - self.num_prompt < self.request.sampling.min_tokens:
-            step.banned_token_ids = self._ends(eos_token_ids)
+            step.banned_token_ids = self.end_token_ids
         return step
 
     def advance(self, step: SequenceStep) -> None:
@@ -123,24 +130,12 @@ class Sequence:
         self.num_computed += step.num_tokens
         self.num_tokens += step.is_sampled
 
-    def append(self, token_id: int) -> None:
-        """The id of the oldest awaited token is known."""
-        self.token_ids.append(token_id)
-        assert len(self.token_ids) <= self.num_tokens, "no step sampled this token"
-
-    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Return how the token just appended ends the sequence, or None."""
-        sampling, last = self.request.sampling, self.token_ids[-1]
-        if last in sampling.stop_token_ids:
+    def append(self, token_id: int) -> FinishReason | None:
+        """The id of the oldest awaited token is known; return how it ends the sequence, or None."""
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        num_known = len(token_ids)
+        assert num_known <= self.num_tokens, "no step sampled this token"
+        if token_id in self.end_token_ids:
             return FinishReason.STOP
-        if last in eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if len(self.token_ids) >= self.last_len:
-            return FinishReason.LENGTH
-        return None
-
-    def _ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
-        """Return the tokens that would end it."""
-        sampling = self.request.sampling
-        ends = _NO_TOKENS if sampling.ignore_eos else eos_token_ids
-        return ends | sampling.stop_token_ids
+        return FinishReason.LENGTH if num_known >= self.last_len else None

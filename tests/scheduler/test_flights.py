@@ -231,9 +231,11 @@ def test_only_a_span_that_reaches_an_awaited_token_takes_it(num_tokens, awaits):
     accounts = make_accounts(num_pages=8, page_tokens=3)
     table = accounts.new_table(None)
     request = make_request("r", num_prompt=6, max_tokens=9)
-    sequence = Sequence(request, order=0, table=table, adapter_layout=None, max_len=20)
+    sequence = Sequence(
+        request, order=0, table=table, adapter_layout=None, max_len=20, eos_token_ids=frozenset()
+    )
     sequence.num_tokens = 7  # gave way with a token on the way
     table.grow(sequence.num_tokens)
-    step = sequence.step(num_tokens, frozenset())
+    step = sequence.step(num_tokens)
     assert (step.awaits_token, step.is_sampled) == (awaits, awaits)
     assert (step.num_tokens, step.token_ids) == (num_tokens, (1, 2, 3, 4, 5, 6)[:num_tokens])

@@ -45,7 +45,7 @@ class SequenceFactory:
         adapter = request.adapter
         layout = AdapterLayout(self.accounts.layout, adapter.ranks) if adapter else None
         table = self.accounts.new_table(adapter.adapter_id if adapter else None)
-        return Sequence(request, order, table, layout, max_len)
+        return Sequence(request, order, table, layout, max_len, frozenset())
 
 
 def answer(sequence: Sequence, num_generated: int) -> Sequence:

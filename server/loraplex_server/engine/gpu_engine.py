@@ -11,6 +11,7 @@ from loraplex_kernels.model_tables import StepCapacity
 from loraplex_kernels.ops import device_backend
 from loraplex_kernels.scatter_triton import scatter_pages
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import StreamWriter
@@ -72,8 +73,13 @@ def warm_up(
     plan = long_plan(layout, num_each, num_sequences=min(max_running, max_step_tokens // num_each))
     ranks = ((1,) * len(PROJECTIONS),) * layout.geometry.num_layers
     adapter = AdapterLayout(layout, ranks)
+    manifest = AdapterManifest("warm-up", path="", ranks=ranks)
     steps = [
-        replace(step, adapter_id="warm-up", block_table=(0,) * len(step.block_table))
+        replace(
+            step,
+            request=replace(step.request, adapter=manifest),
+            block_table=(0,) * len(step.block_table),
+        )
         for step in plan.sequences
     ]
     adapters = {"warm-up": PlannedAdapter(adapter, (0,) * adapter.num_pages)}
