@@ -43,6 +43,7 @@ class AnswerLengths:
 
     def __init__(self) -> None:
         self._means: OrderedDict[str | None, tuple[float, float]] = OrderedDict()
+        self._estimates: dict[str | None, float] = {}  # with the mean over all for a few more
         self._mean, self._weight = _PRIOR_LEN, _FEW
         reached = [exp(-i * _BIN_WIDTH) for i in range(_NUM_BINS)] + [0.0]
         self._bins = [_PRIOR_WEIGHT * (a - b) for a, b in pairwise(reached)]
@@ -51,24 +52,18 @@ class AnswerLengths:
 
     def mean(self, adapter_id: str | None) -> float:
         """Return the expected tokens of an answer of this adapter, whatever its limit."""
-        known = self._means.get(adapter_id)
-        if known is None:
-            return self._mean
-        mean, weight = known
-        return (weight * mean + _FEW * self._mean) / (weight + _FEW)
+        return self._estimates.get(adapter_id, self._mean)
 
     def rests(self, sequences: Iterable[Sequence]) -> list[float]:
         """Return for each live sequence the expected tokens that it still has to generate; at
         least 1.
         """
         table, last, bins_per_mean = self._rests, _NUM_BINS - 1, 1 / _BIN_WIDTH
-        means: dict[str | None, float] = {}
+        estimates, unknown = self._estimates, self._mean
         rests = []
         for sequence in sequences:
-            adapter_id, num_tokens = sequence.adapter_id, sequence.num_tokens
-            mean = means.get(adapter_id)
-            if mean is None:
-                mean = means[adapter_id] = self.mean(adapter_id)
+            num_tokens = sequence.num_tokens
+            mean = estimates.get(sequence.adapter_id, unknown)
             place = int((num_tokens - sequence.num_prompt) * bins_per_mean / mean)
             rest = mean * table[place if place < last else last]
             left = sequence.last_len - num_tokens
@@ -92,9 +87,12 @@ class AnswerLengths:
         self._mean += (length - self._mean) / self._weight
         mean, weight = self._means.pop(adapter_id, (0.0, 0.0))
         weight = min(weight + 1.0, _WINDOW)
-        self._means[adapter_id] = mean + (length - mean) / weight, weight
+        mean += (length - mean) / weight
+        self._means[adapter_id] = mean, weight
+        self._estimates[adapter_id] = (weight * mean + _FEW * self._mean) / (weight + _FEW)
         if len(self._means) > _MAX_ADAPTERS:
-            self._means.popitem(last=False)
+            forgotten, _ = self._means.popitem(last=False)
+            del self._estimates[forgotten]
 
 
 def _bin(length: float) -> int:

@@ -7,14 +7,15 @@ only grows, so no other moment can be the peak.
 
 A sequence of `n` tokens takes `ceil(n / page_tokens)` pages, and the sum over `m` sequences is at
 most `(their tokens + m * (page_tokens - 1)) / page_tokens`. With that bound the peak with one more
-is found by bisection.
+is found without counting each of them anew.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from itertools import accumulate
+from itertools import accumulate, count
+from operator import mul, sub
 
 Growth = tuple[int, int]
 """(steps, tokens): one more token in each of so many steps, from so many on; then all are freed."""
@@ -46,22 +47,18 @@ class PagePeak:
         num_tokens += self._page_tokens - 1
         peak = self._sums[num_as_long] + num_tokens + num_steps * (num_as_long + 1)
         if num_longer:  # when those end, this one is gone
-            peak = max(peak, self._peaks[num_longer - 1])
+            peak = max(peak, max(self._at_ends[:num_longer]))
         if num_longer < len(self._ends):  # when those end, this one is there and has grown
-            peak = max(peak, self._grown_peaks[num_longer] + num_tokens)
+            peak = max(peak, max(self._grown[num_longer:]) + num_tokens)
         return peak // self._page_tokens
 
     def _sort(self) -> None:
         """Order by the end, last first, and sum up from there."""
         self._is_sorted = True
-        slack = self._page_tokens - 1
         self._growths.sort(reverse=True)
-        self._ends = [-num_steps for num_steps, _ in self._growths]
-        self._sums = [0, *accumulate([num_tokens + slack for _, num_tokens in self._growths])]
-        at_ends = [
-            total - num * end
-            for num, (total, end) in enumerate(zip(self._sums[1:], self._ends, strict=True), 1)
-        ]
-        grown = [total - end for total, end in zip(at_ends, self._ends, strict=True)]
-        self._peaks = list(accumulate(at_ends, max))  # the highest up to there
-        self._grown_peaks = list(accumulate(reversed(grown), max))[::-1]  # and from there on
+        slack = self._page_tokens - 1
+        ends = self._ends = [-num_steps for num_steps, _ in self._growths]
+        self._sums = list(accumulate([tokens + slack for _, tokens in self._growths], initial=0))
+        grown = map(mul, count(1), ends)
+        self._at_ends = list(map(sub, self._sums[1:], grown))  # all tokens when each ends
+        self._grown = list(map(sub, self._at_ends, ends))  # and if one more had grown until then

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from typing import Final
 from weakref import WeakSet
 
@@ -56,7 +57,7 @@ class _Line:
         self.entry: _Entry | None = None
 
 
-_Entry = tuple[float, Key, _Line]
+_Entry = tuple[float, Key, int, _Line]
 
 
 class FairQueue:
@@ -93,6 +94,7 @@ class FairQueue:
         self._waiting: dict[Sequence, None] = {}
         self._charged: WeakSet[Sequence] = WeakSet()
         self._left_last: _Client | None = None
+        self._serials = count()
         self._num_prompts = 1.0
         self._num_outputs = _PRIOR_ANSWER_LEN
 
@@ -245,7 +247,7 @@ class FairQueue:
     def _walk(self, heap: list[_Entry]) -> Iterator[Sequence]:
         places: dict[_Line, int] = {}  # how many of a line were yielded and still wait
         while (first := self._first(heap, places)) is not None:
-            line = first[2]
+            line = first[3]
             place = places.get(line, 0)
             sequence = line.sequences[place]
             heapq.heappop(heap)
@@ -263,7 +265,7 @@ class FairQueue:
         """Return the least entry, once those before it are where they belong."""
         while heap:
             entry = heap[0]
-            line = entry[2]
+            line = entry[3]
             if line.entry is entry and entry[0] == line.client.counter:
                 return entry
             heapq.heappop(heap)
@@ -273,7 +275,9 @@ class FairQueue:
 
     def _enter(self, line: _Line, place: int) -> None:
         """Put a line where its counter says; among equals, first whose next sequence is older."""
-        line.entry = (line.client.counter, line.sequences[place].service_key, line)
+        key = line.sequences[place].service_key
+        # A serial number, as an earlier entry of the same line may lie in the heap.
+        line.entry = (line.client.counter, key, next(self._serials), line)
         heapq.heappush(self._heaps.setdefault(line.priority, []), line.entry)
 
     def _put_back(self) -> None:

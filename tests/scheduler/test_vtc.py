@@ -235,6 +235,15 @@ def test_a_walk_yields_each_once_and_the_next_always_has_the_least_counter(data)
         assert len(seen) == len(set(seen))
 
 
+def test_one_that_ends_while_it_waits_and_comes_back_changes_nothing():
+    make, queue = SequenceFactory(), make_queue()
+    sequences = push(queue, make, "a", 2)
+    for _ in range(3):
+        queue.remove(sequences[0])
+        queue.push(sequences[0])
+    assert list(queue.in_order()) == sequences
+
+
 def test_every_backlogged_client_is_served_again_and_again():
     make, queue = SequenceFactory(), make_queue({"heavy": 100.0})
     server = ToyServer(queue, 30)
