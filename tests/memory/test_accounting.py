@@ -71,7 +71,7 @@ def test_adapters_of_mixed_ranks_waste_at_most_two_percent(model, page_tokens):
     together = waste(layouts)
     worst = max(layouts, key=lambda a: waste([a]))
     print(
-        f"{model}, pages of {page_tokens} tokens: {together:.2%} of the pages of ranks {RANKS} together; worst alone "
+        f"{model}, pages of {page_tokens} tokens: {together:.2%} of ranks {RANKS} together, worst "
         f"{waste([worst]):.2%} (rank {worst.ranks[0][0]}, {worst.num_pages} pages); "
         f"chunk {pool.chunk_elems}, {pool.chunks_per_page} per page"
     )

@@ -128,7 +128,8 @@ def test_prefixes_of_an_absent_adapter_leave_first_and_recover_with_it():
             accounts.residency.begin_load(name, 1)
             accounts.residency.finish_load(name)
         accounts.residency.pin("b")
-        for name in "baba":  # found once each; among equals, the one that was idle first leaves
+        for now, name in enumerate("baba"):  # each is found once, those of `a` later
+            accounts.clock.set(now)
             run(accounts, name, list(range(8))).release()
         accounts.residency.discard("a")
         accounts.check()
