@@ -179,8 +179,11 @@ class _Future:
         adapter_id = sequence.adapter_id
         if adapter_id is not None and adapter_id not in self._adapters:
             num_pages += self._use(adapter_id, sequence.num_adapter_pages)
-        while self._ends and (self._num_places < 1 or self._num_pages < num_pages):
-            end, num_freed = heapq.heappop(self._ends)
+        ends = self._ends
+        while ends and (
+            ends[0][0] <= self._num_steps or self._num_places < 1 or self._num_pages < num_pages
+        ):
+            end, num_freed = heapq.heappop(ends)
             if end > self._num_steps:
                 self.now_s += (end - self._num_steps) * self._step_s
                 self._num_steps = end
@@ -190,7 +193,7 @@ class _Future:
         self._num_running += 1
         self._num_places -= 1
         self._num_pages -= num_pages
-        heapq.heappush(self._ends, (self._num_steps + rest, num_pages))
+        heapq.heappush(ends, (self._num_steps + rest, num_pages))
 
     def _use(self, adapter_id: str, num_pages: int) -> int:
         """Let an adapter be used by one more than before; return the pages that takes."""
