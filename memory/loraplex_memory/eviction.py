@@ -75,7 +75,7 @@ class CostAware:
 
     adapter_half_life_s: float = 300.0
     prefix_half_life_s: float = 60.0
-    orphan_weight: float = 0.8
+    orphan_weight: float = 0.9
     drops_unused: bool = False
 
     def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
