@@ -68,7 +68,7 @@ class PoolAccounts:
         missing = num_pages - self.allocator.num_free
         if missing <= 0:
             return True
-        if self.num_evictable(spared) < missing:
+        if not self._has_evictable(missing, spared):
             return False
         freed = self.evict(missing, spared)
         assert freed >= missing, "what counts as evictable was not evicted"
@@ -109,3 +109,12 @@ class PoolAccounts:
         self.residency.check()
         self.prefixes.check()
         self._evictor.check(self.residency.idle_adapters(), self.prefixes.idle_leaves())
+
+    def _has_evictable(self, num_pages: int, spared: AbstractSet[str]) -> bool:
+        """Compare `num_evictable` with a number, counting the spared only where they decide."""
+        missing = num_pages - self.prefixes.num_idle
+        if missing <= 0:
+            return True
+        if self.residency.num_idle_pages() < missing:
+            return False
+        return self.residency.num_idle_pages(spared) >= missing

@@ -104,11 +104,11 @@ class LazyHeap:
             elif not item.is_evictable:
                 heappop(entries)
                 item.entry = 0
-            elif (key := item.key(self._policy)) > entry_key:
-                heapreplace(entries, self._new_entry(item, key))
             elif (name := item.spared_as) is not None and name in spared:
                 heappop(entries)
                 self._set_aside[name] = item
+            elif (key := item.key(self._policy)) > entry_key:
+                heapreplace(entries, self._new_entry(item, key))
             else:
                 return item
         return None

@@ -142,7 +142,10 @@ class AdapterResidency:
         return self._num_idle_pages - sum([self._idle[i] for i in self._idle.keys() & spared])
 
     def expect(self, adapter_id: str) -> None:
-        """A request that names the adapter arrived, whether it is in the pool or not."""
+        """A request that names the adapter arrived, whether it is in the pool or not.
+
+        An adapter that no request ever named is the first to be evicted by frequency.
+        """
         self._history.add(adapter_id)
 
     def popularity(self, adapter_id: str) -> float:
