@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from loraplex.base_client import DEFAULT_BASE_URL
-from loraplex.cli import adapters, chat, models, pool, serve
+from loraplex.cli import adapters, chat, models, pool, serve, simulate
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
@@ -37,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("serve", cls=serve.PassThrough, add_help_option=False)(serve.serve)
+app.command("simulate", cls=serve.PassThrough, add_help_option=False)(simulate.simulate)
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)

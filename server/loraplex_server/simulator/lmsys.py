@@ -27,9 +27,12 @@ _CHARS_PER_TOKEN = 4
 
 
 def matched_trace(
-    *, rate: float, duration_s: float, zipf_s: float = 1.2, cv: float = 1.6, seed: int = 42
+    *, rate: float, duration_s: float, zipf_s: float = 1.7, cv: float = 1.6, seed: int = 42
 ) -> Trace:
-    """Return a workload drawn to match the log: adapters, skew, lengths and bursts."""
+    """Return a workload drawn to match the log: adapters, skew, lengths and bursts.
+
+    With an exponent of 1.7 the first of 26 gets half of all, as vicuna-13b does in LMSYS-Chat-1M.
+    """
     rng = np.random.default_rng(seed)
     num = int(rate * duration_s)
     shares = zipf_shares(NUM_MODELS, zipf_s)

@@ -49,6 +49,7 @@ def panels_figure(
     *,
     x_label: str,
     is_log_x: bool = True,
+    is_log_y: bool = False,
     title: str = "",
 ) -> Callable[[], Figure]:
     """Return what draws one panel per (title, y label, series by name), in one row."""
@@ -61,7 +62,10 @@ def panels_figure(
             if is_log_x:
                 axis.set_xscale("log")
             axis.set(title=panel_title, xlabel=x_label, ylabel=y_label)
-            axis.set_ylim(bottom=0)
+            if is_log_y:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
             axis.grid(visible=True, alpha=0.3)
         _legend_below(figure, axes[0])
         figure.suptitle(title)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.adapter_layout import AdapterLayout, AdapterRanks
 from loraplex_scheduler.fit import AdapterLayouts
 from loraplex_scheduler.plan import Event, Plan, SampledToken, StepResult, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
@@ -49,6 +50,10 @@ class EngineParts:
     roofline: Roofline
     blocking: BlockingLoads | None = None
     reads_adapters_per_row: bool = False
+
+    def pages_of(self, ranks: AdapterRanks) -> int:
+        """Return how many pages an adapter of these ranks takes."""
+        return AdapterLayout(self.accounts.layout, ranks).num_pages
 
 
 class Replica:

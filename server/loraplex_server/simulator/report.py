@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cell = str | int | float | None
+Row = list[Cell]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Table:
 
     title: str
     headers: tuple[str, ...]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Row]
 
     def text(self) -> str:
         """Return the table for a terminal, numbers to the right."""

@@ -4,6 +4,8 @@ Definitions are S-LoRA's (section 2.4 of its evaluation and its scripts) where i
 
 - throughput: completed requests / time from the start to the last answer, drain included
 - strip throughput: (completed - 2 x 10 s x rate) / (time - 20 s)
+- steady throughput: answers per second between the first and the third quartile of their ends;
+  neither filling nor draining counts, so under a flood it is the capacity
 - attainment: share of all requests whose first token came within the SLO; refused ones did not
 - satisfaction: mean of max(0, 1 - (TTFT / SLO)^2) over all requests
 - TPOT: (last token - first token) / (tokens - 1), of answers of two tokens and more
@@ -93,6 +95,7 @@ class Summary:
     duration_s: float
     throughput: float
     strip_throughput: float
+    steady_throughput: float
     tokens_per_s: float
     goodput: float
     latency_mean: float
@@ -141,6 +144,7 @@ def summarize(outcome: Outcome, slo_s: float) -> Summary:
         duration_s=duration_s,
         throughput=num_completed / duration_s,
         strip_throughput=(num_completed - 20 * trace.rate) / (duration_s - 20),
+        steady_throughput=steady_throughput(outcome),
         tokens_per_s=float(tokens) / duration_s,
         goodput=float((is_in_time & is_complete).sum()) / duration_s,
         latency_mean=_mean((outcome.end_s - outcome.arrival_s)[is_complete]),
@@ -161,6 +165,15 @@ def summarize(outcome: Outcome, slo_s: float) -> Summary:
         utilization=counters.busy_s / duration_s,
         wall_s=outcome.wall_s,
     )
+
+
+def steady_throughput(outcome: Outcome) -> float:
+    """Return answers per second between the quartiles of their ends."""
+    end_s = np.sort(outcome.end_s[~np.isnan(outcome.end_s)])
+    if len(end_s) < 4:
+        return float("nan")
+    first, last = len(end_s) // 4, 3 * len(end_s) // 4
+    return float((last - first) / (end_s[last] - end_s[first]))
 
 
 def _mean(values: Floats) -> float:

@@ -25,11 +25,15 @@ from loraplex_server.simulator.replica import EngineParts
 from loraplex_server.simulator.requests import RequestBook
 from loraplex_server.simulator.results import Outcome
 from loraplex_server.simulator.roofline import Inefficiency, Roofline
-from loraplex_server.simulator.slora import EarlyAbort, Gate
+from loraplex_server.simulator.slora import GATE_STEPS, EarlyAbort, Gate
 from loraplex_server.simulator.trace import Trace
 
 #: S-LoRA's engine beside the roofline of its device: see docs/benchmarks/simulator.md.
-S_LORA_INEFFICIENCY: Final = Inefficiency(factor=2.0)
+S_LORA_INEFFICIENCY: Final = Inefficiency(factor=2.1)
+
+#: Tokens of a step on an A100: about so many take as long to compute as the weights, K and V of
+#: a full batch take to read, so that prefill hides behind decodes (Sarathi-Serve, section 4).
+A100_STEP_TOKENS: Final = 512
 
 #: Memory that neither weights nor pool can have: activations, workspace, the CUDA context.
 _RESERVED_BYTES: Final = 2e9
@@ -47,6 +51,7 @@ class EngineSetup:
     Attributes:
         pool_tokens: size of the pool in tokens of KV; None for what the device has room for.
         is_slora: S-LoRA's engine (see `slora`), whatever `policy` says of batching and loads.
+        gate_steps: decode steps between two looks at the queue, of S-LoRA's engine.
         aborts_early: with S-LoRA's early abort, for a TTFT SLO of so many seconds.
         promise_s: every request asks for its first token within so many seconds.
         host_bytes: host memory for adapters.
@@ -65,9 +70,14 @@ class EngineSetup:
     max_loading: int = 4
     host_bytes: float = 256e9
     is_slora: bool = False
+    gate_steps: int = GATE_STEPS
     aborts_early: float | None = None
     promise_s: float | None = None
     reads_adapters_per_row: bool | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.geometry.num_layers
 
     @property
     def num_pages(self) -> int:
@@ -128,7 +138,7 @@ def make_parts(setup: EngineSetup) -> EngineParts:
     policies = make_policies(setup.policy, limits, setup.page_tokens)
     gate = None
     if setup.is_slora:
-        gate = Gate(policies.admission)
+        gate = Gate(policies.admission, setup.gate_steps)
         policies = replace(policies, batching=gate, admission=gate.admission)
     if setup.aborts_early is not None:
         queue = EarlyAbort(setup.aborts_early)
@@ -159,8 +169,7 @@ def make_parts(setup: EngineSetup) -> EngineParts:
 
 def make_book(setup: EngineSetup, trace: Trace) -> RequestBook:
     """Make the requests that a trace asks of such engines."""
-    num_layers = setup.model.geometry.num_layers
-    return RequestBook(trace, setup.adapters, num_layers, promise_s=setup.promise_s)
+    return RequestBook(trace, setup.adapters, setup.num_layers, promise_s=setup.promise_s)
 
 
 def simulate(

@@ -19,8 +19,9 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from loraplex_scheduler.admission import AdmissionPolicy
-from loraplex_scheduler.overload import Rejection, Situation
+from loraplex_scheduler.overload import Rejection
 from loraplex_scheduler.sequence import Sequence
+from loraplex_scheduler.ttft import Situation
 from loraplex_scheduler.waiting import Ahead, arrival_key
 
 #: `max_wait_tokens` of its router: decode steps between two looks at the queue.
@@ -33,20 +34,21 @@ _ABORT_MARGIN_S: Final = 0.5
 class Gate:
     """Its batching policy, and what it knows of loads. Owned by one scheduler and its replica.
 
-    The gate opens every `GATE_STEPS` steps, and when nothing runs. It stays open over the loads
+    The gate opens every `gate_steps` steps, and when nothing runs. It stays open over the loads
     that a look at the queue asked for, so that those they were for are prefilled next.
     """
 
     is_mixed: Final = False
 
-    def __init__(self, admission: AdmissionPolicy) -> None:
+    def __init__(self, admission: AdmissionPolicy, gate_steps: int = GATE_STEPS) -> None:
         self.admission = _Watched(admission)
-        self._num_steps = GATE_STEPS
+        self._gate_steps = gate_steps
+        self._num_steps = gate_steps
         self._is_open = True
 
     def may_admit(self, num_running: int) -> bool:
         """Return whether the queue is looked at in this step."""
-        self._is_open = num_running == 0 or self._num_steps >= GATE_STEPS
+        self._is_open = num_running == 0 or self._num_steps >= self._gate_steps
         if not self._is_open:
             self.admission.asked.clear()
         return self._is_open
@@ -61,7 +63,7 @@ class Gate:
 
     def loaded(self) -> None:
         """Look at the queue again with the next step."""
-        self._num_steps = GATE_STEPS
+        self._num_steps = self._gate_steps
 
 
 class _Watched:

@@ -117,15 +117,21 @@ def zipf_trace(
     cv: float = 1.0,
     input_range: tuple[int, int] = DEFAULT_RANGE,
     output_range: tuple[int, int] = DEFAULT_RANGE,
+    num_tenants: int = 1,
     seed: int = 42,
 ) -> Trace:
-    """Return one Gamma process whose requests name adapters with probability ~ (i + 1)^-s."""
+    """Return one Gamma process whose requests name adapters with probability ~ (i + 1)^-s.
+
+    Adapter i belongs to tenant i mod `num_tenants`.
+    """
     rng = np.random.default_rng(seed)
     num = int(rate * duration_s)
+    adapter = _draw(rng, zipf_shares(num_adapters, zipf_s), num)
     return Trace(
         name=f"zipf n={num_adapters} R={rate:g} zipf={zipf_s:g} cv={cv:g}",
         arrival_s=np.cumsum(rng.gamma(1 / cv**2, cv**2 / rate, num)),
-        adapter=_draw(rng, zipf_shares(num_adapters, zipf_s), num),
+        adapter=adapter,
+        tenant=adapter % num_tenants,
         prompt_len=rng.integers(*input_range, num),
         output_len=rng.integers(*output_range, num),
         num_adapters=num_adapters,

@@ -6,22 +6,27 @@ The engine is the same and so is its inefficiency; only the order of service dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from loraplex_scheduler.policies import Order, PolicyChoice
+from loraplex_scheduler.policies import PolicyChoice
 from loraplex_server.simulator.experiments.options import Options
 from loraplex_server.simulator.fairness import service_gap
 from loraplex_server.simulator.hardware import find_hardware
 from loraplex_server.simulator.lmsys import matched_trace
 from loraplex_server.simulator.models import find_setting
 from loraplex_server.simulator.plots import gap_figure
-from loraplex_server.simulator.report import Check, Report, Table
-from loraplex_server.simulator.setup import S_LORA_INEFFICIENCY, ours, simulate
+from loraplex_server.simulator.report import Check, Report, Row, Table
+from loraplex_server.simulator.setup import S_LORA_INEFFICIENCY, EngineSetup, ours, simulate
 from loraplex_server.simulator.trace import Trace
 from loraplex_server.simulator.workloads import vtc_trace
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _POOL_TOKENS = 10_000
-_ORDERS: tuple[Order, ...] = ("fcfs", "vtc")
+_ORDERS = ("fcfs", "vtc")
 
 
 def workloads(options: Options) -> dict[str, Trace]:
@@ -44,8 +49,9 @@ def workloads(options: Options) -> dict[str, Trace]:
 
 def run(options: Options) -> Report:
     """Measure gap and throughput of each workload under both orders."""
-    rows: list[list[str | float]] = []
-    checks, plots = [], {}
+    rows: list[Row] = []
+    checks = []
+    plots: dict[str, Callable[[], Figure]] = {}
     for name, trace in workloads(options).items():
         gaps, rates = {}, {}
         for order in _ORDERS:
@@ -97,7 +103,7 @@ def run(options: Options) -> Report:
     return Report("fairness", parameters, [Table(title, headers, rows)], checks, plots)
 
 
-def _setup(order: Order):  # noqa: ANN202
+def _setup(order: str) -> EngineSetup:
     setup = ours(
         find_setting("S1"),
         find_hardware("a10g"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from loraplex_server.simulator.experiments.options import Options
 from loraplex_server.simulator.hardware import find_hardware
 from loraplex_server.simulator.models import find_setting
-from loraplex_server.simulator.report import Check, Report, Table
+from loraplex_server.simulator.report import Check, Report, Row, Table
 from loraplex_server.simulator.setup import S_LORA_INEFFICIENCY, simulate, slora
 from loraplex_server.simulator.suites import POOL_TOKENS, PUBLISHED, PublishedRow
 from loraplex_server.simulator.workloads import slora_trace
@@ -34,7 +34,7 @@ def run(options: Options) -> Report:
         "attainment",
         "loads",
     )
-    worst = max(abs(float(row[6])) for row in rows)
+    worst = max(abs(float(row[6] or 0)) for row in rows)
     return Report(
         "validate",
         {
@@ -48,7 +48,7 @@ def run(options: Options) -> Report:
     )
 
 
-def _row(row: PublishedRow, options: Options) -> list[str | int | float]:
+def _row(row: PublishedRow, options: Options) -> Row:
     options.tell(f"{row.table} {row.setting} n={row.num_adapters} R={row.rate:g}")
     trace = slora_trace(
         num_adapters=row.num_adapters,
