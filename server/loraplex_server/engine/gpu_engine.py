@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -21,6 +22,12 @@ from loraplex_server.engine.device_runner import DeviceRunner
 from loraplex_server.engine.runner import StepRunner
 from loraplex_server.engine.step_graphs import CudaGraphRecorder, DirectRecorder, GraphRecorder
 from loraplex_server.model.transformer import Transformer, kernel_model
+
+#: Page ids in all block tables of a step, as a multiple of the pool's pages. Sequences that share a
+#: prefix name the same pages, so there may be more than one of each. Decode scratch grows with it:
+#: 65 MB for every whole pool of 120 GB of an 8B model. A step that shares even more is computed
+#: without a graph, over tables of its own.
+_MAX_SHARING: Final = 4
 
 
 def make_device_runner(
@@ -40,7 +47,7 @@ def make_device_runner(
     capacity = StepCapacity(
         max_tokens=max_step_tokens,
         max_sequences=max_running,
-        max_pages=min(pool.num_pages, max_running * pages_of_one),
+        max_pages=min(_MAX_SHARING * pool.num_pages, max_running * pages_of_one),
     )
     if recorder is None:
         recorder = CudaGraphRecorder() if pool.device.type == "cuda" else DirectRecorder()

@@ -10,7 +10,8 @@ import torch
 
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
-from loraplex_scheduler.plan import StepResult
+from loraplex_scheduler.plan import Plan, Request, SequenceStep, StepResult
+from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine import gpu_engine
 from loraplex_server.engine.gpu_engine import (
     largest_plan,
@@ -105,6 +106,40 @@ def test_warming_up_launches_prefill_and_adapters_in_the_first_page_only():
     assert [step.adapter_id for step in plan.sequences] == list(plan.adapters)
     assert (pool.data[:, 0] != 0).any()
     assert (pool.data[:, 1:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("max_sharing", "num_replays"), [(4, 1), (1, 0)])
+def test_sequences_that_share_pages_are_computed_with_a_graph_or_without(
+    monkeypatch, max_sharing, num_replays
+):
+    """Four decodes over the same three pages of a pool of eight: twelve page ids."""
+    monkeypatch.setattr(gpu_engine, "_MAX_SHARING", max_sharing)
+    model = tiny_transformer()
+    layout = PoolLayout(model.spec.geometry)
+    pool = PagePool(layout, 8, dtype=model.dtype)
+    runner = make_device_runner(model, pool, max_step_tokens=64, max_running=4)
+    replays = []
+    replay = StepGraphs.replay
+    monkeypatch.setattr(
+        StepGraphs, "replay", lambda self, *args: (replays.append(args), replay(self, *args))
+    )
+    num_tokens = 2 * layout.page_tokens
+    prompt = tuple(3 + i % 50 for i in range(num_tokens))
+    requests = [
+        Request(f"r{i}", prompt, SamplingParams(max_tokens=4, temperature=0.0)) for i in range(4)
+    ]
+    tables = [(5, 2, page) for page in (0, 1, 3, 4)]
+    prefill = SequenceStep(requests[0], 0, num_tokens, prompt, tables[0], is_sampled=True)
+    runner.launch(Plan((prefill,), (), {})).result()
+    decodes = [
+        SequenceStep(request, num_tokens, 1, (7,), table, is_sampled=True)
+        for request, table in zip(requests, tables, strict=True)
+    ]
+    tokens = runner.launch(Plan(tuple(decodes), (), {})).result().tokens
+    alone = runner.launch(Plan((decodes[0],), (), {})).result().tokens["r0"]
+    assert tokens == dict.fromkeys(("r0", "r1", "r2", "r3"), alone)
+    assert len(replays) == num_replays + 1, "the one alone has a graph"
 
 
 @pytest.mark.parametrize(
