@@ -48,15 +48,16 @@ class NoOverloadControl:
 _MIN_RETRY_S: Final = 0.1
 
 #: Promises are to be kept for this share of the requests that are accepted in a queue.
-_KEPT_SHARE: Final = 0.9
+_KEPT_SHARE: Final = 0.95
 
-#: How far one observation moves the logarithm of the correction, and its bounds.
-_CORRECTION_RATE: Final = 0.1
+#: How far one observation moves the logarithm of the correction, and its bounds. What is observed
+#: was predicted a whole wait ago, so faster learning overshoots.
+_CORRECTION_RATE: Final = 0.05
 _MAX_CORRECTION: Final = log(4.0)
 
 #: Predictions that are watched at once, of those that are a good part of what was promised.
 _MAX_WATCHED: Final = 64
-_WATCHED_PART: Final = 0.25
+_WATCHED_PART: Final = 0.5
 
 
 class KeepPromises:
@@ -150,7 +151,7 @@ class KeepPromises:
 
     def _watch(self, sequence: Sequence, predicted_s: float, by_s: float, now: float) -> None:
         """Compare a prediction with what comes, if it matters how good it is."""
-        matters = predicted_s > _WATCHED_PART * (by_s - now) > 0
+        matters = predicted_s * self.correction > _WATCHED_PART * (by_s - now) > 0
         if matters and len(self._watched) < _MAX_WATCHED:
             self._watched.append((sequence, now, predicted_s))
 
