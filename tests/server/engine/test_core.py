@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def test_a_vanished_file_fails_its_requests_and_nobody_else(core, make_adapter):
     assert isinstance(failure, EndEvent)
     assert failure.finish_reason is FinishReason.FAILED
     assert "could not be loaded" in failure.message
-    assert events[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    (end,) = [e for e in events if e.request_id == "fine" and e.finish_reason]
+    assert end.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     assert core.stats().num_load_failures == 1
     assert core.stats().pages_kv == 0
 
@@ -106,12 +108,27 @@ def test_a_request_that_never_fits_is_refused_with_one_event(core):
     assert not core.has_work
 
 
-def test_a_late_request_times_out(model):
-    core = make_core(model, num_pages=64, max_model_len=64)
-    request = Request("r", tuple(PROMPT), SamplingParams(max_tokens=50), deadline_s=0.0)
-    events = events_of(core, request)
+def test_a_late_request_times_out(model, make_adapter, tmp_path):
+    gate = tmp_path / "gate"
+    core = make_core(model, num_pages=64, make_pool=functools.partial(GatedPool, gate))
+    now = time.monotonic()
+    request = greedy_request("r", PROMPT, make_adapter(), max_tokens=2)
+    request = dataclasses.replace(request, arrival_s=now, deadline_s=now + 0.3)
+    assert core.add(request) == []
+    events = []
+    while core.scheduler.num_waiting:
+        events += core.step(load_timeout_s=0.01)
     assert [e.finish_reason for e in events] == [FinishReason.TIMED_OUT]
+    gate.touch()
     core.close()
+
+
+def test_a_deadline_that_has_passed_is_rejected_on_arrival(core):
+    request = Request("r", tuple(PROMPT), SamplingParams(max_tokens=50), deadline_s=0.0)
+    (event,) = core.add(request)
+    assert event.finish_reason is FinishReason.REJECTED
+    assert event.retry_after_s > 0
+    assert not core.has_work
 
 
 def test_a_cancelled_request_ends_once_and_frees_its_pages(core):
