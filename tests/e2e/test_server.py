@@ -246,7 +246,7 @@ def test_an_adapter_deleted_while_in_use_finishes_what_runs(server, sdk, client,
     reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
     assert reasons[-1] == "length"
     deadline = time.monotonic() + 10
-    while any(a["id"] == record.id for a in server.pool()["resident_adapters"]):
+    while any(a["id"] == record.id for a in server.pool()["by_adapter"]):
         assert time.monotonic() < deadline, "the deleted adapter keeps its pages"
         time.sleep(0.1)
 

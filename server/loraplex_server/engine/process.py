@@ -7,6 +7,7 @@ API process decides, by `Shutdown` or, should it die, by the pipe that closes wi
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -60,6 +61,10 @@ def run_engine(connection: Connection, build_core: CoreFactory) -> None:
     core = _try_build(connection, build_core, lambda: inbox.put(None))
     if core is None:
         return
+    # What start-up left stays for good. A full collection would walk through all of it, hundreds of
+    # thousands of objects of torch and its like, in the middle of a step.
+    gc.collect()
+    gc.freeze()
     try:
         connection.send(Ready(core.info))
         _serve(core, connection, inbox)
