@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,18 +92,33 @@ class Report:
         return json.dumps(
             {
                 "experiment": self.experiment,
+                "version": version("loraplex"),
                 "parameters": self.parameters,
                 "tables": [
-                    {"title": t.title, "headers": t.headers, "rows": [list(r) for r in t.rows]}
-                    for t in self.tables
+                    {
+                        "title": table.title,
+                        "headers": table.headers,
+                        "rows": [[_known(cell) for cell in row] for row in table.rows],
+                    }
+                    for table in self.tables
                 ],
                 "checks": [
-                    {"what": c.what, "value": c.value, "target": c.target, "holds": c.holds}
-                    for c in self.checks
+                    {
+                        "what": check.what,
+                        "value": _known(check.value),
+                        "target": check.target,
+                        "holds": check.holds,
+                    }
+                    for check in self.checks
                 ],
             },
             default=str,
         )
+
+
+def _known(cell: Cell) -> Cell:
+    """Return None for "not a number", which JSON has no word for."""
+    return None if cell != cell else cell
 
 
 def _text(cell: Cell) -> str:

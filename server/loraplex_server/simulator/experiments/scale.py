@@ -62,8 +62,8 @@ _SHOWN = {
 
 def run_adapters(options: Options) -> Report:
     """Grow the number of adapters behind one replica."""
-    duration_s = 30.0 if options.is_quick else 180.0
-    counts = _NUM_ADAPTERS[:3] if options.is_quick else _NUM_ADAPTERS
+    duration_s = 10.0 if options.is_quick else 180.0
+    counts = _NUM_ADAPTERS[:2] if options.is_quick else _NUM_ADAPTERS
     rows: list[Row] = []
     for name, engine in _engines().items():
         for num_adapters in counts:
@@ -78,7 +78,7 @@ def run_adapters(options: Options) -> Report:
 
 def run_replicas(options: Options) -> Report:
     """Grow the fleet and the load with it."""
-    duration_s = 15.0 if options.is_quick else 40.0
+    duration_s = 4.0 if options.is_quick else 40.0
     counts = _NUM_REPLICAS[:2] if options.is_quick else _NUM_REPLICAS
     engines = _engines()
     rows: list[Row] = []

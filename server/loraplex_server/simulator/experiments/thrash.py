@@ -33,7 +33,7 @@ _SETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 def run(options: Options) -> Report:
     """Grow the working set and compare with all resident."""
-    duration_s = 30.0 if options.is_quick else 240.0
+    duration_s = 8.0 if options.is_quick else 240.0
     engines = _engines()
     num_fitting = _num_fitting(engines["ours"])
     rows: list[Row] = []
