@@ -161,6 +161,21 @@ def test_a_spared_adapter_is_evicted_once_it_is_spared_no_more():
     accounts.check()
 
 
+def test_a_spared_adapter_that_became_cheaper_leaves_in_its_new_place():
+    costs = Costs(load_s=1.0)
+    accounts = make_accounts(CostAware(), costs=costs)
+    load(accounts, "a", 2, num_requests=1)
+    assert accounts.evict(1, {"a"}) == 0
+    costs.load_s = 0.01
+    accounts.residency.pin("a")
+    accounts.residency.unpin("a")
+    costs.load_s = 0.1
+    load(accounts, "b", 2, num_requests=1)
+    accounts.check()
+    accounts.evict(1)
+    assert accounts.residency.resident_ids() == ["b"]
+
+
 def test_using_things_without_end_leaves_no_garbage():
     accounts = make_accounts(CostAware(), num_pages=60)
     evictor = accounts._evictor

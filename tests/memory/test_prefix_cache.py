@@ -144,6 +144,18 @@ def test_prefixes_of_an_absent_adapter_leave_first_and_recover_with_it():
         accounts.check()
 
 
+def test_pages_are_ranked_lower_as_soon_as_their_adapter_leaves():
+    accounts = PoolAccounts(LAYOUT, 40, eviction=CostAware(), costs=Costs())
+    accounts.residency.begin_load("a", 1)
+    accounts.residency.finish_load("a")
+    run(accounts, "a", list(range(8))).release()
+    (leaf,) = accounts.prefixes.idle_leaves()
+    before = leaf.entry_key
+    accounts.residency.discard("a")
+    assert leaf.entry_key < before
+    accounts.check()
+
+
 def test_what_was_evicted_and_is_asked_for_again_raises_the_odds_of_new_pages():
     odds = ReturnOdds(max_evicted=3)
     for chain in range(40):
