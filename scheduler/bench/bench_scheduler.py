@@ -89,11 +89,12 @@ class Load:
         for _ in range(NUM_RUNNING + arm.num_waiting):
             self._arrive()
 
-    def warm_up(self, num_steps: int = 400) -> None:
+    def warm_up(self, num_steps: int = 600) -> None:
         """Reach the steady state: everybody who can run runs, and has run for a while."""
-        for adapter in self._adapters if not self._arm.num_waiting else ():
-            self.scheduler.prefetch(adapter)
-        for _ in range(num_steps):
+        for i in range(num_steps):
+            if not self._arm.num_waiting:  # a few hints per step are taken at once
+                for adapter in self._adapters[4 * i : 4 * i + 4]:
+                    self.scheduler.prefetch(adapter)
             self.step()
 
     def step(self) -> float:

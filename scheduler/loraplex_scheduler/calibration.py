@@ -32,7 +32,8 @@ class LinearFit:
     ) -> None:
         """
         Args:
-            prior: the coefficients before the first observation.
+            prior: the coefficients before the first observation; positive. Later only their
+                ratios count.
             scales: the usual size of each feature, so that its unit does not matter.
             forgetting: what all earlier observations count with each new one; below 1.
         """
@@ -50,11 +51,11 @@ class LinearFit:
     def observe(self, features: Sequence[float], value: float) -> None:
         """Learn that these features came with this value, which is positive."""
         predicted = self.predict(features)
-        if not self._covariance:  # nothing is known but the order of magnitude
-            num = len(self._scales)
-            self._covariance = [[value * value * (i == j) for j in range(num)] for i in range(num)]
-            self._max_trace = num * value * value
-        unit = max(predicted, value / 4)
+        if not self._covariance:
+            self._begin(value, predicted)
+            predicted = value
+        # Errors count by the prediction, unless that is off by far.
+        unit = min(max(predicted, value / 4), value * 4)
         error = self._cut_off((value - predicted) / unit)
         x = [feature / scale / unit for feature, scale in zip(features, self._scales, strict=True)]
         gain = self._update(x)
@@ -62,6 +63,13 @@ class LinearFit:
             max(0.0, c + g * error / scale)
             for c, g, scale in zip(self.coefficients, gain, self._scales, strict=True)
         ]
+
+    def _begin(self, value: float, predicted: float) -> None:
+        """Take the first observation for the order of magnitude of everything."""
+        self.coefficients = [c * value / predicted for c in self.coefficients]
+        num = len(self._scales)
+        self._covariance = [[value * value * (i == j) for j in range(num)] for i in range(num)]
+        self._max_trace = num * value * value
 
     def _cut_off(self, error: float) -> float:
         limit = _MAX_ERRORS * self._usual_error

@@ -205,7 +205,8 @@ class Scheduler:
         return [e for i in waiting for e in self.abort(i, FinishReason.FAILED, message)]
 
     def prefetch(self, manifest: AdapterManifest) -> None:
-        """Somebody says that the adapter will be asked for soon."""
+        """Somebody says that the adapter will be asked for soon, which counts as asking once."""
+        self.accounts.residency.expect(manifest.adapter_id)
         self._lookahead.hint(manifest)
 
     def discard_adapter(self, adapter_id: str) -> None:
