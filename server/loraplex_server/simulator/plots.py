@@ -61,6 +61,7 @@ def panels_figure(
                 axis.plot(x, y, marker="o", markersize=3.5, label=name, color=_color(index))
             if is_log_x:
                 axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(lambda value, place: "")
             axis.set(title=panel_title, xlabel=x_label, ylabel=y_label)
             if is_log_y:
                 axis.set_yscale("log")
