@@ -28,8 +28,10 @@ from loraplex_server.simulator.roofline import Inefficiency, Roofline
 from loraplex_server.simulator.slora import GATE_STEPS, EarlyAbort, Gate
 from loraplex_server.simulator.trace import Trace
 
-#: S-LoRA's engine beside the roofline of its device: see docs/benchmarks/simulator.md.
+#: S-LoRA's engine beside the roofline of an A100, and of an A10G, on which its host is less in the
+#: way: see docs/benchmarks/simulator.md.
 S_LORA_INEFFICIENCY: Final = Inefficiency(factor=2.1)
+S_LORA_ON_A10G: Final = Inefficiency(factor=1.4)
 
 #: Tokens of a step on an A100: about so many take as long to compute as the weights, K and V of
 #: a full batch take to read, so that prefill hides behind decodes (Sarathi-Serve, section 4).

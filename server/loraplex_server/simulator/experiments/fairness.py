@@ -18,7 +18,7 @@ from loraplex_server.simulator.lmsys import matched_trace
 from loraplex_server.simulator.models import find_setting
 from loraplex_server.simulator.plots import gap_figure
 from loraplex_server.simulator.report import Check, Report, Row, Table
-from loraplex_server.simulator.setup import S_LORA_INEFFICIENCY, EngineSetup, ours, simulate
+from loraplex_server.simulator.setup import S_LORA_ON_A10G, EngineSetup, ours, simulate
 from loraplex_server.simulator.trace import Trace
 from loraplex_server.simulator.workloads import vtc_trace
 
@@ -96,7 +96,7 @@ def run(options: Options) -> Report:
         "model": "llama-7b",
         "hardware": "a10g",
         "pool_tokens": _POOL_TOKENS,
-        "factor": S_LORA_INEFFICIENCY.factor,
+        "factor": S_LORA_ON_A10G.factor,
         "seed": options.seed,
     }
     title = "Service gap (VTC's definition, tokens/s) and throughput"
@@ -108,6 +108,6 @@ def _setup(order: str) -> EngineSetup:
         find_setting("S1"),
         find_hardware("a10g"),
         pool_tokens=_POOL_TOKENS,
-        inefficiency=S_LORA_INEFFICIENCY,
+        inefficiency=S_LORA_ON_A10G,
     )
     return replace(setup, policy=PolicyChoice(order=order))
