@@ -37,7 +37,9 @@ _NUM_TENANTS: Final = 8
 _NUM_ADAPTERS: Final = (10, 100, 1000, 2000, 10_000, 100_000)
 _NUM_REPLICAS: Final = (1, 4, 16, 64)
 _FLEET_ADAPTERS: Final = 10_000
-_RATE: Final = 8.0
+#: Of S-LoRA's table 3, and of each replica of a fleet.
+_RATE: Final = 10.0
+_REPLICA_RATE: Final = 8.0
 _HEADERS = (
     "engine",
     "n",
@@ -83,7 +85,7 @@ def run_replicas(options: Options) -> Report:
     engines = _engines()
     rows: list[Row] = []
     for num_replicas in counts:
-        trace = _trace(_FLEET_ADAPTERS, _RATE * num_replicas, duration_s, options.seed)
+        trace = _trace(_FLEET_ADAPTERS, _REPLICA_RATE * num_replicas, duration_s, options.seed)
         arms: dict[str, tuple[EngineSetup, Router]] = {
             "ours, affine": (engines["ours"], AdapterAffine(num_replicas)),
             "ours, round robin": (engines["ours"], RoundRobin()),
@@ -94,7 +96,7 @@ def run_replicas(options: Options) -> Report:
             outcome = simulate(engine, trace, num_replicas=num_replicas, router=router)
             rows.append(_row(name, _FLEET_ADAPTERS, num_replicas, outcome))
     rows.sort(key=lambda row: str(row[0]))
-    parameters = _parameters(options, duration_s) | {"rate per replica": _RATE}
+    parameters = _parameters(options, duration_s) | {"rate per replica": _REPLICA_RATE}
     plot = _plot(rows, x=2, x_label="replicas", per_replica=True)
     table = Table(f"{_FLEET_ADAPTERS} adapters behind a fleet", _HEADERS, rows)
     return Report("replicas", parameters, [table], plots={"replicas.svg": plot})
