@@ -60,6 +60,11 @@ _MAX_WATCHED: Final = 64
 _WATCHED_PART: Final = 0.5
 
 
+#: A deadline is distant when it is so many times the forecast away; looked at again after a while.
+_DISTANT: Final = 8.0
+_FORGET_DISTANT_S: Final = 1.0
+
+
 class KeepPromises:
     """Refuses on arrival what would not get its first token by the time promised, or not end by its
     deadline for having waited, and drops who waits once it is too late.
@@ -81,9 +86,15 @@ class KeepPromises:
         self._lengths = lengths
         self._ttft_slo_s = ttft_slo_s
         self._log_correction = 0.0
+        # A deadline so far away was met many times over by the forecast, which holds for a while.
+        self._distant_s = self._distant_until_s = 0.0
         # When each must have started, had it its adapter. Those who did are taken out then.
         self._starts: list[tuple[float, int, Sequence]] = []
         self._watched: list[tuple[Sequence, float, float]] = []  # and accepted when, predicted
+
+    def _is_distant(self, left_s: float, now: float) -> bool:
+        """Whether a deadline is so far away that it needs no forecast, which takes a millisecond."""
+        return now <= self._distant_until_s and left_s >= self._distant_s
 
     @property
     def correction(self) -> float:
@@ -92,7 +103,7 @@ class KeepPromises:
 
     def refuse(self, newcomer: Sequence, situation: Situation, now: float) -> Rejection | None:
         by_s, deadline_s = self._promise(newcomer), newcomer.request.deadline_s
-        if by_s is None and deadline_s is None:
+        if by_s is None and (deadline_s is None or self._is_distant(deadline_s - now, now)):
             return None
         forecast = predict(newcomer, situation, self._times, self._lengths)
         first_s = forecast.first_token_s * self.correction
@@ -103,6 +114,8 @@ class KeepPromises:
             # An answer that takes too long even alone is no matter of overload, and may be short.
             if first_s + (answer_s if answer_s <= left_s else 0.0) > left_s:
                 return _too_late("last token", first_s + answer_s, left_s)
+            if _DISTANT * (first_s + answer_s) < left_s:
+                self._distant_s, self._distant_until_s = left_s, now + _FORGET_DISTANT_S
         if by_s is not None:
             self._watch(newcomer, forecast.first_token_s, by_s, now)
             start_s = by_s - self._prefill_s(newcomer)

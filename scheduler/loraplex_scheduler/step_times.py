@@ -67,10 +67,9 @@ class CalibratedStepTimes:
         self._page_tokens = page_tokens
         self._steps = LinearFit(
             prior=(1e-2, 1e-5, 1e-5, 1e-8, 1e-8),
-            scales=(1.0, 256.0, 64.0, 65536.0, 4096.0),
             forgetting=0.995,
         )
-        self._loads = LinearFit(prior=(2e-3, 2e-5), scales=(1.0, 256.0), forgetting=0.98)
+        self._loads = LinearFit(prior=(2e-3, 2e-5), forgetting=0.98)
         self._num_steps = 0
 
     def step_s(self, load: StepLoad) -> float:
