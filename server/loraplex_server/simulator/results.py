@@ -170,9 +170,9 @@ def summarize(outcome: Outcome, slo_s: float) -> Summary:
 def steady_throughput(outcome: Outcome) -> float:
     """Return answers per second between the quartiles of their ends."""
     end_s = np.sort(outcome.end_s[~np.isnan(outcome.end_s)])
-    if len(end_s) < 4:
-        return float("nan")
     first, last = len(end_s) // 4, 3 * len(end_s) // 4
+    if first == last or end_s[first] == end_s[last]:
+        return float("nan")
     return float((last - first) / (end_s[last] - end_s[first]))
 
 

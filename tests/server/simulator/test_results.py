@@ -58,6 +58,13 @@ def test_strip_throughput_leaves_ten_seconds_off_each_end():
     assert summary.strip_throughput == pytest.approx((40 - 20) / (40 - 20))
 
 
+def test_steady_throughput_is_that_between_the_quartiles():
+    filling, steady, draining = [10.0], [20.0, 22.0, 24.0, 26.0, 28.0, 30.0], [90.0]
+    end_s = filling + steady + draining
+    assert make_outcome([0.0] * 8, end_s).summary().steady_throughput == pytest.approx(0.5)
+    assert math.isnan(make_outcome([0.0], [1.0]).summary().steady_throughput)
+
+
 def test_rates_are_shares_of_what_was_asked_for():
     summary = make_outcome([1.0], [2.0]).summary()
     assert summary.host_hit_rate == 0.25
