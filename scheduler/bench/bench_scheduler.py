@@ -151,7 +151,8 @@ def measure(arm: Arm, choice: PolicyChoice, num_steps: int) -> dict[str, float]:
     load = Load(arm, choice)
     load.warm_up()
     gc.collect()
-    gc.freeze()  # as the engine process does once it is warm
+    gc.freeze()  # as the engine process does, see `GC_THRESHOLDS` there
+    gc.set_threshold(20_000, 20, 20)
     took = sorted(1e3 * load.step() for _ in range(num_steps))
     return {
         "p50_ms": statistics.median(took),

@@ -22,8 +22,8 @@ from loraplex_scheduler.plan import AdapterLoad
 from loraplex_scheduler.roster import Roster
 from loraplex_scheduler.sequence import Sequence
 
-#: Waiting sequences that a step looks at: those it may admit, and so many passed over.
-_MAX_PASSED: Final = 256
+#: Waiting sequences that a step passes over at most: enough to keep the loader and the batch busy.
+_MAX_PASSED: Final = 32
 
 #: Waiting sequences behind those whose adapters are worth bringing into host memory.
 _LOOKAHEAD: Final = 32
@@ -78,7 +78,8 @@ class Admitter:
         """Put newcomers into the draft.
 
         Returns:
-            The loads that waiting sequences need, and the adapters of those behind.
+            The loads that waiting sequences need; and while nothing is being loaded, the adapters
+            of those behind.
         """
         self.drop_claims()
         self._spared = set()
@@ -92,14 +93,14 @@ class Admitter:
         queue = self._roster.waiting.in_order()
         num_passed = 0
         for sequence in queue:
-            num_ahead = len(running) + num_passed
-            if draft.budget == 0 or num_ahead >= self._limits.max_running + _MAX_PASSED:
+            if draft.budget == 0 or num_passed == _MAX_PASSED:
                 break
             if self._is_passed_over(sequence, loads):
                 num_passed += 1
             elif len(running) >= self._limits.max_running or not self._try_admit(sequence, draft):
                 break
-        return loads, self._behind(queue)
+        is_idle = not self._accounts.residency.num_loading
+        return loads, self._behind(queue) if is_idle else []
 
     def _is_passed_over(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
         """Whether others may go before it, as it waits for its adapter or for better company."""

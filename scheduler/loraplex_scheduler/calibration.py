@@ -4,9 +4,9 @@ Least squares of *relative* errors with exponential forgetting, under the constr
 coefficient is negative, as no work takes less than no time. The normal equations are kept and
 solved by coordinate descent from the last solution (Franc, Hlavac and Navara, "Sequential
 coordinate-wise algorithm for the non-negative least squares problem", 2005): a few sweeps per
-observation, which go on where the last ones stopped. Clipping the estimates of recursive least squares instead gets
-stuck: what one coefficient lost by clipping, the others no longer make up for once the gains are
-small.
+observation, which go on where the last ones stopped. Clipping the estimates of recursive least
+squares instead gets stuck: what one coefficient lost by clipping, the others no longer make up for
+once the gains are small.
 
 Relative errors are what promises need, and they make the fit robust: a step that took ten times as
 long, because the machine was busy with something else, weighs a hundredth.

@@ -88,13 +88,15 @@ class KeepPromises:
         self._log_correction = 0.0
         # A deadline so far away was met many times over by the forecast, which holds for a while.
         self._distant_s = self._distant_until_s = 0.0
+        self._distant_len = 0
         # When each must have started, had it its adapter. Those who did are taken out then.
         self._starts: list[tuple[float, int, Sequence]] = []
         self._watched: list[tuple[Sequence, float, float]] = []  # and accepted when, predicted
 
-    def _is_distant(self, left_s: float, now: float) -> bool:
-        """Whether a deadline is so far away that it needs no forecast, which takes a millisecond."""
-        return now <= self._distant_until_s and left_s >= self._distant_s
+    def _is_distant(self, left_s: float, num_waiting: int, now: float) -> bool:
+        """Whether a deadline is so far away that it needs no forecast: one takes a millisecond."""
+        is_fresh = now <= self._distant_until_s and num_waiting <= self._distant_len
+        return is_fresh and left_s >= self._distant_s
 
     @property
     def correction(self) -> float:
@@ -103,7 +105,9 @@ class KeepPromises:
 
     def refuse(self, newcomer: Sequence, situation: Situation, now: float) -> Rejection | None:
         by_s, deadline_s = self._promise(newcomer), newcomer.request.deadline_s
-        if by_s is None and (deadline_s is None or self._is_distant(deadline_s - now, now)):
+        if by_s is None and (
+            deadline_s is None or self._is_distant(deadline_s - now, len(situation.waiting), now)
+        ):
             return None
         forecast = predict(newcomer, situation, self._times, self._lengths)
         first_s = forecast.first_token_s * self.correction
@@ -116,6 +120,7 @@ class KeepPromises:
                 return _too_late("last token", first_s + answer_s, left_s)
             if _DISTANT * (first_s + answer_s) < left_s:
                 self._distant_s, self._distant_until_s = left_s, now + _FORGET_DISTANT_S
+                self._distant_len = 2 * len(situation.waiting) + situation.limits.max_running
         if by_s is not None:
             self._watch(newcomer, forecast.first_token_s, by_s, now)
             start_s = by_s - self._prefill_s(newcomer)
