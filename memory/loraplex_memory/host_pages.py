@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex_memory.runs import runs
+
 
 @dataclass(frozen=True)
 class HostPages:
@@ -33,12 +35,9 @@ class HostPages:
         Yields:
             Which page of the adapter is the first of the piece, and the piece `[n, L, page_elems]`.
         """
-        start = 0
-        for stop in range(1, len(self.pages) + 1):
-            if stop == len(self.pages) or self.pages[stop] != self.pages[stop - 1] + 1:
-                first = self.pages[start]
-                yield start, self.slab[first : first + stop - start]
-                start = stop
+        for run in runs(self.pages):
+            first = self.pages[run.start]
+            yield run.start, self.slab[first : first + run.stop - run.start]
 
     def fill(self, packed: torch.Tensor) -> None:
         """Copy an adapter packed layer by layer, `[L, len(self), page_elems]`, into its pages."""

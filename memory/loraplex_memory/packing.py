@@ -15,10 +15,11 @@ import torch
 from loraplex_memory.adapter_file import AdapterWeights, LoRAPair, ranks_of
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PROJECTIONS
+from loraplex_memory.runs import runs
 from loraplex_memory.scratch import Scratch
 
-#: Most elements packed by one call; bounds the memory for what it computes on the way.
-_RUN_ELEMS: Final = 1 << 20
+#: Most elements packed by one call: what it computes on the way stays in the cache.
+_RUN_ELEMS: Final = 1 << 18
 
 
 def pack_adapter(
@@ -51,16 +52,15 @@ def pack_adapter(
     for at, projection in enumerate(PROJECTIONS):
         present = [layer for layer in range(num_layers) if layout.ranks[layer][at]]
         pairs = {layer: weights[layer, projection] for layer in present}
-        for run in _runs(pairs, layout, at):
-            index = torch.tensor(run)
-            some = [pairs[layer] for layer in run]
+        for group in _groups(pairs, layout, at):
+            some = [pairs[layer] for layer in group]
+            # float32, and so is every product with it.
             scales = torch.tensor([pair.scale for pair in some]).view(-1, 1, 1)
-            a = _stack([pair.a for pair in some])
-            b = (_stack([pair.b for pair in some]).float() * scales).to(dtype).transpose(1, 2)
-            for matrices, chunks in ((a.to(dtype), layout.a_chunks), (b, layout.b_chunks)):
-                flat = matrices.reshape(len(run), -1)
-                start = chunks[run[0]][at] * pool.chunk_elems
-                rows[:, start : start + flat.shape[1]].index_copy_(0, index, flat)
+            b = (_stack([pair.b for pair in some]) * scales).to(dtype).transpose(1, 2)
+            a_start = layout.a_chunks[group[0]][at] * pool.chunk_elems
+            b_start = layout.b_chunks[group[0]][at] * pool.chunk_elems
+            _put(rows, group, a_start, _stack([pair.a for pair in some]))
+            _put(rows, group, b_start, b)
     _clear_ends(rows, layout)
     return packed
 
@@ -80,7 +80,7 @@ def _check(weights: AdapterWeights, layout: AdapterLayout) -> None:
             )
 
 
-def _runs(pairs: Mapping[int, LoRAPair], layout: AdapterLayout, at: int) -> Iterator[list[int]]:
+def _groups(pairs: Mapping[int, LoRAPair], layout: AdapterLayout, at: int) -> Iterator[list[int]]:
     """Yield layers that one call can pack; together, all that have the module.
 
     Args:
@@ -93,38 +93,53 @@ def _runs(pairs: Mapping[int, LoRAPair], layout: AdapterLayout, at: int) -> Iter
         place = layout.ranks[layer][at], layout.a_chunks[layer][at], layout.b_chunks[layer][at]
         addresses = pair.a.data_ptr(), pair.b.data_ptr(), layer
         alike.setdefault((*place, *_kind(pair.a), *_kind(pair.b)), []).append(addresses)
-    for group in alike.values():
-        first = pairs[group[0][-1]]
-        yield from _even_runs(sorted(group), _RUN_ELEMS // max(first.a.numel(), first.b.numel()))
+    for places in alike.values():
+        first = pairs[places[0][-1]]
+        yield from _evenly_spaced(
+            sorted(places), _RUN_ELEMS // max(first.a.numel(), first.b.numel())
+        )
 
 
 def _kind(matrix: torch.Tensor) -> tuple[object, ...]:
     return matrix.dtype, matrix.stride(), matrix.untyped_storage().data_ptr()
 
 
-def _even_runs(places: list[tuple[int, int, int]], max_len: int) -> Iterator[list[int]]:
+def _evenly_spaced(places: list[tuple[int, int, int]], max_len: int) -> Iterator[list[int]]:
     """Cut (address of A, address of B, layer), in order, where a step differs from the last."""
-    run: list[int] = []
+    group: list[int] = []
     step = last = (0, 0)
     for a, b, layer in places:
         new_step = a - last[0], b - last[1]
-        fits = new_step[1] > 0 and (len(run) == 1 or new_step == step)
-        if run and (len(run) >= max_len or not fits):
-            yield run
-            run = []
-        run.append(layer)
+        fits = new_step[1] > 0 and (len(group) == 1 or new_step == step)
+        if group and (len(group) >= max_len or not fits):
+            yield group
+            group = []
+        group.append(layer)
         step, last = new_step, (a, b)
-    if run:
-        yield run
+    if group:
+        yield group
 
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the matrices of a run as one view `[n, rows, columns]`."""
+    """Return the matrices of a group as one view `[n, rows, columns]`."""
     first = matrices[0]
     if len(matrices) == 1:
         return first.unsqueeze(0)
     step = (matrices[1].data_ptr() - first.data_ptr()) // first.itemsize
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
+
+
+def _put(rows: torch.Tensor, layers: list[int], start: int, matrices: torch.Tensor) -> None:
+    """Copy `[n, rank, length]` to `rows[layer, start:]` of each layer.
+
+    Runs of layers, as an index would make it a copy of element by element.
+    """
+    num_elems = matrices.shape[1] * matrices.shape[2]
+    for run in runs(layers):
+        piece = matrices[run]
+        first = layers[run.start]
+        into = rows[first : first + len(piece), start : start + num_elems]
+        into.view(piece.shape).copy_(piece)
 
 
 def _clear_ends(rows: torch.Tensor, layout: AdapterLayout) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from loraplex_memory.layout import PoolLayout
+from loraplex_memory.runs import runs
 
 
 class PagePool:
@@ -58,8 +59,11 @@ class PagePool:
 
     def write(self, pages: Sequence[int], packed: torch.Tensor) -> None:
         """Copy packed pages `[L, len(pages), page_elems]`, of any strides, to where they belong."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        self.data.index_copy_(1, index, packed.to(device=self.device, dtype=self.dtype))
+        packed = packed.to(device=self.device, dtype=self.dtype)
+        # Not `index_copy_`, which goes element by element and takes three times as long.
+        for run in runs(pages):
+            first, num_pages = pages[run.start], run.stop - run.start
+            self.data[:, first : first + num_pages].copy_(packed[:, run])
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,6 @@ import torch
 from loraplex_memory.scratch import Scratch
 
 _DTYPES: Final = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
