@@ -15,10 +15,13 @@ from loraplex_scheduler.ttft import Situation, everybody, predict
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a request is turned away, and when it may come again (seconds from now)."""
+    """Why a request is turned away, and when it may come again (seconds from now).
+
+    None: it need not, as it asks for more than an engine without other work could do.
+    """
 
     message: str
-    retry_after_s: float
+    retry_after_s: float | None
 
 
 class OverloadPolicy(Protocol):
@@ -112,6 +115,14 @@ class KeepPromises:
         forecast = predict(newcomer, situation, self._times, self._lengths)
         first_s = forecast.first_token_s * self.correction
         if by_s is not None and now + first_s > by_s:
+            alone_s = self._prefill_s(newcomer)
+            if newcomer.request.arrival_s + alone_s > by_s:
+                promised_s = by_s - newcomer.request.arrival_s
+                return Rejection(
+                    f"the first token takes {alone_s:.3f} s even when nothing else runs, and was "
+                    f"asked for in {promised_s:.3f} s: allow it more time",
+                    None,
+                )
             return _too_late("first token", first_s, by_s - now)
         if deadline_s is not None:
             left_s, answer_s = deadline_s - now, forecast.answer_s

@@ -135,7 +135,7 @@ class Scheduler:
     # ---- requests come and go --------------------------------------------------------------
 
     def add(self, request: Request) -> list[Event]:
-        """Queue a request, or return its terminal event if it cannot be served as promised.
+        """Queue a request, or return its terminal event if it cannot be served in time.
 
         Raises:
             RequestRefused: it could not run even alone; nothing was queued.
@@ -374,6 +374,9 @@ class Scheduler:
         self.accounts.drop_unused(self._admitter.claims.keys())
 
     def _rejected(self, request_id: str, rejection: Rejection) -> EndEvent:
+        if rejection.retry_after_s is None:
+            return EndEvent(request_id, FinishReason.REFUSED, rejection.message)
         self.num_rejections += 1
-        message, retry_after_s = rejection.message, rejection.retry_after_s
-        return EndEvent(request_id, FinishReason.REJECTED, message, retry_after_s)
+        return EndEvent(
+            request_id, FinishReason.REJECTED, rejection.message, rejection.retry_after_s
+        )

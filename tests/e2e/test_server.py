@@ -161,6 +161,49 @@ def test_n_samples_differ_and_are_counted(client):
     assert answer.usage.completion_tokens <= 36
 
 
+def test_a_prompt_seen_before_is_cached_and_answered_alike(client):
+    question = "List the planets, and for each the year in which it was found. " * 6
+    answers = [
+        client.completions.create(model="pirate", prompt=question, max_tokens=8, temperature=0)
+        for _ in range(2)
+    ]
+    first, second = (answer.usage.prompt_tokens_details.cached_tokens for answer in answers)
+    num_prompt = answers[0].usage.prompt_tokens
+    assert first == 0
+    assert second == 16 * ((num_prompt - 1) // 16) > num_prompt / 2
+    assert answers[0].choices[0].text == answers[1].choices[0].text
+    base = client.completions.create(prompt=question, max_tokens=8, model=BASE)
+    assert base.usage.prompt_tokens_details.cached_tokens == 0  # never across adapters
+
+
+def test_what_cannot_come_in_time_is_refused_on_arrival(client):
+    def ask(*prompts, ttft_slo_s):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(
+                model="pirate", prompt=list(prompts), extra_body={"ttft_slo_s": ttft_slo_s}
+            )
+        return caught.value
+
+    never = ask("x " * 300, ttft_slo_s=0.0001)
+    assert (never.status_code, never.code) == (400, "request_refused")
+    assert "even when nothing else runs" in never.message
+    # One of them is soon done; the last of so many is not.
+    busy = ask(*(f"{i} " * 300 for i in range(64)), ttft_slo_s=5.0)
+    assert (busy.status_code, busy.code) == (429, "overloaded")
+    assert float(busy.response.headers["retry-after"]) >= 1
+
+
+def test_a_prefetched_adapter_is_in_the_pool_before_anybody_asks(server, sdk, copy_of_pirate):
+    record = sdk.adapters.push(copy_of_pirate(lora_alpha=9), name="hinted")
+    assert sdk.adapters.get("hinted").state == "registered"
+    sdk.adapters.prefetch("hinted")
+    deadline = time.monotonic() + 20
+    while not any(a["id"] == record.id for a in server.pool()["by_adapter"]):
+        assert time.monotonic() < deadline, "the hint was lost"
+        time.sleep(0.1)
+    sdk.adapters.delete("hinted")
+
+
 def test_errors_arrive_as_the_openai_exceptions(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")

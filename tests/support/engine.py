@@ -11,10 +11,12 @@ import torch
 
 from loraplex_memory.adapter_file import ranks_of, write_adapter_file
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.host_arena import HostArena
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
+from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.build import assemble_core
 from loraplex_server.engine.core import EngineCore
@@ -32,6 +34,8 @@ def make_core(
     max_model_len: int = 512,
     wake: Callable[[], None] = lambda: None,
     make_pool: Callable[..., PagePool] = PagePool,
+    choice: PolicyChoice | None = None,
+    num_host_pages: int = 0,
 ) -> EngineCore:
     """Return a core with a pool of its own over the given model."""
     limits = SchedulerLimits(
@@ -40,8 +44,10 @@ def make_core(
         max_model_len=max_model_len,
         eos_token_ids=model.spec.eos_token_ids,
     )
-    pool = make_pool(PoolLayout(model.spec.geometry), num_pages, dtype=model.dtype)
-    return assemble_core(model, pool, limits, wake)
+    layout = PoolLayout(model.spec.geometry)
+    pool = make_pool(layout, num_pages, dtype=model.dtype)
+    arena = HostArena(layout, num_host_pages, dtype=model.dtype)
+    return assemble_core(model, pool, limits, wake, choice=choice, arena=arena)
 
 
 def make_device_core(
