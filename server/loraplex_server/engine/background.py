@@ -10,15 +10,16 @@ from typing import Final
 
 import torch
 
-#: On the scale from 0 to 19: what is left over, and a sixty-eighth of a core where nothing is.
-_NICENESS: Final = 19
+#: On the scale from 0 to 19. A quarter of a core where the steps take all of them, and more of what
+#: they leave. Not 19: with a sixty-eighth, a load takes a second; and whenever the thread is put
+#: off while it holds the interpreter, the steps wait for its next turn (decision record 11).
+_NICENESS: Final = 5
 
 
 def start_background_thread(name: str, run: Callable[[], None]) -> threading.Thread:
-    """Start `run` in a thread of low priority, in which torch uses no further threads.
+    """Start `run` in a thread of lower priority, in which torch uses no further threads.
 
-    On two cores a step takes both; a thread of equal priority, or worse one with a second team of
-    torch's threads, would take its share from every step.
+    On two cores a step takes both; a second team of torch's threads would take half of each.
     """
     num_threads = torch.get_num_threads()  # settles the caller's own number before it is changed
     is_settled = threading.Event()
