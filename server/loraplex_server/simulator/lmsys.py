@@ -20,14 +20,27 @@ from loraplex_server.simulator.workloads import Lengths, zipf_shares
 
 #: About 26 adapters, 85 tokens in and 165 out on average.
 NUM_MODELS = 26
-_PROMPT = Lengths(median=44, sigma=1.15, most=1023)
-_OUTPUT = Lengths(median=100, sigma=1.0, most=1023)
+_LENGTHS = (
+    Lengths(median=44, sigma=1.15, most=1023),
+    Lengths(median=100, sigma=1.0, most=1023),
+)
+#: VTC's sample of the log has longer ones: about 136 tokens in and 256 out on average.
+VTC_LENGTHS = (
+    Lengths(median=71, sigma=1.15, most=1023),
+    Lengths(median=165, sigma=1.0, most=1023),
+)
 #: Characters per token, where the log has text and no counts.
 _CHARS_PER_TOKEN = 4
 
 
 def matched_trace(
-    *, rate: float, duration_s: float, zipf_s: float = 1.7, cv: float = 1.6, seed: int = 42
+    *,
+    rate: float,
+    duration_s: float,
+    zipf_s: float = 1.7,
+    cv: float = 1.6,
+    lengths: tuple[Lengths, Lengths] = _LENGTHS,
+    seed: int = 42,
 ) -> Trace:
     """Return a workload drawn to match the log: adapters, skew, lengths and bursts.
 
@@ -42,8 +55,8 @@ def matched_trace(
         name=f"lmsys-like R={rate:g}",
         arrival_s=arrival * duration_s / arrival[-1],
         adapter=adapter,
-        prompt_len=_PROMPT.draw(rng, num),
-        output_len=_OUTPUT.draw(rng, num),
+        prompt_len=lengths[0].draw(rng, num),
+        output_len=lengths[1].draw(rng, num),
         num_adapters=NUM_MODELS,
         rate=rate,
         duration_s=duration_s,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loraplex_server.simulator.errors import SimulationError
-from loraplex_server.simulator.lmsys import NUM_MODELS, load_trace, matched_trace
+from loraplex_server.simulator.lmsys import NUM_MODELS, VTC_LENGTHS, load_trace, matched_trace
 
 
 def write_log(path, lines):
@@ -25,6 +25,12 @@ def test_the_matched_workload_has_the_logs_averages():
     assert trace.output_len.mean() == pytest.approx(165, rel=0.1)
     assert trace.num_adapters == NUM_MODELS
     assert trace.arrival_s[-1] == pytest.approx(1000)
+
+
+def test_vtcs_sample_of_the_log_is_longer():
+    trace = matched_trace(rate=100, duration_s=1000, lengths=VTC_LENGTHS)
+    assert trace.prompt_len.mean() == pytest.approx(136, rel=0.1)
+    assert trace.output_len.mean() == pytest.approx(256, rel=0.1)
 
 
 def test_a_log_becomes_a_trace_of_single_turns_in_the_asked_time(tmp_path):

@@ -14,7 +14,7 @@ from loraplex_scheduler.policies import PolicyChoice
 from loraplex_server.simulator.experiments.options import Options
 from loraplex_server.simulator.fairness import service_gap
 from loraplex_server.simulator.hardware import find_hardware
-from loraplex_server.simulator.lmsys import matched_trace
+from loraplex_server.simulator.lmsys import VTC_LENGTHS, matched_trace
 from loraplex_server.simulator.models import find_setting
 from loraplex_server.simulator.plots import gap_figure
 from loraplex_server.simulator.report import Check, Report, Row, Table
@@ -42,7 +42,9 @@ def workloads(options: Options) -> dict[str, Trace]:
         "Poisson, 90 and 180 per min": vtc_trace(
             rates=(1.5, 3.0), duration_s=span_s, is_poisson=True, seed=seed
         ),
-        "LMSYS-like, 210 per min": matched_trace(rate=3.5, duration_s=span_s, seed=seed),
+        "LMSYS-like, 210 per min": matched_trace(
+            rate=3.5, duration_s=600.0, lengths=VTC_LENGTHS, seed=seed
+        ),
     }
     return dict(list(traces.items())[:1]) if options.is_quick else traces
 
