@@ -8,6 +8,7 @@ runs could come to need, so that a guess costs nobody anything.
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from typing import Final
@@ -27,6 +28,9 @@ _HISTORY_EVERY_S: Final = 1.0
 
 #: An adapter this popular was asked for within about two half-lives.
 _MIN_POPULARITY: Final = 0.25
+
+#: Popular ones that are tried at a time: more than are loaded at once, as some may not fit.
+_MAX_POPULAR: Final = 16
 
 #: Pages that guesses leave free: KV of what comes next should find them without evicting.
 _FREE_SHARE: Final = 0.1
@@ -83,36 +87,38 @@ class Lookahead:
     ) -> list[AdapterLoad]:
         """Start loads of guesses, and of what is popular, while pages lie idle."""
         residency = self._accounts.residency
-        if residency.num_loading or not self._has_room(1, ()):
+        if residency.num_loading or self._room(()) < 1:
             return []
+        room = self._room(running)
         loads = []
         for manifest in (*guesses, *self._popular()):
+            if room < 1 or residency.num_loading >= self._limits.max_loading:
+                break
             layout = self._layouts.of(manifest)
-            is_absent = residency.state(manifest.adapter_id) is None
-            if is_absent and self._has_room(layout.num_pages, running):
+            if layout.num_pages <= room and residency.state(manifest.adapter_id) is None:
                 pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
                 loads.append(AdapterLoad(manifest, layout, pages))
-            if residency.num_loading >= self._limits.max_loading:
-                break
+                room -= layout.num_pages
         return loads
 
-    def _has_room(self, num_pages: int, running: Collection[Sequence]) -> bool:
-        """Whether so many pages would leave enough: pages of a load cannot be had until it ends."""
+    def _room(self, running: Collection[Sequence]) -> int:
+        """Return how many pages loads may take: none of theirs can be had until they end."""
         num_spared = int(_FREE_SHARE * self._accounts.allocator.num_pages)
         num_to_grow = sum(s.table.pages_missing(s.last_len) for s in running)
-        return self._accounts.num_free >= num_pages + max(num_spared, num_to_grow)
+        return self._accounts.num_free - max(num_spared, num_to_grow)
 
     def _popular(self) -> list[AdapterManifest]:
-        """Return absent adapters that were asked for lately, the most popular first."""
+        """Return some absent adapters that were asked for lately, the most popular first."""
         now = self._accounts.clock.now_s
         if now < self._history_due_s:
             return []
         self._history_due_s = now + _HISTORY_EVERY_S
         residency = self._accounts.residency
         scored = [
-            (score, manifest.adapter_id, manifest)
+            (score, manifest.adapter_id)
             for manifest in self._recent.values()
             if residency.state(manifest.adapter_id) is None
             and (score := residency.popularity(manifest.adapter_id)) >= _MIN_POPULARITY
         ]
-        return [manifest for _, _, manifest in sorted(scored, reverse=True)]
+        first = heapq.nlargest(_MAX_POPULAR, scored)
+        return [self._recent[adapter_id] for _, adapter_id in first]
