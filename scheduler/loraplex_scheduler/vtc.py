@@ -104,6 +104,9 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._waiting)
 
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._waiting
+
     @property
     def num_clients(self) -> int:
         """Clients remembered, active and idle."""

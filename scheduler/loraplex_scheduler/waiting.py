@@ -43,6 +43,9 @@ class WaitingQueue(Protocol):
     def __iter__(self) -> Iterator[Sequence]:
         """Every waiting sequence, in no particular order."""
 
+    def __contains__(self, sequence: object) -> bool:
+        """Whether it waits; O(1), as every step asks it of many."""
+
     def push(self, sequence: Sequence) -> None:
         """A sequence arrives, or comes back because it was preempted."""
 
@@ -123,6 +126,9 @@ class OrderedQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._keys
 
     def push(self, sequence: Sequence) -> None:
         """A sequence arrives, or comes back to its old place."""

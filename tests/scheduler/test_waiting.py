@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 
+from loraplex_scheduler.vtc import FairQueue
 from loraplex_scheduler.waiting import (
     PATIENCE_S,
     OrderedQueue,
@@ -49,6 +50,17 @@ def test_first_come_is_first_served_whatever_the_order_of_the_calls():
     push_all(queue, random.Random(3).sample(sequences, 6))
     assert [serve(queue) for _ in range(6)] == sequences
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize("order", [fcfs, lcfs, lambda: FairQueue(lambda s: s.request.tenant)])
+def test_who_waits_is_told_without_a_look_at_all_of_them(order, monkeypatch):
+    make, queue = SequenceFactory(), order()
+    first, second = make(), make()
+    push_all(queue, (first, second))
+    queue.remove(first)
+    monkeypatch.delattr(type(queue), "__iter__")
+    assert second in queue
+    assert first not in queue
 
 
 def test_equal_arrivals_are_served_as_they_were_added():
