@@ -125,8 +125,10 @@ class Admitter:
         manifest = sequence.request.adapter
         assert manifest is not None
         assert layout is not None
-        # What will be pinned or written when it runs must be there beside what runs already.
-        num_pages = layout.num_pages + self._num_set_aside
+        # What will be pinned or written when it runs must be there beside what runs already. And
+        # its own pages are counted in what it leaves: those who run use them in the meantime.
+        num_own = sequence.table.pages_missing(sequence.num_tokens)
+        num_pages = layout.num_pages + num_own + self._num_set_aside
         num_left = self._admission.pages_to_leave(sequence)
         if self._num_obtainable() < num_pages + num_left:
             return False

@@ -9,6 +9,7 @@ from loraplex_memory.allocator import PageUse
 from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.errors import InvalidSampling, RequestRefused
 from loraplex_scheduler.plan import EndEvent, FinishReason, TokenEvent
+from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sampling import SamplingParams
 from tests.support.scheduling import (
     EOS,
@@ -238,6 +239,29 @@ def test_a_load_takes_no_page_that_a_running_sequence_needs_next():
         assert [s.request_id for s in plan.sequences] == ["running"]
         compute(scheduler, plan)
     assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+def test_in_the_worst_case_a_slow_load_makes_nobody_give_way(has_prefix_cache):
+    """What the newcomer itself needs once it runs is of no use to the others before that."""
+    choice = PolicyChoice(admission="worst-case", has_prefix_cache=has_prefix_cache)
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 10, max_step_tokens=64, choice=choice)
+    for name in ("r", "s"):
+        prompt = tuple(ord(name) + i for i in range(4))
+        scheduler.add(make_request(name, prompt=prompt, max_tokens=20))
+    compute(scheduler, scheduler.schedule(0.0))
+    new = make_request("w", num_prompt=32, max_tokens=1, adapter=make_manifest("a", 8))
+    scheduler.add(new)
+    loads = []
+    while scheduler.num_running:
+        plan = scheduler.schedule(0.0)
+        loads += plan.loads
+        compute(scheduler, plan)
+    assert scheduler.num_preemptions == 0
+    while not loads:
+        loads += scheduler.schedule(0.0).loads
+    scheduler.finish_load(loads[0].adapter.adapter_id)
+    assert [e.request_id for e in run(scheduler)] == ["w"]
 
 
 def test_end_tokens_stop_unless_they_are_ignored_or_too_early():
