@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from typing import Final, Protocol
 
 from loraplex_scheduler.answer_lengths import AnswerLengths
@@ -90,7 +90,7 @@ class KeepPromises:
         self._ttft_slo_s = ttft_slo_s
         self._log_correction = 0.0
         # A deadline so far away was met many times over by the forecast, which holds for a while.
-        self._distant_s = self._distant_until_s = 0.0
+        self._distant_s, self._distant_until_s = inf, 0.0
         self._distant_len = 0
         # When each must have started, had it its adapter. Those who did are taken out then.
         self._starts: list[tuple[float, int, Sequence]] = []
