@@ -9,7 +9,9 @@ squares instead gets stuck: what one coefficient lost by clipping, the others no
 once the gains are small.
 
 Relative errors are what promises need, and they make the fit robust: a step that took ten times as
-long, because the machine was busy with something else, weighs a hundredth.
+long, because the machine was busy with something else, weighs a hundredth. One that seems to have
+taken next to no time would outweigh all others: a host that was held up sees two steps end at once.
+So errors are relative to the prediction, or a good part of it, where that is more than the value.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from typing import Final
 
 #: What the prior counts, in observations.
 _PRIOR_WEIGHT: Final = 0.01
+
+#: Errors are relative to no less than this part of the prediction.
+_MIN_PART: Final = 0.5
 
 #: Sweeps over all coefficients per observation.
 _NUM_SWEEPS: Final = 4
@@ -55,11 +60,12 @@ class LinearFit:
         """Learn that these features came with this value, which is positive."""
         if not self._matrix:
             self._begin(value / self.predict(features))
-        x = [f * p / value for f, p in zip(features, self._prior, strict=True)]
+        unit = max(value, _MIN_PART * self.predict(features))
+        x = [f * p / unit for f, p in zip(features, self._prior, strict=True)]
         keep = self._forgetting
         for i, xi in enumerate(x):
             self._matrix[i] = [keep * a + xi * xj for a, xj in zip(self._matrix[i], x, strict=True)]
-            self._right[i] = keep * self._right[i] + xi
+            self._right[i] = keep * self._right[i] + xi * value / unit
         for _ in range(_NUM_SWEEPS):
             self._sweep()
         self.coefficients = [u * p for u, p in zip(self._unknowns, self._prior, strict=True)]
