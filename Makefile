@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 # Scripts for a machine with a GPU take the Python that has torch and triton there: no environment.
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-gpu check format bench bench-gpu clean help
+.PHONY: demo test test-gpu check format bench bench-adapters bench-gpu clean help
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ format: $(READY)  ## format and mend what lint can mend
 
 bench: $(READY)  ## compare with PEFT's mixed batch on this machine
 	$(BIN)/python server/bench/bench_serve.py
+
+bench-adapters: $(READY)  ## 2,000 adapters where 50 fit; what loads and decisions cost
+	$(BIN)/python server/bench/bench_many_adapters.py
+	$(BIN)/python server/bench/bench_loads.py
+	$(BIN)/python scheduler/bench/bench_scheduler.py
 
 bench-gpu:  ## kernels, decode steps and closed loops on a GPU (under 8 minutes)
 	$(GPU_PYTHON) server/bench/bench_gpu.py
