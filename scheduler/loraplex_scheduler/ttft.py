@@ -20,7 +20,7 @@ from loraplex_scheduler.step_times import StepLoad, StepTimes
 from loraplex_scheduler.waiting import Ahead, WaitingQueue
 
 #: Waiting sequences that are played through; those behind go at the pace of the later half.
-_MAX_AHEAD: Final = 256
+_MAX_AHEAD: Final = 128
 
 
 class Forecast(NamedTuple):
