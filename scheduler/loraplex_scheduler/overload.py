@@ -62,6 +62,8 @@ _MAX_CORRECTION: Final = log(4.0)
 _MAX_WATCHED: Final = 64
 _WATCHED_PART: Final = 0.5
 
+#: Promises that were kept are not worth looking for when there are no more of them than this.
+_MIN_FORGOTTEN: Final = 64
 
 #: A deadline is distant when it is so many times the forecast away; looked at again after a while.
 _DISTANT: Final = 8.0
@@ -136,6 +138,7 @@ class KeepPromises:
             self._watch(newcomer, forecast.first_token_s, by_s, now)
             start_s = by_s - self._prefill_s(newcomer)
             heapq.heappush(self._starts, (start_s, newcomer.order, newcomer))
+            self._forget_started(len(situation.waiting) + len(situation.running))
         return None
 
     def drop(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
@@ -175,8 +178,16 @@ class KeepPromises:
     def _prefill_s(self, sequence: Sequence) -> float:
         """Return the time to its first token if nothing else ran."""
         num_tokens = sequence.num_tokens
-        load = StepLoad(num_tokens, 1, num_tokens, sequence.num_adapter_pages)
+        found = sequence.table.match(sequence.token_ids, num_tokens - 1)
+        num_own = num_tokens - found.num_tokens
+        load = StepLoad(num_own, 1, num_tokens, sequence.num_adapter_pages)
         return self._times.step_s(load)
+
+    def _forget_started(self, num_live: int) -> None:
+        """Keep nobody until a distant promise is due who has its token, or went away."""
+        if len(self._starts) > 2 * num_live + _MIN_FORGOTTEN:
+            self._starts = [s for s in self._starts if s[2].is_live and not s[2].num_generated]
+            heapq.heapify(self._starts)
 
     def _watch(self, sequence: Sequence, predicted_s: float, by_s: float, now: float) -> None:
         """Compare a prediction with what comes, if it matters how good it is."""

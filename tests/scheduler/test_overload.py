@@ -7,6 +7,7 @@ import pytest
 from loraplex_scheduler.answer_lengths import AnswerLengths
 from loraplex_scheduler.overload import KeepPromises, NoOverloadControl
 from loraplex_scheduler.policies import PolicyChoice
+from loraplex_scheduler.step_times import StepLoad
 from tests.support.sequences import SequenceFactory
 from tests.support.timed_machine import LinearTimes, TimedMachine
 
@@ -185,6 +186,32 @@ def test_who_went_away_is_not_dropped():
         left.add(priority=-1)
     left.run_until(SLO_S + 1)
     assert name not in left.rejected
+
+
+def test_who_ended_long_before_its_promise_is_forgotten():
+    """A promise may be hours away; those who got their first token at once are not kept so long."""
+    patient = machine(max_running=64)
+    for _ in range(300):
+        patient.add(first_token_by_s=patient.now + 7200.0)
+        patient.step()
+    patient.run_until(patient.now + 60)
+    patient.add(first_token_by_s=patient.now + 7200.0)
+    assert len(patient.first_tokens) >= 300
+    assert len(patient.policies.overload._starts) < 100
+
+
+def test_a_promise_is_kept_that_only_the_prefix_cache_makes_possible():
+    choice = PolicyChoice(order="fcfs")
+    cached = TimedMachine(choice=choice, max_step_tokens=512)
+    prompt = tuple(range(1, 401))
+    cached.add(prompt=prompt)
+    cached.run_until(10)
+    alone_s = cached.times.step_s(StepLoad(400, 1, 400, 0))
+    by_s = cached.now + alone_s / 2
+    name = cached.add(prompt=prompt, first_token_by_s=by_s)
+    cached.run_until(20)
+    assert not cached.rejected
+    assert cached.first_tokens[name] <= by_s
 
 
 def test_a_deadline_that_waiting_would_break_is_refused():
