@@ -26,6 +26,9 @@ from loraplex_scheduler.waiting import Ahead, Key, arrival_key
 #: Idle clients remembered before those are forgotten whose counter says nothing any more.
 _MAX_IDLE: Final = 4096
 
+#: Dead entries that are not worth a sweep.
+_MIN_GARBAGE: Final = 64
+
 #: What an answer is taken to cost until the first ones are known.
 _PRIOR_ANSWER_LEN: Final = 128.0
 
@@ -90,6 +93,7 @@ class FairQueue:
         self._clients: dict[str, _Client] = {}
         self._lines: dict[tuple[int, str], _Line] = {}
         self._heaps: dict[int, list[_Entry]] = {}
+        self._num_entered = 0  # entries made since the dead ones were swept out
         self._walked: dict[_Line, None] = {}  # lines that the last walk moved on in
         self._waiting: dict[Sequence, None] = {}
         self._charged: WeakSet[Sequence] = WeakSet()
@@ -282,6 +286,7 @@ class FairQueue:
         # A serial number, as an earlier entry of the same line may lie in the heap.
         line.entry = (line.client.counter, key, next(self._serials), line)
         heapq.heappush(self._heaps.setdefault(line.priority, []), line.entry)
+        self._num_entered += 1
 
     def _put_back(self) -> None:
         """Let the lines that the last walk moved on in start with their oldest again."""
@@ -289,3 +294,14 @@ class FairQueue:
             if line.sequences:
                 self._enter(line, 0)
         self._walked.clear()
+        if self._num_entered > 4 * len(self._lines) + _MIN_GARBAGE:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Drop entries of lines that nobody waits in any more; no walk is under way."""
+        for priority, heap in list(self._heaps.items()):
+            heap[:] = [entry for entry in heap if entry[3].entry is entry]
+            heapq.heapify(heap)
+            if not heap:
+                del self._heaps[priority]
+        self._num_entered = 0

@@ -289,3 +289,15 @@ def test_who_was_served_more_is_not_ahead_of_a_client_that_was_served_less():
     queue.charge_prompt(first, 500)
     ahead = queue.ahead_of(make(tenant="little"), limit=10)
     assert (ahead.sequences, ahead.num_more) == ([own], 0)
+
+
+def test_lines_that_were_given_up_leave_nothing_behind():
+    """Requests of no urgency that end by their deadlines while somebody of the same waits on."""
+    queue, make = make_queue(), SequenceFactory()
+    push(queue, make, "patient", priority=9)
+    for i in range(2000):
+        (sequence,) = push(queue, make, f"tenant{i % 7}", priority=9 + i % 2 * i)
+        queue.remove(sequence)
+    assert sum(len(heap) for heap in queue._heaps.values()) < 200
+    assert len(queue._heaps) < 200
+    assert [s.request.tenant for s in queue.in_order()] == ["patient"]
