@@ -24,8 +24,8 @@ _LENGTHS = (
     Lengths(median=44, sigma=1.15, most=1023),
     Lengths(median=100, sigma=1.0, most=1023),
 )
-#: For VTC's sample of the log: it kept an engine of 777 tokens/s overloaded at 3.5 requests/s, which
-#: S-LoRA's lengths would hardly do. 136 in and 256 out is an assumption; its artifact has no log.
+#: For VTC's sample of the log: it kept an engine of 777 tokens/s overloaded at 3.5 requests/s,
+#: which S-LoRA's lengths would hardly do. 136 in and 256 out is assumed; its artifact has no log.
 VTC_LENGTHS = (
     Lengths(median=71, sigma=1.15, most=1023),
     Lengths(median=165, sigma=1.0, most=1023),
