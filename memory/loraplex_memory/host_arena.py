@@ -34,6 +34,9 @@ class HostArena:
         dtype: the pool's.
         is_pinned: register the memory with the GPU's driver, so that copies out of it run beside
             the host and at full speed.
+
+    Raises:
+        MemoryError: so much memory cannot be had, or not be pinned.
     """
 
     def __init__(
@@ -131,8 +134,12 @@ class HostArena:
 def _pin(slab: torch.Tensor) -> None:
     # Not `pin_memory=True`: torch's allocator rounds up to a power of two, gigabytes here.
     num_bytes = math.prod(slab.shape) * slab.element_size()
-    status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(int(status))
+    status = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
+    if status != 0:
+        raise MemoryError(
+            f"{num_bytes} bytes of host memory cannot be pinned (CUDA error {status}): "
+            "lower host_bytes"
+        )
 
 
 def _unpin(slab: torch.Tensor) -> None:

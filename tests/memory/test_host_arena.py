@@ -118,3 +118,37 @@ def test_memory_that_is_never_written_is_not_committed():
     arena = HostArena(LAYOUT, (256 << 20) // PAGE_BYTES, dtype=torch.float32)
     assert resident_bytes() - before < 16 << 20
     assert arena.capacity_bytes > 255 << 20
+
+
+class Driver:
+    """Answers as the GPU's driver does, which a machine without one cannot."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address, num_bytes, flags):  # noqa: N802  (CUDA's name)
+        if self.status == 0:
+            self.pinned[address] = num_bytes
+        return self.status
+
+    def cudaHostUnregister(self, address):  # noqa: N802  (CUDA's name)
+        del self.pinned[address]
+        return 0
+
+
+def test_all_of_the_memory_is_pinned_until_it_is_given_up(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    arena = HostArena(LAYOUT, 8, dtype=torch.float32, is_pinned=True)
+    empty = HostArena(LAYOUT, 0, dtype=torch.float32, is_pinned=True)
+    assert list(driver.pinned.values()) == [8 * PAGE_BYTES]
+    for each in (arena, arena, empty):
+        each.close()
+    assert not driver.pinned
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(status=2))
+    with pytest.raises(MemoryError, match=r"CUDA error 2.*lower host_bytes"):
+        HostArena(LAYOUT, 8, dtype=torch.float32, is_pinned=True)
