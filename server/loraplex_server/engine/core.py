@@ -113,8 +113,9 @@ class EngineCore:
         # what was launched by the time of `submit`. This plan touches none of them.
         for load in plan.loads:
             self._loader.submit(load)
-        for manifest in plan.prefetches:
-            self._loader.prefetch(manifest)
+        for manifest in plan.prefetches:  # most wanted first
+            if not self._loader.prefetch(manifest):
+                break
         events += self._fly(plan)
         self._is_waiting_for_loads = not plan.sequences and not had_flight
         if not self._is_waiting_for_loads:

@@ -41,7 +41,7 @@ from loraplex_server.engine.background import start_background_thread
 
 log = logging.getLogger(__name__)
 
-#: A prefetch that has waited behind so many newer ones is for requests that have come and gone.
+#: What waits behind so many others would come for requests that have come and gone.
 _MAX_PREFETCHES: Final = 8
 
 
@@ -150,21 +150,26 @@ class AdapterLoader:
             self._loads.append(job)
             self._lock.notify()
 
-    def prefetch(self, adapter: AdapterManifest) -> None:
-        """Bring an adapter into the arena when there is time; the newest few requests count.
+    def prefetch(self, adapter: AdapterManifest) -> bool:
+        """Bring an adapter into the arena when there is time.
 
-        Does nothing if it is there, or on its way in either queue, or if there is no arena.
+        Does nothing if it is there, or on its way in either queue.
+
+        Returns:
+            Whether more may be asked for: there is an arena, and not too many wait.
         """
         adapter_id = adapter.adapter_id
-        if self._arena is None or adapter_id in self._arena:
-            return
+        if self._arena is None:
+            return False
+        if adapter_id in self._arena:
+            return True
         with self._lock:
-            if adapter_id in self._prefetches or any(self._jobs_of(adapter_id)):
-                return
-            self._prefetches[adapter_id] = _Job(adapter)
-            if len(self._prefetches) > _MAX_PREFETCHES:
-                self._prefetches.popitem(last=False)
-            self._lock.notify()
+            if adapter_id not in self._prefetches and not any(self._jobs_of(adapter_id)):
+                if len(self._prefetches) == _MAX_PREFETCHES:
+                    return False
+                self._prefetches[adapter_id] = _Job(adapter)
+                self._lock.notify()
+        return True
 
     def discard(self, adapter_id: str) -> None:
         """Forget an adapter in host memory: now, or when the loads that name it have ended."""

@@ -400,15 +400,16 @@ def test_a_prefetch_of_what_is_on_its_way_does_nothing(held, tmp_path):
     assert loader.num_prefetches == 1
 
 
-def test_only_the_newest_prefetches_wait(held, tmp_path):
+def test_only_a_few_prefetches_wait_those_asked_for_first(held, tmp_path):
     loader, writer = held
     for i in range(20):
-        loader.prefetch(make_load(tmp_path, f"p{i:02}", 0, rank=1).adapter)
+        is_wanted = loader.prefetch(make_load(tmp_path, f"p{i:02}", 0, rank=1).adapter)
+        assert is_wanted == (i < 8)
     assert loader.num_outstanding == 1 + 8
     writer.gate.set()
     poll_all(loader, 1)
     assert loader.num_prefetches == 8
-    assert loader.host_adapters() == ("first", *(f"p{i}" for i in range(12, 20)))
+    assert loader.host_adapters() == ("first", *(f"p{i:02}" for i in range(8)))
 
 
 def test_what_is_discarded_does_not_stay_in_host_memory(held, tmp_path):
