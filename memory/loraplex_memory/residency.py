@@ -131,10 +131,6 @@ class AdapterResidency:
         """Running sequences that hold an adapter, over all adapters."""
         return self._num_pins
 
-    def idle_ids(self) -> list[str]:
-        """Adapters that could be evicted, idle for the longest time first."""
-        return list(self._idle)
-
     def num_idle_pages(self, spared: AbstractSet[str] = frozenset()) -> int:
         """Pages of adapters that could be evicted, without the spared ones."""
         if not spared:

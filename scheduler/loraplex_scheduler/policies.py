@@ -109,7 +109,6 @@ class Policies:
     Attributes:
         times: predicts steps and loads, and learns from them.
         lengths: predicts answers; learns from those that the admission policy sees end.
-        drops_unused_adapters: adapters leave the pool once nobody runs with them.
     """
 
     queue: WaitingQueue
@@ -119,7 +118,6 @@ class Policies:
     overload: OverloadPolicy
     times: StepTimes
     lengths: AnswerLengths
-    drops_unused_adapters: bool = False
 
 
 def make_policies(
@@ -152,7 +150,6 @@ def make_policies(
         ),
         times=times,
         lengths=lengths,
-        drops_unused_adapters=choice.eviction == "unused",
     )
 
 

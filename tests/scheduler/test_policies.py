@@ -43,7 +43,6 @@ def test_the_defaults_are_fair_expect_keep_promises_and_rank_by_cost():
     assert isinstance(policies.clustering, NoClustering)
     assert isinstance(policies.overload, KeepPromises)
     assert isinstance(make_eviction(PolicyChoice()), CostAware)
-    assert not policies.drops_unused_adapters
 
 
 def test_s_lora_is_what_its_paper_and_code_say():
@@ -52,7 +51,6 @@ def test_s_lora_is_what_its_paper_and_code_say():
     assert isinstance(policies.batching, SeparatePrefill)
     assert isinstance(policies.overload, NoOverloadControl)
     assert isinstance(make_eviction(S_LORA), DropUnused)
-    assert policies.drops_unused_adapters
     assert not S_LORA.has_prefix_cache
 
 
@@ -113,8 +111,7 @@ def test_fairness_among_adapters_looks_at_adapters():
 def test_each_engine_gets_policies_of_its_own():
     first, second = make(PolicyChoice()), make(PolicyChoice())
     for field in fields(first):
-        if field.name != "drops_unused_adapters":
-            assert getattr(first, field.name) is not getattr(second, field.name)
+        assert getattr(first, field.name) is not getattr(second, field.name)
 
 
 @pytest.mark.parametrize(
