@@ -279,6 +279,8 @@ class Scheduler:
             if failures and sequence.request_id in failures:
                 message = failures[sequence.request_id]
                 events += self.abort(sequence.request_id, FinishReason.FAILED, message)
+                # What made it fail may lie in pages that others would find.
+                self.accounts.prefixes.drop_adapter(sequence.adapter_id)
             elif step.is_sampled:
                 sampled.append(sequence)
                 events.append(self._append(sequence, tokens[sequence.request_id]))

@@ -8,7 +8,7 @@ from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.allocator import PageUse
 from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.errors import InvalidSampling, RequestRefused
-from loraplex_scheduler.plan import EndEvent, FinishReason, TokenEvent
+from loraplex_scheduler.plan import EndEvent, FinishReason, StepResult, TokenEvent
 from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sampling import SamplingParams
 from tests.support.scheduling import (
@@ -239,6 +239,22 @@ def test_a_load_takes_no_page_that_a_running_sequence_needs_next():
         assert [s.request_id for s in plan.sequences] == ["running"]
         compute(scheduler, plan)
     assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("adapter", [None, make_manifest("a", rank=1)])
+def test_nobody_finds_the_pages_of_a_request_that_failed(adapter):
+    scheduler = make_scheduler(choice=PolicyChoice())
+    for name in ("first", "second"):
+        scheduler.add(make_request(name, num_prompt=12, adapter=adapter))
+        plan = scheduler.schedule(0.0)
+        if plan.loads:
+            finish_loads(scheduler, plan)
+            plan = scheduler.schedule(0.0)
+        assert [(s.request_id, s.start) for s in plan.sequences] == [(name, 0)]
+        scheduler.advance(plan)
+        failed = scheduler.commit(plan, StepResult({}, {name: "not finite"}))
+        assert [e.finish_reason for e in failed] == [FinishReason.FAILED]
+        scheduler.check()
 
 
 @pytest.mark.parametrize("has_prefix_cache", [True, False])
