@@ -83,7 +83,8 @@ class Life:
         except RequestRefused:
             return
         if events:
-            assert [e.finish_reason for e in events] == [FinishReason.REJECTED]
+            (end,) = events
+            assert end.finish_reason in (FinishReason.REJECTED, FinishReason.REFUSED)
             return
         if self.free_ids:
             self.free_ids.pop()
