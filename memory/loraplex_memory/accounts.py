@@ -52,6 +52,11 @@ class PoolAccounts:
         self.num_prefix_evictions = 0
 
     @property
+    def drops_unused(self) -> bool:
+        """Adapters leave as soon as nobody runs with them, so having one early is of no use."""
+        return self._evictor.policy.drops_unused
+
+    @property
     def num_free(self) -> int:
         return self.allocator.num_free
 

@@ -46,13 +46,14 @@ class Lookahead:
         self._layouts = layouts
         self._limits = limits
         self._hints: OrderedDict[str, AdapterManifest] = OrderedDict()
+        self._for_pool: OrderedDict[str, AdapterManifest] = OrderedDict()
         self._recent: OrderedDict[str, AdapterManifest] = OrderedDict()
         self._history_due_s = 0.0
 
     @property
     def has_hints(self) -> bool:
         """A hint has not been acted upon."""
-        return bool(self._hints)
+        return bool(self._hints or self._for_pool)
 
     def arrive(self, manifest: AdapterManifest) -> None:
         """A request names this adapter."""
@@ -70,36 +71,41 @@ class Lookahead:
     def forget(self, adapter_id: str) -> None:
         """The adapter was deleted."""
         self._hints.pop(adapter_id, None)
+        self._for_pool.pop(adapter_id, None)
         self._recent.pop(adapter_id, None)
 
     def guesses(self, behind: Iterable[AdapterManifest]) -> list[AdapterManifest]:
-        """Return what should come into host memory, the surest first; forgets the hints.
+        """Return what should come into host memory, the surest first; each hint once.
 
         Args:
             behind: adapters of waiting sequences that this step did not come to.
         """
         wanted = {m.adapter_id: m for m in behind} | self._hints
+        self._for_pool |= wanted
         self._hints.clear()
         return [m for i, m in wanted.items() if self._accounts.residency.state(i) is None]
 
-    def begin_loads(
-        self, guesses: Iterable[AdapterManifest], running: Collection[Sequence]
-    ) -> list[AdapterLoad]:
-        """Start loads of guesses, and of what is popular, while pages lie idle."""
+    def try_begin_load(self, running: Collection[Sequence]) -> AdapterLoad | None:
+        """Start the load of a guess, or of what is popular, while pages and the loader are idle.
+
+        One at a time: a request that comes right after waits for one load at most. And none where
+        adapters are dropped as soon as nobody runs with them.
+        """
         residency = self._accounts.residency
-        if residency.num_loading or self._room(()) < 1:
-            return []
-        room = self._room(running)
-        loads = []
-        for manifest in (*guesses, *self._popular()):
-            if room < 1 or residency.num_loading >= self._limits.max_loading:
-                break
+        if self._accounts.drops_unused or self._room(()) < 1:
+            self._for_pool.clear()
+            return None
+        if residency.num_loading:
+            return None
+        self._for_pool |= self._popular()
+        room = self._room(running) if self._for_pool else 0
+        while self._for_pool:
+            adapter_id, manifest = self._for_pool.popitem(last=False)
             layout = self._layouts.of(manifest)
-            if layout.num_pages <= room and residency.state(manifest.adapter_id) is None:
-                pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
-                loads.append(AdapterLoad(manifest, layout, pages))
-                room -= layout.num_pages
-        return loads
+            if layout.num_pages <= room and residency.state(adapter_id) is None:
+                pages = residency.begin_load(adapter_id, layout.num_pages)
+                return AdapterLoad(manifest, layout, pages)
+        return None
 
     def _room(self, running: Collection[Sequence]) -> int:
         """Return how many pages loads may take: none of theirs can be had until they end."""
@@ -107,11 +113,11 @@ class Lookahead:
         num_to_grow = sum(s.table.pages_missing(s.last_len) for s in running)
         return self._accounts.num_free - max(num_spared, num_to_grow)
 
-    def _popular(self) -> list[AdapterManifest]:
+    def _popular(self) -> dict[str, AdapterManifest]:
         """Return some absent adapters that were asked for lately, the most popular first."""
         now = self._accounts.clock.now_s
         if now < self._history_due_s:
-            return []
+            return {}
         self._history_due_s = now + _HISTORY_EVERY_S
         residency = self._accounts.residency
         scored = [
@@ -121,4 +127,4 @@ class Lookahead:
             and (score := residency.popularity(manifest.adapter_id)) >= _MIN_POPULARITY
         ]
         first = heapq.nlargest(_MAX_POPULAR, scored)
-        return [self._recent[adapter_id] for _, adapter_id in first]
+        return {adapter_id: self._recent[adapter_id] for _, adapter_id in first}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, log
 from typing import Final, Protocol
@@ -31,7 +32,7 @@ class OverloadPolicy(Protocol):
         """Decide on arrival, before the newcomer waits; None accepts it."""
 
     def drop(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
-        """Return who waits without a token yet and cannot be served in time any more.
+        """Return who waits without a token yet and cannot be served in time any more, each once.
 
         Called before each step's admissions; must cost next to nothing when nobody is late.
         """
@@ -74,7 +75,10 @@ class KeepPromises:
     """Refuses on arrival what would not get its first token by the time promised, or not end by its
     deadline for having waited, and drops who waits once it is too late.
 
-    So the queue stays as short as what can be served in time, and none of it is served in vain.
+    So the queue stays as short as what can be served in time, and none of it is served in vain. To
+    serve as many as possible, the largest goes when there is too much: rather than a newcomer, a
+    larger one of the same tenant that waits for its first token (Moore and Hodgson's rule for the
+    fewest late jobs, 1968, as jobs come). No tenant loses a place to another one.
     Predictions are corrected by a factor learned from how they came true: the quantile of
     `_KEPT_SHARE` of observed over predicted, by stochastic approximation in the logarithm
     (Robbins and Monro), which a few wild observations do not move far.
@@ -97,6 +101,7 @@ class KeepPromises:
         # When each must have started, had it its adapter. Those who did are taken out then.
         self._starts: list[tuple[float, int, Sequence]] = []
         self._watched: list[tuple[Sequence, float, float]] = []  # and accepted when, predicted
+        self._victims: dict[Sequence, Rejection] = {}
 
     def _is_distant(self, left_s: float, num_waiting: int, now: float) -> bool:
         """Whether a deadline is so far away that it needs no forecast: one takes a millisecond."""
@@ -125,7 +130,9 @@ class KeepPromises:
                     f"asked for in {promised_s:.3f} s: allow it more time",
                     None,
                 )
-            return _too_late("first token", first_s, by_s - now)
+            rejection = _too_late("first token", first_s, by_s - now)
+            if not self._try_displace(newcomer, situation, rejection):
+                return rejection
         if deadline_s is not None:
             left_s, answer_s = deadline_s - now, forecast.answer_s
             # An answer that takes too long even alone is no matter of overload, and may be short.
@@ -143,12 +150,64 @@ class KeepPromises:
 
     def drop(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
         self._learn(now)
+        return list((dict(self._pop_late(situation, now)) | self._pop_victims(situation)).items())
+
+    def _try_displace(self, newcomer: Sequence, situation: Situation, rejection: Rejection) -> bool:
+        """Let the largest that waits go in the newcomer's place, if it is larger."""
+        work_s = self._measure_work()
+        request = newcomer.request
+        candidates = [
+            (work_s(s), s.order, s)
+            for s in situation.waiting
+            if s.num_generated == 0
+            and s.request.tenant == request.tenant
+            and s.request.priority >= request.priority
+            and self._promise(s) is not None
+            and s not in self._victims
+        ]
+        if not candidates:
+            return False
+        size_s, _, largest = max(candidates)
+        if size_s <= work_s(newcomer):
+            return False
+        self._victims[largest] = Rejection(
+            "more was asked for than can be served in time, and this request of up to "
+            f"{largest.last_len - largest.num_prompt} tokens gave way to a shorter one",
+            rejection.retry_after_s,
+        )
+        return True
+
+    def _measure_work(self) -> Callable[[Sequence], float]:
+        """Return a function that tells the seconds of the engine's time that a sequence may take.
+
+        Its answer counts as long as it may become: what was learned of others does not tell the
+        long ones apart.
+        """
+        step_s = self._times.step_s
+        nothing_s = step_s(StepLoad(0, 0, 0, 0))
+        token_s = (step_s(StepLoad(1024, 0, 0, 0)) - nothing_s) / 1024
+        decode_s = step_s(StepLoad(1, 1, 0, 0)) - nothing_s
+        kv_s = (step_s(StepLoad(0, 0, 65536, 0)) - nothing_s) / 65536
+
+        def work_s(sequence: Sequence) -> float:
+            num_prompt, rest = sequence.num_prompt, sequence.last_len - sequence.num_tokens
+            return num_prompt * token_s + rest * (decode_s + kv_s * (num_prompt + rest / 2))
+
+        return work_s
+
+    def _pop_victims(self, situation: Situation) -> dict[Sequence, Rejection]:
+        """Return those who gave way and still wait."""
+        victims, self._victims = self._victims, {}
+        return {s: rejection for s, rejection in victims.items() if s in situation.waiting}
+
+    def _pop_late(self, situation: Situation, now: float) -> list[tuple[Sequence, Rejection]]:
+        """Return who waits and must have started by now to get its first token in time."""
         late: list[Sequence] = []
         while self._starts and self._starts[0][0] <= now:
             start_s, order, sequence = heapq.heappop(self._starts)
             if not sequence.is_live or sequence.num_generated:
                 continue
-            if not sequence.table.pages:
+            if sequence in situation.waiting:
                 late.append(sequence)
             elif start_s < (by_s := self._promised(sequence)):  # it runs, but may be preempted
                 heapq.heappush(self._starts, (by_s, order, sequence))

@@ -82,6 +82,7 @@ class Roster:
         """Forget a sequence that ended."""
         del self._by_id[sequence.request_id]
         sequence.is_live = False
+        self.waiting.settle(sequence)
         if sequence.table.pages:
             self._release(sequence)
         elif sequence in self.finishing:

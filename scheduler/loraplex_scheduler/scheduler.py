@@ -242,7 +242,9 @@ class Scheduler:
         if draft:
             batching.launched(has_admitted=has_admitted)
         guesses = self._lookahead.guesses(behind)
-        loads += self._lookahead.begin_loads(guesses, self._roster.running)
+        guess = self._lookahead.try_begin_load(self._roster.running)
+        if guess is not None:
+            loads.append(guess)
         self._drafted = draft.flight(loads, guesses)
         return self._drafted.plan
 

@@ -18,7 +18,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Final
-from weakref import WeakSet
 
 from loraplex_scheduler.sequence import Sequence
 from loraplex_scheduler.waiting import Ahead, Key, arrival_key
@@ -34,14 +33,26 @@ _PRIOR_ANSWER_LEN: Final = 128.0
 
 
 class _Client:
-    """Somebody who is served. `share` is one over its weight."""
+    """Somebody who is served. `share` is one over its weight; `credit` what it paid too much."""
 
-    __slots__ = ("counter", "num_waiting", "share")
+    __slots__ = ("counter", "credit", "num_waiting", "share")
 
     def __init__(self, counter: float, share: float) -> None:
         self.counter = counter
+        self.credit = 0.0
         self.share = share
         self.num_waiting = 0
+
+    def lift(self, level: float) -> None:
+        """Let its counter, less its credit, not be under `level`."""
+        self.credit = min(self.credit, max(0.0, self.counter - level) / self.share)
+        self.counter = max(self.counter, level)
+
+    def charge(self, cost: float) -> None:
+        """Let it pay, from its credit first: a counter never falls."""
+        from_credit = min(self.credit, cost)
+        self.credit -= from_credit
+        self.counter += (cost - from_credit) * self.share
 
 
 class _Line:
@@ -70,6 +81,11 @@ class FairQueue:
     counter over all priorities. Prompt tokens found in the prefix cache cost nothing, as they are
     not charged. A prompt is charged once: that a preempted sequence is computed again is the
     server's doing, and the client does not pay for it.
+
+    An answer is charged ahead, at admission, as long as answers usually become (the paper's variant
+    with length prediction); what it gets beyond that is charged as it comes, and what it leaves is
+    credited. Charged as it comes from the start, a client whose counter is the least would be given
+    every free place of a step, and of the next ones.
     """
 
     def __init__(
@@ -96,7 +112,7 @@ class FairQueue:
         self._num_entered = 0  # entries made since the dead ones were swept out
         self._walked: dict[_Line, None] = {}  # lines that the last walk moved on in
         self._waiting: dict[Sequence, None] = {}
-        self._charged: WeakSet[Sequence] = WeakSet()
+        self._paid: dict[Sequence, int] = {}  # tokens of the answers of those admitted
         self._left_last: _Client | None = None
         self._serials = count()
         self._num_prompts = 1.0
@@ -127,7 +143,7 @@ class FairQueue:
         client = self._clients.get(name) or self._meet(name)
         self._put_back()
         if not client.num_waiting:
-            client.counter = max(client.counter, self._level())
+            client.lift(self._level())
         client.num_waiting += 1
         self._waiting[sequence] = None
         priority = sequence.request.priority
@@ -186,24 +202,30 @@ class FairQueue:
         return Ahead(ahead[:limit], num_more + max(0, len(ahead) - limit))
 
     def charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
-        """Charge tokens to compute, unless the sequence was admitted before."""
-        if sequence in self._charged:
+        """Charge tokens to compute, and the answer to come, unless it was admitted before."""
+        if sequence in self._paid:
             return
-        self._charged.add(sequence)
-        client = self._client(sequence)
-        client.counter += num_tokens * self._prompt_weight * client.share
+        answer_len = int(self._usual_len(sequence))
+        self._paid[sequence] = sequence.num_generated + answer_len
+        cost = num_tokens * self._prompt_weight + answer_len * self._output_weight
+        self._client(sequence).charge(cost)
         self._num_prompts = 0.99 * self._num_prompts + 1.0
         self._num_outputs *= 0.99
 
     def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
-        """Charge one token to each."""
-        clients, client_of, cost = self._clients, self._client_of, self._output_weight
-        num = 0
+        """Charge one token to each that has got more than it paid for."""
+        paid, cost, num = self._paid, self._output_weight, 0
         for sequence in sequences:
-            client = clients.get(client_of(sequence)) or self._client(sequence)
-            client.counter += cost * client.share
+            if sequence.num_tokens - sequence.num_prompt > paid.get(sequence, 0):
+                self._client(sequence).charge(cost)
             num += 1
         self._num_outputs += num
+
+    def settle(self, sequence: Sequence) -> None:
+        """Credit what an ended sequence paid for and did not get."""
+        left = self._paid.pop(sequence, 0) - len(sequence.token_ids) + sequence.num_prompt
+        if left > 0:
+            self._client(sequence).credit += left * self._output_weight
 
     # ---- clients ---------------------------------------------------------------------------
 
@@ -236,10 +258,13 @@ class FairQueue:
             return min(tops)
         return self._left_last.counter if self._left_last else 0.0
 
+    def _usual_len(self, sequence: Sequence) -> float:
+        """Return the tokens that its answer is expected to have."""
+        usual = self._num_outputs / self._num_prompts
+        return min(usual, sequence.last_len - sequence.num_tokens)
+
     def _usual_cost(self, sequence: Sequence) -> float:
-        answer_len = min(
-            self._num_outputs / self._num_prompts, sequence.request.sampling.max_tokens
-        )
+        answer_len = self._usual_len(sequence)
         return sequence.num_prompt * self._prompt_weight + answer_len * self._output_weight
 
     def _num_before(self, line: _Line, reach: float) -> int:

@@ -72,6 +72,9 @@ class WaitingQueue(Protocol):
     def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
         """Each of these got one token more; called once per step."""
 
+    def settle(self, sequence: Sequence) -> None:
+        """A sequence ended, waiting or not, and will not be charged any more."""
+
 
 def arrival_key(sequence: Sequence) -> tuple[int, float, int]:
     """First come, first served. Starves nobody: only those who came before go before."""
@@ -181,6 +184,9 @@ class OrderedQueue:
 
     def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
         """Tokens change nothing here."""
+
+    def settle(self, sequence: Sequence) -> None:
+        """Nothing was charged."""
 
     @property
     def _is_oldest_due(self) -> bool:

@@ -36,9 +36,13 @@ def test_what_is_popular_comes_back_while_there_is_room():
             request_id = f"{name}{i}"
             scheduler.add(make_request(request_id, adapter=make_manifest(name, rank)))
             scheduler.abort(request_id)
-    plan = scheduler.schedule(0.0)
-    assert loads_of(plan) == ["much", "large"]
-    scheduler.check()
+    loaded = []
+    while scheduler.has_work or not loaded:
+        plan = scheduler.schedule(0.0)
+        loaded += [loads_of(plan)]
+        finish_loads(scheduler, plan)
+        scheduler.check()
+    assert [names for names in loaded if names] == [["much"], ["large"]]  # one at a time
 
 
 def test_a_guess_takes_no_page_that_those_who_run_could_need():

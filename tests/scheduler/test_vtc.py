@@ -168,7 +168,22 @@ def test_a_preempted_sequence_pays_for_its_prompt_once():
     queue.push(sequence)
     queue.remove(sequence)
     queue.charge_prompt(sequence, 11)
-    assert queue.counter("a") == paid == 10 * PROMPT_WEIGHT + OUTPUT_WEIGHT
+    assert queue.counter("a") == paid >= 10 * PROMPT_WEIGHT + OUTPUT_WEIGHT
+
+
+def test_an_answer_is_charged_ahead_and_settled_when_it_ends():
+    make, queue = SequenceFactory(), make_queue()
+    short, again = push(queue, make, "a", 2, num_prompt=10)
+    queue.remove(short)
+    queue.charge_prompt(short, 10)
+    ahead = queue.counter("a")
+    assert ahead > 10 * PROMPT_WEIGHT
+    queue.charge_outputs([short])
+    assert queue.counter("a") == ahead  # it was paid for
+    queue.settle(short)  # and ended without most of it
+    queue.remove(again)
+    queue.charge_prompt(again, 10)
+    assert queue.counter("a") - ahead <= 10 * PROMPT_WEIGHT + OUTPUT_WEIGHT
 
 
 def test_priority_goes_before_fairness():

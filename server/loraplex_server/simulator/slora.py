@@ -134,6 +134,9 @@ class EarlyAbort:
     def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
         """Tokens change nothing here."""
 
+    def settle(self, sequence: Sequence) -> None:
+        """Nothing was charged."""
+
     # ---- as an overload policy -----------------------------------------------------------------
 
     def refuse(self, newcomer: Sequence, situation: Situation, now: float) -> Rejection | None:
