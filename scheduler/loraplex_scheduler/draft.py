@@ -33,8 +33,9 @@ class StepDraft:
     def put(self, sequence: Sequence, step: SequenceStep) -> None:
         """Let a sequence compute; it is not in the draft yet."""
         assert step.num_tokens <= self.budget, "the step has no room for so many tokens"
+        assert sequence not in self._single, "one span per sequence"
+        assert sequence not in self._longer, "one span per sequence"
         steps = self._single if step.num_tokens == 1 else self._longer
-        assert sequence not in steps, "one span per sequence"
         steps[sequence] = step
         self.budget -= step.num_tokens
 

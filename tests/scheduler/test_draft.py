@@ -5,51 +5,58 @@ from __future__ import annotations
 import pytest
 
 from loraplex_scheduler.draft import StepDraft
-from loraplex_scheduler.plan import SequenceStep
-from loraplex_scheduler.sampling import SamplingParams
+from tests.support.sequences import SequenceFactory
 
 
-def make_step(request_id: str, num_tokens: int) -> SequenceStep:
-    return SequenceStep(
-        request_id=request_id,
-        adapter_id=None,
-        start=0,
-        token_ids=(1,) * num_tokens,
-        block_table=(0,),
-        is_sampled=True,
-        sampling=SamplingParams(),
-        history=(),
-        num_prompt=num_tokens,
-        position=num_tokens,
-        banned_token_ids=frozenset(),
-    )
+@pytest.fixture
+def put():
+    """Return a function that makes a waiting sequence and puts all its tokens into a draft."""
+    make = SequenceFactory()
+
+    def put(draft, num_tokens):
+        sequence = make(num_prompt=num_tokens)
+        draft.put(sequence, sequence.step(num_tokens))
+        return sequence
+
+    return put
 
 
-def test_who_is_dropped_gives_its_tokens_back():
+def test_who_is_dropped_gives_its_tokens_back(put):
     draft = StepDraft(10)
-    for name, num_tokens in (("a", 1), ("b", 6)):
-        draft.put(make_step(name, num_tokens))
+    put(draft, 1)
+    dropped = put(draft, 6)
     assert draft.budget == 3
-    draft.drop("b")
+    draft.drop(dropped)
+    assert (draft.budget, len(draft)) == (9, 1)
+    draft.drop(dropped)
     assert draft.budget == 9
-    draft.drop("b")
-    draft.drop("never put in")
-    assert draft.budget == 9
-    draft.put(make_step("b", 9))
+    put(draft, 9)
     assert draft.budget == 0
 
 
-def test_more_than_the_budget_and_a_second_span_are_refused():
+def test_more_than_the_budget_and_a_second_span_are_refused(put):
     draft = StepDraft(4)
-    draft.put(make_step("a", 2))
+    sequence = put(draft, 2)
     with pytest.raises(AssertionError, match="no room"):
-        draft.put(make_step("b", 3))
-    with pytest.raises(AssertionError, match="one span"):
-        draft.put(make_step("a", 1))
+        put(draft, 3)
+    for num_tokens in (1, 2):
+        with pytest.raises(AssertionError, match="one span"):
+            draft.put(sequence, sequence.step(num_tokens))
 
 
-def test_single_tokens_come_first_and_otherwise_the_order_stays():
+def test_single_tokens_come_first_and_otherwise_the_order_stays(put):
     draft = StepDraft(20)
-    for name, num_tokens in (("a", 4), ("b", 1), ("c", 3), ("d", 1)):
-        draft.put(make_step(name, num_tokens))
-    assert [step.request_id for step in draft.in_order()] == ["b", "d", "a", "c"]
+    a, b, c, d = (put(draft, num_tokens) for num_tokens in (4, 1, 3, 1))
+    flight = draft.flight((), ())
+    assert flight.sequences == (b, d, a, c)
+    assert [step.request_id for step in flight.plan.sequences] == [
+        sequence.request_id for sequence in flight.sequences
+    ]
+
+
+def test_a_flight_knows_what_its_step_costs(put):
+    draft = StepDraft(20)
+    put(draft, 4)
+    put(draft, 1)
+    load = draft.flight((), ()).load
+    assert (load.num_tokens, load.num_sequences, load.kv_tokens) == (5, 2, 5)

@@ -24,7 +24,12 @@ def sampler():
 
 
 def named(steps: list[SequenceStep]) -> list[SequenceStep]:
-    return [dataclasses.replace(step, request_id=f"r{i}") for i, step in enumerate(steps)]
+    """Give each step a request id of its own."""
+    replace = dataclasses.replace
+    return [
+        replace(step, request=replace(step.request, request_id=f"r{i}"))
+        for i, step in enumerate(steps)
+    ]
 
 
 def demanding_steps(seed: int, count: int) -> list[SequenceStep]:
@@ -44,13 +49,10 @@ def demanding_steps(seed: int, count: int) -> list[SequenceStep]:
             logprobs=rng.choice([None, 0, 3, 20]),
         )
         banned = frozenset(rng.sample(range(VOCAB), rng.choice([0, 3])))
+        prompt = history[: rng.randrange(len(history))]
+        request = dataclasses.replace(step.request, prompt_token_ids=prompt)
         steps.append(
-            dataclasses.replace(
-                step,
-                history=history,
-                num_prompt=rng.randrange(len(history)),
-                banned_token_ids=banned,
-            )
+            dataclasses.replace(step, request=request, history=history, banned_token_ids=banned)
         )
     return named(steps)
 
