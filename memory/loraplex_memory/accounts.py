@@ -64,6 +64,10 @@ class PoolAccounts:
         """Pages of idle adapters, except the spared ones, and of idle prefixes."""
         return self.residency.num_idle_pages(spared) + self.prefixes.num_idle
 
+    def num_obtainable(self, spared: AbstractSet[str] = frozenset()) -> int:
+        """Pages that are free, or would be if everything idle but the spared adapters left."""
+        return self.allocator.num_free + self.num_evictable(spared)
+
     def new_table(self, adapter_id: str | None) -> PageTable:
         """Return an empty table for a sequence of this adapter, None: of the base model."""
         return PageTable(self.allocator, self.layout.page_tokens, self.prefixes, adapter_id)

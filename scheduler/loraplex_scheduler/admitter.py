@@ -61,7 +61,7 @@ class Admitter:
         self.num_prefix_hits = 0
         self._num_set_aside = 0
 
-    def drop_claims(self) -> None:
+    def _drop_claims(self) -> None:
         """Forget the claims of sequences that wait no more; note whose load was undone."""
         residency, waiting = self._accounts.residency, self._roster.waiting
         self._undone = {sequence for sequence in self._undone if sequence in waiting}
@@ -81,7 +81,7 @@ class Admitter:
             The loads that waiting sequences need; and while nothing is being loaded, the adapters
             of those behind.
         """
-        self.drop_claims()
+        self._drop_claims()
         self._spared = set()
         self._num_set_aside = 0
         loads: list[AdapterLoad] = []
@@ -168,13 +168,11 @@ class Admitter:
         num_tokens = min(sequence.num_pending, draft.budget)
         step = sequence.step(num_tokens)
         draft.put(sequence, step)
-        # So that others of the same prompt, admitted in this very step, share what it computes.
-        num_known = min(step.start + num_tokens, len(sequence.token_ids))
-        sequence.table.publish(sequence.token_ids, num_known, may_replace=False)
+        sequence.publish_drafted(step)
 
     def _num_obtainable(self) -> int:
         """Pages that are free, or would be if all idle ones but the spared adapters' were."""
-        return self._accounts.num_free + self._accounts.num_evictable(self._spared)
+        return self._accounts.num_obtainable(self._spared)
 
     def _pages_of(self, num_tokens: int) -> int:
         return self._accounts.layout.pages_for_tokens(num_tokens)

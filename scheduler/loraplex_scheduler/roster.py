@@ -117,7 +117,7 @@ class Roster:
         assert self._residency.num_pins() == len(pins), "pins and running sequences disagree"
 
     def _release(self, sequence: Sequence) -> None:
-        sequence.table.publish(sequence.token_ids, sequence.num_known_computed, may_replace=True)
+        sequence.publish_computed()
         sequence.table.release()
         self.running.remove(sequence)
         self.penalized.discard(sequence)

@@ -101,7 +101,7 @@ class Scheduler:
     @property
     def num_obtainable(self) -> int:
         """Pages that are free or could be made free by eviction."""
-        return self.accounts.num_free + self.accounts.num_evictable(frozenset())
+        return self.accounts.num_obtainable()
 
     @property
     def num_prefix_queries(self) -> int:
@@ -319,8 +319,7 @@ class Scheduler:
             if num_tokens > 0 and self._grow(sequence, stop, draft):
                 draft.put(sequence, sequence.step(num_tokens))
         for sequence, step in draft.longer():
-            num_known = min(step.start + step.num_tokens, len(sequence.token_ids))
-            sequence.table.publish(sequence.token_ids, num_known, may_replace=False)
+            sequence.publish_drafted(step)
 
     def _grow(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
         """Find pages for a running sequence: idle ones first, then younger sequences'.
@@ -366,8 +365,7 @@ class Scheduler:
             self._policies.admission.ended(sequence)
             self._end(sequence)
         elif sequence.num_computed % self.accounts.layout.page_tokens == 0 and sequence.table.pages:
-            num_known = sequence.num_known_computed
-            sequence.table.publish(sequence.token_ids, num_known, may_replace=True)
+            sequence.publish_computed()
         is_first = len(sequence.token_ids) == sequence.num_prompt + 1
         num_cached = (sequence.num_cached or 0) if is_first else 0
         return TokenEvent(sequence.request_id, token, reason, num_cached)

@@ -87,11 +87,6 @@ class Sequence:
         return self.num_tokens - self.num_prompt
 
     @property
-    def num_known_computed(self) -> int:
-        """Tokens that have KV and known ids: what the prefix cache can take."""
-        return min(self.num_computed, len(self.token_ids))
-
-    @property
     def is_complete(self) -> bool:
         """It has as many tokens as it may have, awaited ones included: nothing is left to run."""
         return self.num_tokens >= self.last_len
@@ -123,6 +118,16 @@ class Sequence:
         if self.num_tokens - self.num_prompt < self.request.sampling.min_tokens:
             step.banned_token_ids = self.end_token_ids
         return step
+
+    def publish_drafted(self, step: SequenceStep) -> None:
+        """Let the prefix cache have what a drafted step computes, for others of this very step."""
+        num_known = min(step.start + step.num_tokens, len(self.token_ids))
+        self.table.publish(self.token_ids, num_known, may_replace=False)
+
+    def publish_computed(self) -> None:
+        """Let the prefix cache have all that has KV and known ids."""
+        num_known = min(self.num_computed, len(self.token_ids))
+        self.table.publish(self.token_ids, num_known, may_replace=True)
 
     def advance(self, step: SequenceStep) -> None:
         """Count what a launched step computes as computed, and what it samples as awaited."""
