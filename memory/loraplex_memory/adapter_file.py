@@ -1,9 +1,11 @@
 """The canonical on-disk form of an adapter, the one form the engine reads.
 
 One safetensors file: for every layer and projection that carries LoRA, `{layer}.{projection}.A`
-`[R, in]` and `{layer}.{projection}.B` `[out, R]` in the trainer's dtype, and the scale (alpha / r,
-or alpha / sqrt(r)) of each pair as JSON in the header. Nothing here is specific to one trainer's
-format; converting to this form is the adapter catalogue's work.
+`[R, in]` and `{layer}.{projection}.B` `[out, R]`; for every part, `{layer}.{name}`, or `{name}` of
+the whole model; all in the dtype in which they came, or float32 where they were converted. Beside
+them, in the header, JSON: the scale of each pair (alpha / r, or what else its format says), and
+the token ids that belong to the parts. Nothing here is specific to one trainer's format; converting
+to this form is the adapter catalogue's work.
 """
 
 from __future__ import annotations
@@ -11,65 +13,44 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
 
-from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_spec import LAYER_PARTS, MODEL_PARTS
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
 from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, Projection
 from loraplex_memory.scratch import Scratch
 from loraplex_memory.tensor_file import read_tensor_file
 
-FORMAT = "loraplex-adapter-1"
+FORMAT = "loraplex-adapter-2"
 
-_KEY: Final = re.compile(r"(\d+)\.(\w+)", re.ASCII)
+_MODULE: Final = re.compile(r"(\d+)\.(\w+)", re.ASCII)
+_PART: Final = re.compile(r"(\d+)\.(.+)", re.ASCII)
 _PROJECTIONS: Final[dict[str, Projection]] = {projection: projection for projection in PROJECTIONS}
-
-#: (layer, projection)
-ModuleKey = tuple[int, Projection]
-
-
-@dataclass(frozen=True)
-class LoRAPair:
-    """One linear's update: `delta(x) = scale * B (A x)` with A `[R, in]` and B `[out, R]`."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-AdapterWeights = Mapping[ModuleKey, LoRAPair]
-
-
-def ranks_of(weights: AdapterWeights, num_layers: int) -> AdapterRanks:
-    """Return the true rank of every module, 0 where there is none."""
-    return tuple(
-        tuple(weights[layer, p].rank if (layer, p) in weights else 0 for p in PROJECTIONS)
-        for layer in range(num_layers)
-    )
+_ID_LISTS: Final = ("token_ids", "head_token_ids", "invocation_token_ids")
 
 
 def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
     """Write `weights` to `path` in the canonical form, modules in a fixed order."""
     tensors: dict[str, torch.Tensor] = {}
     scales: dict[str, float] = {}
-    for (layer, projection), pair in sorted(weights.items()):
+    for (layer, projection), pair in sorted(weights.lora.items()):
         key = f"{layer}.{projection}"
         tensors[f"{key}.A"] = pair.a.contiguous()
         tensors[f"{key}.B"] = pair.b.contiguous()
         scales[key] = pair.scale
-    save_file(tensors, path, metadata={"format": FORMAT, "scales": json.dumps(scales)})
+    for part, tensor in weights.parts.items():
+        tensors[part_name(part)] = tensor.contiguous()
+    ids = {name: getattr(weights, name) for name in _ID_LISTS}
+    metadata = {"format": FORMAT, "scales": json.dumps(scales), "ids": json.dumps(ids)}
+    save_file(tensors, path, metadata=metadata)
 
 
-def read_adapter_file(path: Path, scratch: Scratch | None = None) -> dict[ModuleKey, LoRAPair]:
+def read_adapter_file(path: Path, scratch: Scratch | None = None) -> AdapterWeights:
     """Read a canonical adapter file into host memory.
 
     Args:
@@ -82,35 +63,60 @@ def read_adapter_file(path: Path, scratch: Scratch | None = None) -> dict[Module
     """
     try:
         tensors, metadata = read_tensor_file(path, scratch or Scratch())
-        return _pairs(tensors, _read_scales(metadata))
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"not a {FORMAT} file")
+        lora = _take_pairs(tensors, _read_scales(metadata))
+        parts = {_part_key(name): tensor for name, tensor in tensors.items()}
+        return AdapterWeights(lora, parts, **_read_ids(metadata))
     except (OSError, ValueError) as error:
         raise AdapterFileError(str(path), str(error)) from error
 
 
-def _pairs(
-    tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float]
+def part_name(key: PartKey) -> str:
+    """Return `{layer}.{name}`, or `{name}` of the whole model."""
+    name, layer = key
+    return name if layer is None else f"{layer}.{name}"
+
+
+def _take_pairs(
+    tensors: dict[str, torch.Tensor], scales: Mapping[str, float]
 ) -> dict[ModuleKey, LoRAPair]:
+    """Take the pairs that have a scale out of `tensors`."""
     names = {f"{key}.{matrix}" for key in scales for matrix in "AB"}
-    if odd := names.symmetric_difference(tensors):
+    if odd := names.difference(tensors):
         raise ValueError(f"tensors and scales do not match: {', '.join(sorted(odd)[:8])}")
     return {
-        _module_key(key): LoRAPair(tensors[f"{key}.A"], tensors[f"{key}.B"], scale)
+        _module_key(key): LoRAPair(tensors.pop(f"{key}.A"), tensors.pop(f"{key}.B"), scale)
         for key, scale in scales.items()
     }
 
 
 def _read_scales(metadata: Mapping[str, str]) -> dict[str, float]:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"not a {FORMAT} file")
     scales = json.loads(metadata.get("scales", "null"))
     if not isinstance(scales, dict) or not all(isinstance(s, int | float) for s in scales.values()):
         raise ValueError("the scales are missing")
     return scales
 
 
+def _read_ids(metadata: Mapping[str, str]) -> dict[str, Any]:
+    stored = json.loads(metadata.get("ids", "null"))
+    if not isinstance(stored, dict) or set(stored) != set(_ID_LISTS):
+        raise ValueError("the token ids are missing")
+    return {name: tuple(map(int, ids)) for name, ids in stored.items()}
+
+
 def _module_key(key: str) -> ModuleKey:
-    match = _KEY.fullmatch(key)
+    match = _MODULE.fullmatch(key)
     projection = _PROJECTIONS.get(match[2]) if match else None
     if match is None or projection is None:
         raise ValueError(f"unknown module {key}")
     return int(match[1]), projection
+
+
+def _part_key(key: str) -> PartKey:
+    if key in MODEL_PARTS:
+        return key, None
+    match = _PART.fullmatch(key)
+    if match is None or match[2] not in LAYER_PARTS:
+        raise ValueError(f"tensors and scales do not match: {key}")
+    return match[2], int(match[1])

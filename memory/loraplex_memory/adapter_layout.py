@@ -1,9 +1,15 @@
-"""Where each LoRA matrix of one adapter lies inside the adapter's pages.
+"""Where each matrix of one adapter lies inside the adapter's pages.
 
-Every layer of an adapter is a run of chunks, the same pages in every layer. Site by site come the A
-matrices (rows of length `in`), then the B matrices (transposed: rows of length `out`), each at its
-true rank: nothing is padded to a maximum rank or to a tile. Ranks may differ per layer and per
-projection; rank 0 means the module is absent.
+First come the layers' pages: every layer is a run of chunks, the same pages in every layer. Site by
+site come the A matrices (rows of length `in`), then the B matrices (transposed: rows of length
+`out`), each at its true rank: nothing is padded to a maximum rank or to a tile. Ranks may differ
+per layer and per projection; rank 0 means the module is absent. Behind them come the layer's parts
+(`adapter_spec`), of which every row begins a chunk.
+
+A part of the whole model would waste all layers but one of such pages. So the pages behind those of
+the layers are read as *slices*, one after the other over all layers: slice `s` is layer `s % L` of
+page `s // L`. As the pool is one tensor `[L, P, page_elems]`, slice ids index it as
+`[L * P, page_elems]`, and kernels read such a matrix as they read any other.
 """
 
 from __future__ import annotations
@@ -11,10 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from loraplex_memory.adapter_spec import EMBEDDING_A, AdapterRanks, AdapterSpec, Part
 from loraplex_memory.layout import PROJECTIONS, SITES, PoolLayout
-
-#: `ranks[layer][projection]`, projections in the order of `PROJECTIONS`; 0 is "no module here".
-AdapterRanks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class AdapterLayout:
     """Chunk offsets of one adapter; immutable, and independent of where its pages are."""
 
     pool: PoolLayout
-    ranks: AdapterRanks
+    spec: AdapterSpec
 
     def __post_init__(self) -> None:
         if len(self.ranks) != self.pool.geometry.num_layers:
@@ -31,6 +35,10 @@ class AdapterLayout:
             )
         if any(len(row) != len(PROJECTIONS) or min(row) < 0 for row in self.ranks):
             raise ValueError(f"each layer needs {len(PROJECTIONS)} ranks of at least 0")
+
+    @property
+    def ranks(self) -> AdapterRanks:
+        return self.spec.ranks
 
     @cached_property
     def _offsets(self) -> tuple[AdapterRanks, AdapterRanks, tuple[int, ...]]:
@@ -67,12 +75,63 @@ class AdapterLayout:
         """First chunk of B (stored `[R, out]`), `[layer][projection]`."""
         return self._offsets[1]
 
+    @property
+    def lora_chunks(self) -> tuple[int, ...]:
+        """Chunks of each layer's LoRA pairs; its parts begin there."""
+        return self._offsets[2]
+
+    @cached_property
+    def _parts(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int], tuple[int, ...], int]:
+        """First chunks of the parts of layers and of the model, and where each run ends."""
+        ends = list(self.lora_chunks)
+        of_layers: dict[str, tuple[int, ...]] = {}
+        of_model: dict[str, int] = {}
+        model_end = 0
+        for part in self.spec.parts:
+            num_chunks = self.part_chunks(part)
+            if not part.layers:
+                of_model[part.name] = model_end
+                model_end += num_chunks
+                continue
+            starts = [-1] * len(ends)
+            for layer in part.layers:
+                starts[layer] = ends[layer]
+                ends[layer] += num_chunks
+            of_layers[part.name] = tuple(starts)
+        return of_layers, of_model, tuple(ends), model_end
+
+    def part_chunks(self, part: Part) -> int:
+        """Return the chunks of a part, in each layer that has it."""
+        chunk = self.pool.chunk_elems
+        if part.name == EMBEDDING_A:  # looked up element by element: rows of a rank need no chunk
+            return -(-part.num_rows * part.row_elems // chunk)
+        return part.num_rows * (self.row_pitch(part) // chunk)
+
+    def row_pitch(self, part: Part) -> int:
+        """Return the elements between the rows of a part."""
+        chunk = self.pool.chunk_elems
+        return part.row_elems if part.name == EMBEDDING_A else -(-part.row_elems // chunk) * chunk
+
+    def layer_part(self, name: str) -> tuple[int, ...] | None:
+        """Return the first chunk of a part in each layer, -1 where there is none."""
+        return self._parts[0].get(name)
+
+    def model_part(self, name: str) -> int | None:
+        """Return the first chunk of a part of the model, among the slices."""
+        return self._parts[1].get(name)
+
+    @cached_property
+    def num_layer_pages(self) -> int:
+        """Pages of the layers: the fullest layer decides, as pages span all layers."""
+        return -(-max(self._parts[2]) // self.pool.chunks_per_page)
+
     @cached_property
     def num_pages(self) -> int:
-        """Pages the adapter occupies: the fullest layer decides, as pages span all layers."""
-        return -(-max(self._offsets[2]) // self.pool.chunks_per_page)
+        """Pages the adapter occupies; those behind `num_layer_pages` are read as slices."""
+        slices = -(-self._parts[3] // self.pool.chunks_per_page)
+        return self.num_layer_pages + -(-slices // self.pool.geometry.num_layers)
 
     @property
     def num_elems(self) -> int:
         """Elements over all layers that carry weights, without the tail of the last page."""
-        return sum(self._offsets[2]) * self.pool.chunk_elems
+        return (sum(self._parts[2]) + self._parts[3]) * self.pool.chunk_elems

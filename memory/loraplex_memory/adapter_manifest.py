@@ -1,10 +1,10 @@
-"""What the engine must know of an adapter before it reads a single tensor."""
+"""What a request says of its adapter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_spec import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class AdapterManifest:
     Attributes:
         adapter_id: `sha256:<hex>` of the canonical tensors and config; never reused.
         path: the canonical adapter file on local disk.
-        ranks: true rank per layer and projection; sizes the adapter's pages.
+        spec: all there is to know before the file is read; sizes the adapter's pages.
     """
 
     adapter_id: str
     path: str
-    ranks: AdapterRanks
+    spec: AdapterSpec

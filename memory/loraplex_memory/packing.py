@@ -12,9 +12,10 @@ from typing import Final
 
 import torch
 
-from loraplex_memory.adapter_file import AdapterWeights, LoRAPair, ranks_of
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.layout import PROJECTIONS
+from loraplex_memory.part_packing import pack_parts
 from loraplex_memory.runs import runs
 from loraplex_memory.scratch import Scratch
 
@@ -51,7 +52,7 @@ def pack_adapter(
     rows = packed.view(num_layers, -1)
     for at, projection in enumerate(PROJECTIONS):
         present = [layer for layer in range(num_layers) if layout.ranks[layer][at]]
-        pairs = {layer: weights[layer, projection] for layer in present}
+        pairs = {layer: weights.lora[layer, projection] for layer in present}
         for group in _groups(pairs, layout, at):
             some = [pairs[layer] for layer in group]
             # float32, and so is every product with it.
@@ -62,16 +63,17 @@ def pack_adapter(
             _put(rows, group, a_start, _stack([pair.a for pair in some]))
             _put(rows, group, b_start, b)
     _clear_ends(rows, layout)
+    pack_parts(packed, weights.parts, layout)
     return packed
 
 
 def _check(weights: AdapterWeights, layout: AdapterLayout) -> None:
     geometry = layout.pool.geometry
-    is_beyond = any(not 0 <= layer < geometry.num_layers for layer, _ in weights)
-    if is_beyond or ranks_of(weights, geometry.num_layers) != layout.ranks:
+    is_beyond = any(not 0 <= layer < geometry.num_layers for layer, _ in weights.lora)
+    if is_beyond or weights.spec(geometry.num_layers) != layout.spec:
         raise ValueError("the modules and their ranks are not those that the layout has room for")
     sizes = {p: (geometry.in_features(p), geometry.out_features(p)) for p in PROJECTIONS}
-    for (layer, projection), pair in weights.items():
+    for (layer, projection), pair in weights.lora.items():
         rank, (in_features, out_features) = pair.rank, sizes[projection]
         if pair.a.shape != (rank, in_features) or pair.b.shape != (out_features, rank):
             raise ValueError(

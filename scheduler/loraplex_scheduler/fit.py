@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-from loraplex_memory.adapter_layout import AdapterLayout, AdapterRanks
+from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.limits import SchedulerLimits
@@ -17,23 +18,23 @@ _MAX_LAYOUTS: Final = 512
 
 
 class AdapterLayouts:
-    """Owned by the scheduler. Offsets follow from the ranks, so adapters of equal ranks share them;
+    """Owned by the scheduler. Offsets follow from the spec, so adapters of equal specs share them;
     the least recently used are forgotten.
     """
 
     def __init__(self, layout: PoolLayout) -> None:
         self._layout = layout
-        self._layouts: OrderedDict[AdapterRanks, AdapterLayout] = OrderedDict()
+        self._layouts: OrderedDict[AdapterSpec, AdapterLayout] = OrderedDict()
 
     def of(self, manifest: AdapterManifest) -> AdapterLayout:
         """Return where the adapter's matrices lie inside its pages."""
-        layout = self._layouts.get(manifest.ranks)
+        layout = self._layouts.get(manifest.spec)
         if layout is None:
-            layout = self._layouts[manifest.ranks] = AdapterLayout(self._layout, manifest.ranks)
+            layout = self._layouts[manifest.spec] = AdapterLayout(self._layout, manifest.spec)
             if len(self._layouts) > _MAX_LAYOUTS:
                 self._layouts.popitem(last=False)
         else:
-            self._layouts.move_to_end(manifest.ranks)
+            self._layouts.move_to_end(manifest.spec)
         return layout
 
 

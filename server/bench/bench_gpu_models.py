@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from loraplex_memory.adapter_file import LoRAPair, write_adapter_file
-from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_file import write_adapter_file
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterRanks, AdapterSpec
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, Projection
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
@@ -117,7 +118,7 @@ def write_adapters(
         if key not in files:
             files[key] = _write_file(folder, geometry, rank, seed=key[1])
         path, adapter_ranks = files[key]
-        manifests.append(AdapterManifest(f"{prefix}-{i}", str(path), adapter_ranks))
+        manifests.append(AdapterManifest(f"{prefix}-{i}", str(path), AdapterSpec(adapter_ranks)))
     return manifests
 
 
@@ -136,5 +137,5 @@ def _write_file(
             a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
             b = torch.randn(d_out, rank, generator=generator) * 0.005 / rank**0.5
             weights[layer, target] = LoRAPair(a.bfloat16(), b.bfloat16(), 2.0)
-    write_adapter_file(path, weights)
+    write_adapter_file(path, AdapterWeights(weights))
     return path, ranks

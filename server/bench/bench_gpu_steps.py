@@ -17,6 +17,7 @@ from bench_gpu_models import ALL_LINEAR, ATTENTION, uniform_ranks
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import Projection
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, PlannedAdapter, Request, SequenceStep
@@ -94,7 +95,9 @@ class StepBench:
 
     def _layout(self, targets: tuple[Projection, ...]) -> AdapterLayout:
         layout = self._pool.layout
-        return AdapterLayout(layout, uniform_ranks(layout.geometry, self._rank, targets))
+        return AdapterLayout(
+            layout, AdapterSpec(uniform_ranks(layout.geometry, self._rank, targets))
+        )
 
     def _place(
         self,

@@ -88,7 +88,7 @@ def test_chunked_prefill(model, cases, manifests, judge):
 
 def test_after_preemption(model, cases, manifests, judge):
     layout = PoolLayout(model.spec.geometry)
-    adapters = sum(AdapterLayout(layout, m.ranks).num_pages for m in manifests.values())
+    adapters = sum(AdapterLayout(layout, m.spec).num_pages for m in manifests.values())
     prompts = sum(layout.pages_for_tokens(len(prompt)) for _, _, prompt in cases)
     # Room for every prompt and a page each: the answers take three, so somebody must give way.
     core = make_core(
@@ -106,7 +106,7 @@ def test_after_preemption(model, cases, manifests, judge):
 
 def test_after_eviction_and_reload(model, cases, manifests, judge):
     layout = PoolLayout(model.spec.geometry)
-    largest = max(AdapterLayout(layout, m.ranks).num_pages for m in manifests.values())
+    largest = max(AdapterLayout(layout, m.spec).num_pages for m in manifests.values())
     longest = max(layout.pages_for_tokens(len(prompt) + 24) for _, _, prompt in cases)
     core = make_core(
         model, num_pages=largest + 2 * longest, max_model_len=256, num_host_pages=2 * largest

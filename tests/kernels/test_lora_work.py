@@ -12,6 +12,7 @@ from loraplex_kernels.batch import PagedAdapter, build_lora_batch
 from loraplex_kernels.lora_shape import LoRAShape, LoRATuning
 from loraplex_kernels.lora_work import LoRAWork, build_lora_work, no_lora_work
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import SITES, ModelGeometry, PoolLayout
 from tests.support.kernel_cases import SMALL, SMOLLM2
 from tests.support.lora_cases import SHORT_PARTS, site_shapes
@@ -26,7 +27,7 @@ def make_batch(ranks, rows, geometry=DEEP):
     adapters = []
     for row in ranks:
         by_layer = row if isinstance(row[0], list) else [row] * geometry.num_layers
-        adapter = AdapterLayout(layout, tuple(map(tuple, by_layer)))
+        adapter = AdapterLayout(layout, AdapterSpec(tuple(map(tuple, by_layer))))
         pages = range(100 * len(adapters), 100 * len(adapters) + adapter.num_pages)
         adapters.append(PagedAdapter(pages, adapter.ranks, adapter.a_chunks, adapter.b_chunks))
     return build_lora_batch(adapters, rows, layout.chunk_elems)

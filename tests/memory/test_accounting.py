@@ -12,6 +12,7 @@ import pytest
 
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.allocator import PageUse
 from loraplex_memory.eviction import CostAware
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
@@ -40,7 +41,7 @@ class Costs:
 
 def all_linear(pool: PoolLayout, rank: int) -> AdapterLayout:
     row = (rank,) * len(PROJECTIONS)
-    return AdapterLayout(pool, (row,) * pool.geometry.num_layers)
+    return AdapterLayout(pool, AdapterSpec((row,) * pool.geometry.num_layers))
 
 
 def waste(layouts: list[AdapterLayout]) -> float:

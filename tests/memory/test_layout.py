@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
 
 MODELS = {
@@ -34,7 +35,7 @@ def test_chunks_are_long_enough_to_read_and_never_cross_a_page(geometry):
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
 def test_only_the_last_page_has_room_left(geometry, rank):
     layout = PoolLayout(geometry)
-    adapter = AdapterLayout(layout, ((rank,) * 7,) * geometry.num_layers)
+    adapter = AdapterLayout(layout, AdapterSpec(((rank,) * 7,) * geometry.num_layers))
     room = adapter.num_pages * layout.page_elems * geometry.num_layers - adapter.num_elems
     assert 0 <= room < layout.page_elems * geometry.num_layers
 
@@ -42,7 +43,7 @@ def test_only_the_last_page_has_room_left(geometry, rank):
 def test_no_row_is_padded():
     for name, geometry in MODELS.items():
         layout = PoolLayout(geometry)
-        adapter = AdapterLayout(layout, ((64,) * 7,) * geometry.num_layers)
+        adapter = AdapterLayout(layout, AdapterSpec(((64,) * 7,) * geometry.num_layers))
         row = sum(geometry.in_features(p) + geometry.out_features(p) for p in PROJECTIONS)
         assert adapter.num_elems == 64 * row * geometry.num_layers, name
 
@@ -50,7 +51,7 @@ def test_no_row_is_padded():
 def test_matrices_of_one_layer_do_not_overlap():
     layout = PoolLayout(MODELS["SmolLM2-135M"])
     ranks = ((3, 0, 5, 8, 1, 0, 64),) * 30
-    adapter = AdapterLayout(layout, ranks)
+    adapter = AdapterLayout(layout, AdapterSpec(ranks))
     spans = []
     for index, projection in enumerate(PROJECTIONS):
         rank, geometry = ranks[0][index], layout.geometry
@@ -65,4 +66,4 @@ def test_matrices_of_one_layer_do_not_overlap():
 
 def test_ranks_of_another_depth_are_refused():
     with pytest.raises(ValueError, match="30"):
-        AdapterLayout(PoolLayout(MODELS["SmolLM2-135M"]), ((1,) * 7,) * 12)
+        AdapterLayout(PoolLayout(MODELS["SmolLM2-135M"]), AdapterSpec(((1,) * 7,) * 12))

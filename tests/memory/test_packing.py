@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from loraplex_memory import packing
 from loraplex_memory.adapter_file import (
     FORMAT,
-    LoRAPair,
-    ranks_of,
     read_adapter_file,
     write_adapter_file,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
 from loraplex_memory.packing import pack_adapter
@@ -35,12 +35,13 @@ RANKS = ((3, 0, 2, 1, 0, 4, 5), (0, 0, 0, 0, 0, 0, 2))
 
 @pytest.fixture
 def weights():
-    return make_weights(GEOMETRY, [list(row) for row in RANKS], torch.Generator().manual_seed(0))
+    ranks = [list(row) for row in RANKS]
+    return AdapterWeights(make_weights(GEOMETRY, ranks, torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture
 def layout():
-    return AdapterLayout(POOL, RANKS)
+    return AdapterLayout(POOL, AdapterSpec(RANKS))
 
 
 # ---- packing -------------------------------------------------------------------------------
@@ -50,14 +51,14 @@ def layout():
 def test_every_matrix_lies_where_the_layout_says(weights, layout, dtype):
     packed = pack_adapter(weights, layout, dtype=dtype)
     assert packed.shape == (2, layout.num_pages, POOL.page_elems)
-    for (layer, projection), pair in weights.items():
+    for (layer, projection), pair in weights.lora.items():
         at = PROJECTIONS.index(projection)
         row = packed[layer].flatten()
         a = row[layout.a_chunks[layer][at] * POOL.chunk_elems :][: pair.a.numel()]
         b = row[layout.b_chunks[layer][at] * POOL.chunk_elems :][: pair.b.numel()]
         assert torch.equal(a.view(pair.a.shape), pair.a.to(dtype))
         assert torch.equal(b.view(pair.b.T.shape), (pair.b * pair.scale).T.to(dtype))
-    assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.values())
+    assert packed.count_nonzero() == sum(p.a.numel() + p.b.numel() for p in weights.lora.values())
 
 
 @pytest.mark.parametrize("run_elems", [1, 300, 1 << 20])
@@ -75,8 +76,10 @@ def test_weights_that_lie_side_by_side_are_packed_alike(
         key: LoRAPair(pair.a.to(stored), pair.b.to(stored), 0.1 * key[0] + 0.3)
         for key, pair in make_weights(geometry, ranks, torch.Generator().manual_seed(1)).items()
     }
-    layout = AdapterLayout(PoolLayout(geometry, page_tokens=4), tuple(map(tuple, ranks)))
-    write_adapter_file(tmp_path / "a", apart)
+    layout = AdapterLayout(
+        PoolLayout(geometry, page_tokens=4), AdapterSpec(tuple(map(tuple, ranks)))
+    )
+    write_adapter_file(tmp_path / "a", AdapterWeights(apart))
     file_memory, pack_memory = Scratch(), Scratch()
     pack_memory.take((12, layout.num_pages, POOL.page_elems), dtype).fill_(float("nan"))
     packed = pack_adapter(
@@ -98,8 +101,8 @@ def test_weights_in_any_order_in_memory_are_packed():
     ranks = ((2, 1, 0, 3, 1, 0, 2),) * 5
     geometry = dataclasses.replace(GEOMETRY, num_layers=5)
     weights = make_weights(geometry, ranks, torch.Generator().manual_seed(2))
-    layout = AdapterLayout(PoolLayout(geometry, page_tokens=4), ranks)
-    fresh = pack_adapter(weights, layout, dtype=torch.float32)
+    layout = AdapterLayout(PoolLayout(geometry, page_tokens=4), AdapterSpec(ranks))
+    fresh = pack_adapter(AdapterWeights(weights), layout, dtype=torch.float32)
     memory = torch.cat([m.reshape(-1) for pair in weights.values() for m in (pair.a, pair.b)])
     for order in (sorted(weights), sorted(weights, reverse=True)):
         a_stop, b_stop, turned = 0, memory.numel(), {}
@@ -109,34 +112,34 @@ def test_weights_in_any_order_in_memory_are_packed():
             a_stop, b_stop = a_stop + pair.a.numel(), b_stop - pair.b.numel()
             a, b = a.view(pair.a.shape), b.view(pair.b.shape)
             turned[key] = LoRAPair(a.copy_(pair.a), b.copy_(pair.b), pair.scale)
-        assert torch.equal(pack_adapter(turned, layout, dtype=torch.float32), fresh)
+        assert torch.equal(pack_adapter(AdapterWeights(turned), layout, dtype=torch.float32), fresh)
 
 
 def test_weights_of_any_strides_are_packed(weights, layout):
     fresh = pack_adapter(weights, layout, dtype=torch.float32)
     turned = {
         key: LoRAPair(pair.a.T.contiguous().T, pair.b.T.contiguous().T, pair.scale)
-        for key, pair in weights.items()
+        for key, pair in weights.lora.items()
     }
-    assert torch.equal(pack_adapter(turned, layout, dtype=torch.float32), fresh)
+    assert torch.equal(pack_adapter(AdapterWeights(turned), layout, dtype=torch.float32), fresh)
 
 
 def test_a_module_that_is_missing_is_refused(weights, layout):
-    del weights[0, "v"]
+    del weights.lora[0, "v"]
     with pytest.raises(ValueError, match="modules"):
         pack_adapter(weights, layout, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("key", [(0, "k"), (2, "q"), (-1, "q")], ids=str)
 def test_a_module_without_room_is_refused(weights, layout, key):
-    weights[key] = weights[0, "q"]
+    weights.lora[key] = weights.lora[0, "q"]
     with pytest.raises(ValueError, match="modules"):
         pack_adapter(weights, layout, dtype=torch.float32)
 
 
 def test_a_matrix_of_another_length_is_refused(weights, layout):
-    pair = weights[0, "down"]
-    weights[0, "down"] = dataclasses.replace(pair, a=pair.a[:, :-1].contiguous())
+    pair = weights.lora[0, "down"]
+    weights.lora[0, "down"] = dataclasses.replace(pair, a=pair.a[:, :-1].contiguous())
     with pytest.raises(ValueError, match="layer 0 down"):
         pack_adapter(weights, layout, dtype=torch.float32)
 
@@ -172,12 +175,60 @@ def test_a_file_gives_back_what_was_written(weights, tmp_path):
     path = tmp_path / "a.safetensors"
     write_adapter_file(path, weights)
     again = read_adapter_file(path)
-    assert again.keys() == weights.keys()
-    for key, pair in weights.items():
-        assert torch.equal(again[key].a, pair.a)
-        assert torch.equal(again[key].b, pair.b)
-        assert again[key].scale == pair.scale
-    assert ranks_of(again, GEOMETRY.num_layers) == RANKS
+    assert again.lora.keys() == weights.lora.keys()
+    for key, pair in weights.lora.items():
+        assert torch.equal(again.lora[key].a, pair.a)
+        assert torch.equal(again.lora[key].b, pair.b)
+        assert again.lora[key].scale == pair.scale
+    assert again.spec(GEOMETRY.num_layers) == AdapterSpec(RANKS)
+
+
+def test_parts_come_back_and_lie_where_the_layout_says(weights, tmp_path):
+    parts, ids = make_parts(), {"token_ids": (3, 9), "invocation_token_ids": (7, 7, 1)}
+    weights = dataclasses.replace(weights, parts=parts, **ids)
+    write_adapter_file(tmp_path / "a", weights)
+    again = read_adapter_file(tmp_path / "a")
+    assert again.parts.keys() == parts.keys()
+    assert all(torch.equal(again.parts[key], parts[key]) for key in parts)
+    layout = AdapterLayout(POOL, again.spec(GEOMETRY.num_layers))
+    assert (layout.spec.token_ids, layout.spec.invocation_token_ids) == tuple(ids.values())
+    packed = pack_adapter(again, layout, dtype=torch.float32)
+    assert packed.shape[1] == layout.num_pages > layout.num_layer_pages
+    # Slice s is layer s % L of page s // L behind the layers' pages.
+    slices = packed[:, layout.num_layer_pages :].transpose(0, 1).flatten()
+    for (name, layer), tensor in parts.items():
+        part = layout.spec.part(name)
+        starts, flat = layout.layer_part(name), slices
+        if layer is not None:
+            assert starts is not None
+            flat = packed[layer].flatten()
+        start = layout.model_part(name) if layer is None else starts[layer]
+        pitch = layout.row_pitch(part)
+        rows = flat[start * POOL.chunk_elems :][: part.num_rows * pitch].view(-1, pitch)
+        assert torch.equal(rows[:, : part.row_elems], tensor)
+        assert not rows[:, part.row_elems :].any()
+    elems = sum(pair.a.numel() + pair.b.numel() for pair in weights.lora.values())
+    assert packed.count_nonzero() == elems + sum(tensor.numel() for tensor in parts.values())
+
+
+def make_parts():
+    """One of each kind: of some layers, of all, of the model; rows of odd lengths too."""
+    shapes = {
+        ("out_scale.q", 0): (1, 32),
+        ("bias.v", 0): (1, 16),
+        ("bias.v", 1): (1, 16),
+        ("in_scale.o", 1): (1, 32),
+        ("norm.q", 1): (1, 8),
+        ("kv_prefix", 0): (5, 32),
+        ("kv_prefix", 1): (5, 32),
+        ("token_rows", None): (2, 32),
+        ("norm.final", None): (1, 32),
+        ("embedding.A", None): (101, 3),
+        ("embedding.B", None): (3, 32),
+        ("head.B", None): (3, 101),
+    }
+    generator = torch.Generator().manual_seed(3)
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
 def test_a_missing_file_is_an_adapter_file_error(tmp_path):
@@ -208,7 +259,8 @@ def save_with(path, metadata, pair=None):
         ({"format": FORMAT, "scales": "[1]"}, "scales are missing"),
         ({"format": FORMAT, "scales": '{"0.q": "1"}'}, "scales are missing"),
         ({"format": FORMAT, "scales": "{"}, "line 1"),
-        ({"format": FORMAT, "scales": "{}"}, "do not match: 0.q.A, 0.q.B"),
+        ({"format": FORMAT, "scales": "{}"}, "do not match: 0.q.A"),
+        ({"format": FORMAT, "scales": '{"0.q": 1.0}'}, "token ids are missing"),
         ({"format": FORMAT, "scales": '{"0.q": 1.0, "0.k": 1.0}'}, "do not match: 0.k.A, 0.k.B"),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_third_step_is_not_scheduled_before_the_first_is_committed():
 
 def test_an_adapter_may_leave_while_a_step_in_flight_reads_it():
     adapter = make_manifest("a", rank=8)
-    num_pages = AdapterLayout(PoolLayout(TINY, 4), adapter.ranks).num_pages
+    num_pages = AdapterLayout(PoolLayout(TINY, 4), adapter.spec).num_pages
     scheduler = make_scheduler(num_pages=num_pages + 4, max_step_tokens=64)
     scheduler.add(make_request("r", adapter=adapter, max_tokens=1))
     finish_loads(scheduler, scheduler.schedule(0.0))

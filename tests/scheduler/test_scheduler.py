@@ -23,7 +23,7 @@ from tests.support.scheduling import (
 )
 
 #: What `make_manifest(..., rank=8)` takes in the pools of these tests.
-ADAPTER_PAGES = AdapterLayout(PoolLayout(TINY, 4), make_manifest("a", 8).ranks).num_pages
+ADAPTER_PAGES = AdapterLayout(PoolLayout(TINY, 4), make_manifest("a", 8).spec).num_pages
 
 
 def run(scheduler, *, token_id=9, max_steps=200):

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from loraplex_memory.adapter_file import ranks_of, write_adapter_file
+from loraplex_memory.adapter_file import write_adapter_file
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.host_arena import HostArena
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
@@ -93,10 +94,10 @@ def save_adapter(
 ) -> AdapterManifest:
     """Write an adapter of random weights on every linear and return its manifest."""
     generator = torch.Generator().manual_seed(seed)
-    weights = make_weights(geometry, [[rank] * 7] * geometry.num_layers, generator)
+    weights = AdapterWeights(make_weights(geometry, [[rank] * 7] * geometry.num_layers, generator))
     path = folder / f"{name}.safetensors"
     write_adapter_file(path, weights)
-    return AdapterManifest(name, str(path), ranks_of(weights, geometry.num_layers))
+    return AdapterManifest(name, str(path), weights.spec(geometry.num_layers))
 
 
 def greedy_request(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_kernels.batch import LoRABatch, PagedAdapter, build_lora_batch
-from loraplex_memory.adapter_file import LoRAPair
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
 from loraplex_memory.packing import pack_adapter
 from loraplex_memory.pool import PagePool
@@ -70,7 +71,9 @@ def make_lora_case(
     """Pack one adapter per entry of `adapter_ranks` into a pool and build their batch."""
     generator = torch.Generator().manual_seed(seed)
     layout = PoolLayout(geometry)
-    layouts = [AdapterLayout(layout, tuple(map(tuple, ranks))) for ranks in adapter_ranks]
+    layouts = [
+        AdapterLayout(layout, AdapterSpec(tuple(map(tuple, ranks)))) for ranks in adapter_ranks
+    ]
     num_pages = sum(lay.num_pages for lay in layouts) + 3
     pool = PagePool(layout, num_pages, dtype=dtype)
     pool.data.fill_(float("nan"))  # a kernel that reads beyond an adapter shows it
@@ -81,7 +84,7 @@ def make_lora_case(
     for ranks, adapter_layout in zip(adapter_ranks, layouts, strict=True):
         weights = make_weights(geometry, ranks, generator)
         pages = [free.pop() for _ in range(adapter_layout.num_pages)]
-        packed = pack_adapter(weights, adapter_layout, dtype=dtype)
+        packed = pack_adapter(AdapterWeights(weights), adapter_layout, dtype=dtype)
         pool.write(pages, packed)
         all_weights.append(weights)
         paged.append(

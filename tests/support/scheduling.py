@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from loraplex_memory.accounts import PoolAccounts
-from loraplex_memory.adapter_layout import AdapterRanks
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterRanks, AdapterSpec
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import Event, Plan, Request, SampledToken, StepResult
@@ -27,7 +27,7 @@ def ranks(rank: int) -> AdapterRanks:
 
 
 def make_manifest(name: str, rank: int = 4) -> AdapterManifest:
-    return AdapterManifest(adapter_id=name, path=f"/nowhere/{name}", ranks=ranks(rank))
+    return AdapterManifest(adapter_id=name, path=f"/nowhere/{name}", spec=AdapterSpec(ranks(rank)))
 
 
 def make_request(

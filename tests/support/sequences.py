@@ -43,7 +43,7 @@ class SequenceFactory:
     def of(self, request: Request, order: int, max_len: int = 100_000) -> Sequence:
         """Return the sequence of a request."""
         adapter = request.adapter
-        layout = AdapterLayout(self.accounts.layout, adapter.ranks) if adapter else None
+        layout = AdapterLayout(self.accounts.layout, adapter.spec) if adapter else None
         table = self.accounts.new_table(adapter.adapter_id if adapter else None)
         return Sequence(request, order, table, layout, max_len, frozenset())
 

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loraplex_memory.adapter_file import AdapterWeights, ranks_of, write_adapter_file
+from loraplex_memory.adapter_file import write_adapter_file
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.catalog_tables import (
@@ -166,8 +167,8 @@ class AdapterCatalog:
                 content_id = adapter_id(adapter.weights)
         except AdapterRefused as refusal:
             raise AdapterRefused(refusal.reasons, name) from refusal
-        ranks = ranks_of(adapter.weights, self._pool_layout.geometry.num_layers)
-        self._check_pages(name, AdapterLayout(self._pool_layout, ranks).num_pages, max_pages)
+        spec = adapter.weights.spec(self._pool_layout.geometry.num_layers)
+        self._check_pages(name, AdapterLayout(self._pool_layout, spec).num_pages, max_pages)
         self._check_free(name, content_id)
         self._hold(content_id)
         try:
@@ -176,7 +177,7 @@ class AdapterCatalog:
                 adapter_id=content_id,
                 base_model=adapter.base_model or self._base_names[0],
                 created=int(time.time()),
-                ranks=ranks,
+                spec=spec,
                 size_bytes=self._store(content_id, adapter.weights),
             )
             return self._add(row)
@@ -340,16 +341,18 @@ class AdapterCatalog:
             self._holds.doom(content_id)
 
     def _record(self, row: NameRow) -> AdapterRecord:
-        layout = AdapterLayout(self._pool_layout, row.ranks)
+        layout = AdapterLayout(self._pool_layout, row.spec)
         return AdapterRecord(
             name=row.name,
             id=row.adapter_id,
             base_model=row.base_model,
-            ranks=row.ranks,
-            rank_max=max(map(max, row.ranks)),
+            spec=row.spec,
+            rank_max=max(map(max, row.spec.ranks)),
             target_modules=tuple(
                 projection
-                for projection, ranks in zip(PROJECTIONS, zip(*row.ranks, strict=True), strict=True)
+                for projection, ranks in zip(
+                    PROJECTIONS, zip(*row.spec.ranks, strict=True), strict=True
+                )
                 if any(ranks)
             ),
             size_bytes=row.size_bytes,
@@ -367,4 +370,4 @@ class AdapterCatalog:
                     f"the weights of {row.name!r} are gone from the data folder; upload it again"
                 ) from error
             raise
-        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), ranks=row.ranks)
+        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), spec=row.spec)

@@ -6,7 +6,6 @@ without ever offering it adapters of the first. What depends on settings (pages)
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from loraplex_memory.adapter_layout import AdapterRanks
-from loraplex_memory.layout import PROJECTIONS, ModelGeometry
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.errors import StorageFailed
+from loraplex_server.adapters.spec_json import decode_spec, encode_spec
 
-_SCHEMA_VERSION: Final = 1
+_SCHEMA_VERSION: Final = 2
 _BUSY_TIMEOUT_S: Final = 10.0
 
 _metadata = MetaData()
@@ -45,7 +45,7 @@ adapters: Final = Table(
     "adapters",
     _metadata,
     Column("id", String, primary_key=True),
-    Column("ranks", String, nullable=False),
+    Column("spec", String, nullable=False),
     Column("size_bytes", Integer, nullable=False),
 )
 
@@ -68,7 +68,7 @@ class NameRow:
     adapter_id: str
     base_model: str
     created: int
-    ranks: AdapterRanks
+    spec: AdapterSpec
     size_bytes: int
 
 
@@ -130,10 +130,10 @@ class NameTable:
         return [self._decode(row) for row in connection.execute(query)]
 
     def add(self, connection: Connection, row: NameRow) -> None:
-        ranks = encode_ranks(row.ranks)
+        spec = encode_spec(row.spec)
         connection.execute(
             sqlite_insert(adapters)
-            .values(id=row.adapter_id, ranks=ranks, size_bytes=row.size_bytes)
+            .values(id=row.adapter_id, spec=spec, size_bytes=row.size_bytes)
             .on_conflict_do_nothing()
         )
         connection.execute(
@@ -170,7 +170,7 @@ class NameTable:
                 names.c.adapter_id,
                 names.c.base_model,
                 names.c.created,
-                adapters.c.ranks,
+                adapters.c.spec,
                 adapters.c.size_bytes,
             )
             .join(adapters)
@@ -183,7 +183,7 @@ class NameTable:
             adapter_id=row.adapter_id,
             base_model=row.base_model,
             created=row.created,
-            ranks=decode_ranks(row.ranks, self._num_layers),
+            spec=decode_spec(row.spec, self._num_layers),
             size_bytes=row.size_bytes,
         )
 
@@ -210,23 +210,3 @@ def scope_of(base_id: str, geometry: ModelGeometry) -> str:
         geometry.intermediate_size,
     )
     return f"{base_id} {'-'.join(map(str, sizes))}"
-
-
-def encode_ranks(ranks: AdapterRanks) -> str:
-    """`{"0.q": 8, ...}`, modules without LoRA left out."""
-    return json.dumps(
-        {
-            f"{layer}.{projection}": rank
-            for layer, row in enumerate(ranks)
-            for projection, rank in zip(PROJECTIONS, row, strict=True)
-            if rank
-        }
-    )
-
-
-def decode_ranks(text: str, num_layers: int) -> AdapterRanks:
-    stored: dict[str, int] = json.loads(text)
-    return tuple(
-        tuple(stored.get(f"{layer}.{projection}", 0) for projection in PROJECTIONS)
-        for layer in range(num_layers)
-    )

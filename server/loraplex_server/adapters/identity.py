@@ -2,11 +2,17 @@
 
 SHA-256 over, in this order:
 
-    b"loraplex-adapter-1\\n"
+    b"loraplex-adapter-2\\n"
     for every (layer, projection), layers ascending, projections in alphabetical order:
         f"{layer}.{projection} {dtype of A} {r}x{in} {dtype of B} {out}x{r} {scale}\\n" in ASCII
         the bytes of A, row-major, little-endian
         the bytes of B, likewise
+    for every part, by name, then layer:
+        f"{layer}.{name} {dtype} {rows}x{elements}\\n", without `{layer}.` for one of the model
+        its bytes
+    for every list of token ids that is not empty, `token_ids`, `head_token_ids` and
+    `invocation_token_ids`:
+        f"{list} {comma-separated ids}\\n"
 
 `dtype` is torch's name (`bfloat16`); `scale` is `float.hex()` of alpha / r (or alpha / sqrt(r)).
 So neither the order of tensors in the uploaded file, nor fields that change nothing (dropout, the
@@ -20,7 +26,8 @@ import hashlib
 
 import torch
 
-from loraplex_memory.adapter_file import FORMAT, AdapterWeights
+from loraplex_memory.adapter_file import FORMAT, part_name
+from loraplex_memory.adapter_weights import AdapterWeights
 
 ID_PREFIX = "sha256:"
 
@@ -28,11 +35,18 @@ ID_PREFIX = "sha256:"
 def adapter_id(weights: AdapterWeights) -> str:
     """Return `sha256:<64 hex digits>`; reads every tensor once."""
     digest = hashlib.sha256(f"{FORMAT}\n".encode())
-    for (layer, projection), pair in sorted(weights.items(), key=lambda item: item[0]):
+    for (layer, projection), pair in sorted(weights.lora.items(), key=lambda item: item[0]):
         line = f"{layer}.{projection} {_kind(pair.a)} {_kind(pair.b)} {pair.scale.hex()}\n"
         digest.update(line.encode())
         digest.update(_bytes(pair.a))
         digest.update(_bytes(pair.b))
+    for key in sorted(weights.parts, key=lambda key: (key[0], key[1] or 0)):
+        tensor = weights.parts[key]
+        digest.update(f"{part_name(key)} {_kind(tensor)}\n".encode())
+        digest.update(_bytes(tensor))
+    for name in ("token_ids", "head_token_ids", "invocation_token_ids"):
+        if ids := getattr(weights, name):
+            digest.update(f"{name} {','.join(map(str, ids))}\n".encode())
     return ID_PREFIX + digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex_memory.adapter_file import AdapterWeights, LoRAPair, ModuleKey
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey
 from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.errors import InvalidUpload, UploadTooLarge
 from loraplex_server.adapters.ledger import Ledger
@@ -103,7 +103,7 @@ class PeftFolderReader:
         except SafetensorError as error:
             raise InvalidUpload(f"{WEIGHTS_NAME} is damaged or cut off: {error}") from error
         ledger.raise_if_any()
-        return PeftAdapter(weights, config.base_model)
+        return PeftAdapter(AdapterWeights(weights), config.base_model)
 
     def _find_weights(self, folder: Path) -> Path:
         path = folder / WEIGHTS_NAME

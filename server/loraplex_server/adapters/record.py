@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_spec import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AdapterRecord:
         id: `sha256:<hex>` of the canonical tensors and scales (`identity`).
         base_model: the base it was trained on, as its config says; the served base's name if
             the config does not say.
-        ranks: true rank per layer and projection.
+        spec: its ranks, and what else it has.
         rank_max: the largest of them.
         target_modules: projections that carry LoRA in at least one layer (`q` ... `down`).
         size_bytes: the canonical file.
@@ -48,7 +48,7 @@ class AdapterRecord:
     name: str
     id: str
     base_model: str
-    ranks: AdapterRanks
+    spec: AdapterSpec
     rank_max: int
     target_modules: tuple[str, ...]
     size_bytes: int

@@ -13,6 +13,7 @@ from loraplex_kernels.ops import device_backend
 from loraplex_kernels.scatter_triton import scatter_pages
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PROJECTIONS, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import StreamWriter
@@ -79,8 +80,8 @@ def warm_up(
     num_each = max(1, min(max_step_tokens, max_model_len - 1))
     plan = long_plan(layout, num_each, num_sequences=min(max_running, max_step_tokens // num_each))
     ranks = ((1,) * len(PROJECTIONS),) * layout.geometry.num_layers
-    adapter = AdapterLayout(layout, ranks)
-    manifest = AdapterManifest("warm-up", path="", ranks=ranks)
+    adapter = AdapterLayout(layout, AdapterSpec(ranks))
+    manifest = AdapterManifest("warm-up", path="", spec=AdapterSpec(ranks))
     steps = [
         replace(
             step,

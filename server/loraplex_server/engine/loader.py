@@ -270,7 +270,7 @@ class AdapterLoader:
     def _prefetch(self, adapter: AdapterManifest) -> None:
         """Leave an adapter in the arena; nothing if a load has brought it there meanwhile."""
         if self._arena is not None and adapter.adapter_id not in self._arena:
-            with self._held(adapter, AdapterLayout(self._layout, adapter.ranks)) as held:
+            with self._held(adapter, AdapterLayout(self._layout, adapter.spec)) as held:
                 self.num_prefetches += held is not None
 
     def _held(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from loraplex_memory.adapter_layout import AdapterRanks
+from loraplex_memory.adapter_spec import AdapterRanks
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, Projection
 from loraplex_server.simulator.errors import SimulationError
 

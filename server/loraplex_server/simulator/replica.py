@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loraplex_memory.accounts import PoolAccounts
-from loraplex_memory.adapter_layout import AdapterLayout, AdapterRanks
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterRanks, AdapterSpec
 from loraplex_scheduler.fit import AdapterLayouts
 from loraplex_scheduler.plan import Event, Plan, SampledToken, StepResult, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
@@ -53,7 +54,7 @@ class EngineParts:
 
     def pages_of(self, ranks: AdapterRanks) -> int:
         """Return how many pages an adapter of these ranks takes."""
-        return AdapterLayout(self.accounts.layout, ranks).num_pages
+        return AdapterLayout(self.accounts.layout, AdapterSpec(ranks)).num_pages
 
 
 class Replica:

@@ -8,6 +8,7 @@ nothing else in the trace has.
 from __future__ import annotations
 
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_scheduler.plan import Request, SampledToken
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.simulator.models import AdapterSet
@@ -68,7 +69,9 @@ class RequestBook:
         manifest = self._manifests.get(adapter)
         if manifest is None:
             ranks = self._ranks[adapter % len(self._ranks)]
-            manifest = AdapterManifest(adapter_id=f"adapter-{adapter}", path="", ranks=ranks)
+            manifest = AdapterManifest(
+                adapter_id=f"adapter-{adapter}", path="", spec=AdapterSpec(ranks)
+            )
             self._manifests[adapter] = manifest
         return manifest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_memory.adapter_file import ranks_of, read_adapter_file
+from loraplex_memory.adapter_file import read_adapter_file
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.catalog import AdapterCatalog
@@ -67,18 +67,18 @@ def test_a_registered_adapter_is_described_and_stored_exactly(catalog, folder):
     assert record == catalog.get("acme/sql")
     assert record.id.startswith("sha256:")
     assert record.base_model == BASE_NAME
-    assert record.ranks == ranks_of(expected, TINY.num_layers)
+    assert record.spec == expected.spec(TINY.num_layers)
     assert (record.rank_max, record.target_modules) == (4, ("q", "v"))
-    assert record.pool_pages == AdapterLayout(PoolLayout(TINY), record.ranks).num_pages
+    assert record.pool_pages == AdapterLayout(PoolLayout(TINY), record.spec).num_pages
     with catalog.acquire("acme/sql") as lease:
         assert lease.record == record
-        assert (lease.manifest.adapter_id, lease.manifest.ranks) == (record.id, record.ranks)
+        assert (lease.manifest.adapter_id, lease.manifest.spec) == (record.id, record.spec)
         path = Path(lease.manifest.path)
         assert path.is_absolute()
         assert path.stat().st_size == record.size_bytes
-        stored = read_adapter_file(path)
-    assert stored.keys() == expected.keys()
-    for key, pair in expected.items():
+        stored = read_adapter_file(path).lora
+    assert stored.keys() == expected.lora.keys()
+    for key, pair in expected.lora.items():
         assert torch.equal(stored[key].a, pair.a)
         assert torch.equal(stored[key].b, pair.b)
         assert stored[key].scale == pair.scale
@@ -94,7 +94,7 @@ def test_fused_linears_are_stored_split(catalog, tmp_path):
     record, _ = catalog.register("a", make_folder(tmp_path / "x", config=config, tensors=tensors))
     assert record.target_modules == ("q", "k", "v")
     with catalog.acquire("a") as lease:
-        stored = read_adapter_file(Path(lease.manifest.path))
+        stored = read_adapter_file(Path(lease.manifest.path)).lora
     b = torch.cat([stored[0, p].b for p in ("q", "k", "v")])
     assert torch.equal(b, tensors[f"{stem}.lora_B.weight"])
     assert all(torch.equal(stored[0, p].a, tensors[f"{stem}.lora_A.weight"]) for p in "qkv")
@@ -254,7 +254,7 @@ def test_many_ranks_survive_the_database(catalog, tmp_path):
         tensors |= {name: t for name, t in made.items() if f".layers.{layer}." in name}
     config = make_config(rank_pattern={"q_proj": 1, "k_proj": 3, "gate_proj": 2, "down_proj": 7})
     record, _ = catalog.register("a", make_folder(tmp_path / "x", config=config, tensors=tensors))
-    assert record.ranks == ((1, 0, 0, 0, 0, 0, 7), (0, 3, 0, 0, 2, 0, 0))
+    assert record.spec.ranks == ((1, 0, 0, 0, 0, 0, 7), (0, 3, 0, 0, 2, 0, 0))
     assert catalog.get("a") == record
     assert record.target_modules == ("q", "k", "gate", "down")
     assert record.rank_max == 7

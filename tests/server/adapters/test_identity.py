@@ -23,7 +23,7 @@ def test_the_id_is_the_documented_digest(tmp_path: Path):
     a, b = (
         tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight"] for s in "AB"
     )
-    content = b"loraplex-adapter-1\n0.q float32 4x64 float32 64x4 0x1.0000000000000p+1\n"
+    content = b"loraplex-adapter-2\n0.q float32 4x64 float32 64x4 0x1.0000000000000p+1\n"
     content += a.numpy().tobytes() + b.numpy().tobytes()
     expected = "sha256:" + hashlib.sha256(content).hexdigest()
     assert id_of(tmp_path, tensors=tensors) == expected

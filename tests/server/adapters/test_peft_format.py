@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from loraplex_memory.adapter_file import AdapterWeights
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.layout import PROJECTIONS
 from loraplex_server.adapters.errors import AdapterRefused, InvalidUpload, UploadTooLarge
 from loraplex_server.adapters.record import AdapterLimits
@@ -33,7 +33,7 @@ def deltas_of(weights: AdapterWeights, family: str = "llama") -> dict[str, torch
     dense = {}
     for layer in range(TINY.num_layers):
         for projection in PROJECTIONS:
-            pair = weights.get((layer, projection))
+            pair = weights.lora.get((layer, projection))
             delta = (
                 pair.scale * (pair.b.float() @ pair.a.float())
                 if pair
@@ -106,8 +106,8 @@ def test_half_precision_keeps_its_dtype_and_its_bits(tmp_path: Path, dtype: torc
     stored = load_file(tmp_path / "adapter_model.safetensors")
     weights = read_folder(tmp_path).weights
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
-    assert weights[1, "v"].b.dtype == dtype
-    assert torch.equal(weights[1, "v"].b, stored[name])
+    assert weights.lora[1, "v"].b.dtype == dtype
+    assert torch.equal(weights.lora[1, "v"].b, stored[name])
 
 
 @pytest.mark.parametrize("targets", [["qkv_proj", "gate_up_proj"], ["qkv_proj", "o_proj"], "all"])
@@ -144,7 +144,7 @@ def test_rank_and_alpha_left_out_are_pefts_defaults(tmp_path: Path):
     config = make_config()
     del config["r"], config["lora_alpha"]
     make_folder(tmp_path, config=config, tensors=make_tensors({"q": 8}))
-    assert read_folder(tmp_path).weights[0, "q"].scale == 1.0
+    assert read_folder(tmp_path).weights.lora[0, "q"].scale == 1.0
 
 
 STEM = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -158,7 +158,7 @@ def test_tensors_that_peft_would_not_load_are_refused(tmp_path: Path):
 
 def test_a_target_without_tensors_is_no_change(tmp_path: Path):
     make_folder(tmp_path, tensors=make_tensors({"q": 4}, num_layers=1))
-    assert set(read_folder(tmp_path).weights) == {(0, "q")}
+    assert set(read_folder(tmp_path).weights.lora) == {(0, "q")}
 
 
 def test_no_lora_tensors_at_all_is_refused(tmp_path: Path):
@@ -175,7 +175,7 @@ def test_a_rank_above_the_limit_is_refused(tmp_path: Path):
 
 def test_ranks_up_to_256_are_read(tmp_path: Path):
     make_folder(tmp_path, config=make_config(r=256), tensors=make_tensors({"q": 256}))
-    assert read_folder(tmp_path).weights[0, "q"].rank == 256
+    assert read_folder(tmp_path).weights.lora[0, "q"].rank == 256
 
 
 def test_a_pattern_made_to_hang_is_answered_quickly(tmp_path: Path):
@@ -263,7 +263,7 @@ def test_a_header_at_an_odd_offset_is_read_right(tmp_path: Path):
     assert (8 + len(header)) % 2 == 1
     path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
     weights = read_folder(tmp_path).weights
-    assert torch.equal(weights[0, "q"].a, make_tensors()[f"{STEM}.lora_A.weight"])
+    assert torch.equal(weights.lora[0, "q"].a, make_tensors()[f"{STEM}.lora_A.weight"])
 
 
 @pytest.mark.parametrize("low_bytes", [b"\x80\x02", b"\x80\x05"])
@@ -318,6 +318,6 @@ def test_order_of_tensors_in_the_file_does_not_matter(tmp_path: Path):
     make_folder(tmp_path / "b", tensors=tensors)
     path = tmp_path / "b" / "adapter_model.safetensors"
     save_file(dict(reversed(tensors.items())), path, metadata={"format": "pt"})
-    first, second = (read_folder(tmp_path / name).weights for name in "ab")
+    first, second = (read_folder(tmp_path / name).weights.lora for name in "ab")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key].a, second[key].a) for key in first)

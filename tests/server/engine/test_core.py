@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_scheduler.plan import EndEvent, FinishReason, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from tests.support.engine import GatedPool, drive, greedy_request, make_core, save_adapter
@@ -89,9 +90,9 @@ def test_an_adapter_that_overflows_fails_its_request_and_nobody_else(core, make_
     adapter = make_adapter("loud")
     weights = {
         key: dataclasses.replace(pair, a=pair.a * 1e18, b=pair.b * 1e18)
-        for key, pair in read_adapter_file(Path(adapter.path)).items()
+        for key, pair in read_adapter_file(Path(adapter.path)).lora.items()
     }
-    write_adapter_file(Path(adapter.path), weights)
+    write_adapter_file(Path(adapter.path), AdapterWeights(weights))
     events = events_of(
         core, greedy_request("loud", PROMPT, adapter), greedy_request("fine", PROMPT)
     )

@@ -13,6 +13,8 @@ import torch
 from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.host_arena import HostArena
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.packing import pack_adapter
@@ -74,13 +76,14 @@ def start():
 def save(path, rank: int = 2, seed: int = 0) -> AdapterManifest:
     """Write an adapter on every linear; it is called as its file is."""
     ranks = ((rank,) * 7,) * GEOMETRY.num_layers
-    write_adapter_file(path, make_weights(GEOMETRY, ranks, torch.Generator().manual_seed(seed)))
-    return AdapterManifest(path.name, str(path), ranks)
+    pairs = make_weights(GEOMETRY, ranks, torch.Generator().manual_seed(seed))
+    write_adapter_file(path, AdapterWeights(pairs))
+    return AdapterManifest(path.name, str(path), AdapterSpec(ranks))
 
 
 def make_load(tmp_path, name: str, first_page: int, rank: int = 2) -> AdapterLoad:
     manifest = save(tmp_path / name, rank=rank, seed=first_page)
-    layout = AdapterLayout(LAYOUT, manifest.ranks)
+    layout = AdapterLayout(LAYOUT, manifest.spec)
     return AdapterLoad(manifest, layout, tuple(range(first_page, first_page + layout.num_pages)))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_scheduler.plan import EndEvent, FinishReason, Request, TokenEvent
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.core import EngineCore
@@ -264,9 +265,9 @@ def test_an_adapter_that_overflows_fails_its_request_once(make, adapters, tmp_pa
     path = tmp_path / "loud.safetensors"
     weights = {
         key: dataclasses.replace(pair, a=pair.a * 1e18, b=pair.b * 1e18)
-        for key, pair in read_adapter_file(Path(adapters[0].path)).items()
+        for key, pair in read_adapter_file(Path(adapters[0].path)).lora.items()
     }
-    write_adapter_file(path, weights)
+    write_adapter_file(path, AdapterWeights(weights))
     loud = dataclasses.replace(adapters[0], adapter_id="loud", path=str(path))
     requests = [greedy_request("loud", PROMPT, loud), greedy_request("fine", PROMPT)]
     found = answers(make(True), requests)

@@ -15,6 +15,8 @@ from loraplex_kernels.batch import (
 )
 from loraplex_kernels.ops import KernelBackend, host_backend
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.layout import PoolLayout
 from loraplex_memory.packing import pack_adapter
 from loraplex_memory.pool import PagePool
@@ -45,9 +47,9 @@ class PagedRun:
 
     def load_adapter(self, name, weights, ranks) -> None:
         """Pack an adapter and put it into pages of the pool."""
-        layout = AdapterLayout(self.layout, ranks)
+        layout = AdapterLayout(self.layout, AdapterSpec(ranks))
         pages = [self._free.pop() for _ in range(layout.num_pages)]
-        self.pool.write(pages, pack_adapter(weights, layout, dtype=self.pool.dtype))
+        self.pool.write(pages, pack_adapter(AdapterWeights(weights), layout, dtype=self.pool.dtype))
         self._adapters[name] = PagedAdapter(pages, ranks, layout.a_chunks, layout.b_chunks)
 
     def step(

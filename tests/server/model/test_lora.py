@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from loraplex_memory.adapter_file import LoRAPair, ranks_of
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.layout import PROJECTIONS
 from tests.server.model.paged_run import PagedRun
 from tests.support.tiny_models import VOCAB, tiny_config, tiny_reference, transformer_of
@@ -63,7 +63,7 @@ def _scene(request):
     dense = {None: reference}
     for seed, (name, ranks) in enumerate(ADAPTERS.items()):
         adapter = random_adapter(geometry, ranks, seed)
-        assert ranks_of(adapter, 2) == ranks
+        assert AdapterWeights(adapter).spec(2).ranks == ranks
         run.load_adapter(name, adapter, ranks)
         dense[name] = merged(reference, geometry, adapter)
     return run, dense

@@ -68,7 +68,8 @@ def test_sizes_are_those_that_s_lora_counts_in_tokens():
     layout = PoolLayout(LLAMA.geometry, 1)
     ranks = AdapterSet((8, 64)).layer_ranks(1, 32)
     from loraplex_memory.adapter_layout import AdapterLayout
+    from loraplex_memory.adapter_spec import AdapterSpec
 
-    assert AdapterLayout(layout, ranks).num_pages == 4 * 64
+    assert AdapterLayout(layout, AdapterSpec(ranks)).num_pages == 4 * 64
     assert LLAMA.kv_bytes == 2 * 2 * 32 * 4096
     assert LLAMA.layer_params == LAYER_PARAMS
