@@ -13,6 +13,8 @@ AdapterError
 
 from __future__ import annotations
 
+from loraplex_server.adapters.report import ReadingReport
+
 
 class AdapterError(Exception):
     """Base of everything this package raises on purpose."""
@@ -59,11 +61,21 @@ class BaseNameTaken(AdapterError):
 
 
 class AdapterRefused(AdapterError):
-    """Serving this adapter would not give what PEFT computes; `reasons` is the whole list."""
+    """Serving this adapter would not give what PEFT computes.
 
-    def __init__(self, reasons: tuple[str, ...], name: str | None = None) -> None:
+    `reasons` is the whole list; `report` accounts for every field and tensor, where a reader made
+    one.
+    """
+
+    def __init__(
+        self,
+        reasons: tuple[str, ...],
+        name: str | None = None,
+        report: ReadingReport | None = None,
+    ) -> None:
         self.reasons = reasons
         self.name = name
+        self.report = report
         label = f"adapter {name!r}" if name else "the adapter"
         super().__init__(f"{label} is refused: " + "; ".join(reasons))
 

@@ -12,7 +12,9 @@ class AdapterLimits:
     """Bounds on what one upload may cost, checked before the cost arises.
 
     Attributes:
-        max_rank: the largest rank of any module.
+        max_rank: the largest rank of any module, once folded.
+        max_dense_bytes: of the parts of one adapter that are as long as a vocabulary, a list of
+            tokens or a prompt: embeddings, heads, rows of tokens, soft prompts, prefixes.
         max_upload_bytes: of one upload as received, and of what its archive unpacks to.
         max_config_bytes: of `adapter_config.json`.
         max_header_bytes: of the safetensors header, which names every tensor.
@@ -21,6 +23,7 @@ class AdapterLimits:
     """
 
     max_rank: int = 256
+    max_dense_bytes: int = 256 << 20
     max_upload_bytes: int = 4 << 30
     max_config_bytes: int = 1 << 20
     max_header_bytes: int = 16 << 20

@@ -7,7 +7,6 @@ of them is applied or refused. Config and tensors are those transformers gives; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -131,24 +130,41 @@ def _check_left_over(metadata: dict[str, Any], fields: dict[str, Any]) -> None:
             )
 
 
-def read_gguf_tensors(path: Path, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor as float32 under its checkpoint name; unknown names pass unchanged.
+class GGUFTensors:
+    """The tensors of one file by their checkpoint names, each dequantised when it is asked for.
 
-    Raises:
-        CheckpointError: the file is truncated or has a quantisation that `gguf` does not know.
+    A name that checkpoints do not have passes unchanged.
     """
-    header = read_gguf_header(path)
-    data = np.memmap(path, mode="r", dtype=np.uint8)
-    # llama.cpp stores q and k of this architecture with rotation pairs side by side.
-    is_interleaved = header.architecture == "llama"
-    for tensor in header.tensors:
-        name = _checkpoint_name(tensor.name, spec)
-        value = _dequantize(data, tensor, path)
-        if is_interleaved and ".q_proj." in name:
-            value = _to_half_rotation(value, spec.geometry.num_heads)
-        elif is_interleaved and ".k_proj." in name:
-            value = _to_half_rotation(value, spec.geometry.num_kv_heads)
-        yield name, torch.tensor(value, dtype=torch.float32)
+
+    def __init__(self, path: Path, spec: ModelSpec) -> None:
+        """Read the header; raises CheckpointError."""
+        header = read_gguf_header(path)
+        self._path = path
+        self._geometry = spec.geometry
+        self._tensors = {_checkpoint_name(tensor.name, spec): tensor for tensor in header.tensors}
+        if len(self._tensors) != len(header.tensors):
+            raise CheckpointError(path=str(path), reason="two tensors of one name")
+        self._data = np.memmap(path, mode="r", dtype=np.uint8)
+        # llama.cpp stores q and k of this architecture with rotation pairs side by side.
+        self._is_interleaved = header.architecture == "llama"
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names, in the file's order."""
+        return tuple(self._tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor as float32.
+
+        Raises:
+            KeyError: there is none of this name.
+            CheckpointError: the file is truncated or has a quantisation that `gguf` does not know.
+        """
+        value = _dequantize(self._data, self._tensors[name], self._path)
+        if self._is_interleaved and ".q_proj." in name:
+            value = _to_half_rotation(value, self._geometry.num_heads)
+        elif self._is_interleaved and ".k_proj." in name:
+            value = _to_half_rotation(value, self._geometry.num_kv_heads)
+        return torch.tensor(value, dtype=torch.float32)
 
 
 def _dequantize(
