@@ -97,10 +97,9 @@ def add_lora(
     """See `reference.add_lora`."""
     native = load_native()
     x = x.contiguous()
-    is_plain = batch.scale_chunks is None and batch.bias_chunks is None
     implementation = (
         native.add_lora
-        if native is not None and native.takes(y, x, pool_layer) and is_plain
+        if native is not None and native.takes(y, x, pool_layer)
         else reference.add_lora
     )
     implementation(

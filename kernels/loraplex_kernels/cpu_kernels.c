@@ -153,10 +153,72 @@ typedef struct {
     const void *pool;    /* [P, page_elems] */
     const int32_t *row_ids, *seg_indptr, *page_table; /* see LoRABatch */
     const int32_t *ranks, *a_chunks, *b_chunks;       /* [G, 7], this layer */
+    const int32_t *scale_chunks, *bias_chunks;        /* likewise, -1 for none; or both NULL */
     const int32_t *projections, *out_features;        /* [num_projections] */
     int64_t T, K, N, G, page_table_width, page_elems;
     int32_t num_projections, chunk, chunks_per_page, is_bf16;
 } lora_args;
+
+INLINE int64_t chunk_or_none(const int32_t *chunks, int64_t index) {
+    return chunks ? chunks[index] : -1;
+}
+
+/* y = scale * (y + d) + bias over one module's columns of one row; a chunk of -1 is a vector of 1,
+ * or of 0. */
+INLINE void finish_row(const paged *m, int64_t scale_at, int64_t bias_at, int64_t width, void *y,
+                       int64_t to, const float *d, int is_bf16) {
+    for (int64_t i0 = 0; i0 < width; i0 += m->chunk) {
+        const void *scale = scale_at < 0 ? NULL : chunk_at(m, scale_at++, is_bf16);
+        const void *bias = bias_at < 0 ? NULL : chunk_at(m, bias_at++, is_bf16);
+        for (int i = 0; i < m->chunk; i++) {
+            float v = load1(y, to + i0 + i, is_bf16) + d[i0 + i];
+            if (scale) v *= load1(scale, i, is_bf16);
+            if (bias) v += load1(bias, i, is_bf16);
+            store1(y, to + i0 + i, v, is_bf16);
+        }
+    }
+}
+
+/* Not inlined: one code for a row, whoever it is computed with. */
+static __attribute__((noinline)) void finish_row_f32(const paged *m, int64_t scale_at,
+                                                     int64_t bias_at, int64_t width, void *y,
+                                                     int64_t to, const float *d) {
+    finish_row(m, scale_at, bias_at, width, y, to, d, 0);
+}
+
+static __attribute__((noinline)) void finish_row_bf16(const paged *m, int64_t scale_at,
+                                                      int64_t bias_at, int64_t width, void *y,
+                                                      int64_t to, const float *d) {
+    finish_row(m, scale_at, bias_at, width, y, to, d, 1);
+}
+
+/* Whether segment g scales or shifts the output of any of the site's modules. */
+INLINE int has_epilogue(const lora_args *a, int64_t g) {
+    for (int p = 0; p < a->num_projections; p++) {
+        int64_t index = g * 7 + a->projections[p];
+        if (chunk_or_none(a->scale_chunks, index) >= 0) return 1;
+        if (chunk_or_none(a->bias_chunks, index) >= 0) return 1;
+    }
+    return 0;
+}
+
+/* Add the deltas d of n rows to y, module by module, each with its scale and bias. */
+INLINE void finish_modules(const lora_args *a, int64_t g, const paged *m, const int32_t *rows, int n,
+                           const float *d, int is_bf16) {
+    int64_t column = 0;
+    for (int p = 0; p < a->num_projections; p++) {
+        int64_t index = g * 7 + a->projections[p], width = a->out_features[p];
+        int64_t scale_at = chunk_or_none(a->scale_chunks, index);
+        int64_t bias_at = chunk_or_none(a->bias_chunks, index);
+        for (int r = 0; r < n; r++) {
+            int64_t to = rows[r] * a->N + column;
+            const float *delta = d + r * a->N + column;
+            if (is_bf16) finish_row_bf16(m, scale_at, bias_at, width, a->y, to, delta);
+            else finish_row_f32(m, scale_at, bias_at, width, a->y, to, delta);
+        }
+        column += width;
+    }
+}
 
 /* x A^T then B for n rows of one segment; scratch: x rows, then delta rows, as float32. */
 INLINE void lora_rows(const lora_args *a, int64_t g, const int32_t *rows, int n, float *scratch,
@@ -182,6 +244,10 @@ INLINE void lora_rows(const lora_args *a, int64_t g, const int32_t *rows, int n,
         }
         column += width;
     }
+    if (has_epilogue(a, g)) {
+        finish_modules(a, g, &m, rows, n, d, is_bf16);
+        return;
+    }
     for (int r = 0; r < n; r++)
         for (int64_t i = 0; i < a->N; i++) {
             int64_t to = rows[r] * a->N + i;
@@ -206,7 +272,7 @@ static void lora_item(const lora_args *a, int64_t g, const int32_t *rows, int n,
 static int is_absent(const lora_args *a, int64_t g) {
     for (int p = 0; p < a->num_projections; p++)
         if (a->ranks[g * 7 + a->projections[p]]) return 0;
-    return 1;
+    return !has_epilogue(a, g);
 }
 
 static int64_t items_of(const lora_args *a, int64_t g) {

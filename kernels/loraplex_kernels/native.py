@@ -42,7 +42,8 @@ def _fields(pointers: str, longs: str, others: list[tuple[str, Any]]) -> list[tu
 
 class _LoRAArgs(ctypes.Structure):
     _fields_ = _fields(
-        "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks projections out_features",
+        "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
+        "scale_chunks bias_chunks projections out_features",
         "T K N G page_table_width page_elems",
         [
             (name, ctypes.c_int32)
@@ -85,7 +86,7 @@ class NativeKernels:
         projections: tuple[int, ...],
         out_features: tuple[int, ...],
     ) -> None:
-        """See `reference.add_lora`; the sum is rounded to the dtype of `y` once, not twice."""
+        """See `reference.add_lora`."""
         count = len(projections)
         args = _LoRAArgs(
             y=y.data_ptr(),
@@ -97,6 +98,8 @@ class NativeKernels:
             ranks=batch.ranks[layer].data_ptr(),
             a_chunks=batch.a_chunks[layer].data_ptr(),
             b_chunks=batch.b_chunks[layer].data_ptr(),
+            scale_chunks=_address(batch.scale_chunks, layer),
+            bias_chunks=_address(batch.bias_chunks, layer),
             projections=ctypes.addressof(_int32s(projections)),
             out_features=ctypes.addressof(_int32s(out_features)),
             T=y.shape[0],
@@ -145,6 +148,10 @@ class NativeKernels:
         if self._attention(ctypes.byref(args)):
             raise MemoryError("no memory for the attention kernel's scratch")
         return out
+
+
+def _address(table: torch.Tensor | None, layer: int) -> int | None:
+    return None if table is None else table[layer].data_ptr()
 
 
 @functools.cache

@@ -40,6 +40,10 @@ class Request:
             token come later than this; None for no such promise. On the same clock.
         tenant: on whose account it runs; decides fairness between tenants.
         priority: lower ones are served first, whoever asks (as in vLLM).
+        adapter_start: index of the first token that the adapter changes; those before it are
+            computed as the base computes them. Of an activated LoRA alone above 0.
+        num_virtual: leading tokens of the prompt that stand for the adapter's own, with ids from
+            the size of the vocabulary on. They have KV, but are nobody's text.
     """
 
     request_id: str
@@ -51,6 +55,8 @@ class Request:
     first_token_by_s: float | None = None
     tenant: str = ""
     priority: int = 0
+    adapter_start: int = 0
+    num_virtual: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,44 @@ def test_no_adapter_in_the_step_means_no_batch():
     assert make_lora_case([], []).batch is None
 
 
+def make_epilogue_batch(layout, pool, rows):
+    """Return a batch of one adapter with a pair, a scale and a bias on o."""
+    generator = torch.Generator().manual_seed(0)
+    width = layout.geometry.hidden_size
+    matrices = [torch.randn(n, width, generator=generator) for n in (5, 5, 1, 1)]
+    writer = PageWriter(layout)
+    chunks = [writer.add(matrix) for matrix in matrices]
+    pages = writer.write(pool, list(range(pool.shape[0])))
+    absent = [-1] * 3
+    tables = [[[*absent, chunk, *absent]] for chunk in chunks]
+    adapter = PagedAdapter(pages, [[0, 0, 0, 5, 0, 0, 0]], *tables)
+    return matrices, build_lora_batch([adapter], rows, layout.chunk_elems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", [SMOLLM2, ODD], ids=["SmolLM2", "odd sizes"])
+def test_a_row_with_scale_and_bias_is_bit_identical_in_any_company(geometry, dtype):
+    if load_native() is None:
+        pytest.skip("no C compiler: torch's matrix product picks its order by size")
+    layout = PoolLayout(geometry)
+    width = geometry.hidden_size
+    x, base = torch.randn(9, width).to(dtype), torch.randn(9, width).to(dtype)
+    outcomes = []
+    for rows in ([[4]], [[0, 4]], [[1, 2, 3, 4, 5]], [list(range(9))]):
+        pool = torch.full((9, layout.page_elems), torch.nan).to(dtype)
+        matrices, batch = make_epilogue_batch(layout, pool, rows)
+        y = base.clone()
+        cpu.add_lora(y, x, pool, batch, layer=0, **site_args("o", geometry))
+        outcomes.append(y[4])
+        others = [row for row in range(9) if row not in rows[0]]
+        assert torch.equal(y[others], base[others])
+    assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
+    a, b, scale, bias = (m.to(dtype).float() for m in matrices)
+    expected = scale[0] * (base[4].float() + (x[4].float() @ a.T) @ b) + bias[0]
+    slack = 1e-3 if dtype is torch.float32 else 1e-1
+    torch.testing.assert_close(outcomes[0].float(), expected, atol=slack, rtol=slack / 4)
+
+
 @pytest.mark.parametrize("add_lora", [reference.add_lora, cpu.add_lora])
 def test_scale_and_bias_apply_after_the_delta(add_lora):
     layout = PoolLayout(ODD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,7 +17,8 @@ from loraplex_kernels.batch import (
     build_lora_batch,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.layout import PoolLayout
+from loraplex_memory.adapter_spec import EPILOGUE_PARTS, bias, out_scale
+from loraplex_memory.layout import PROJECTIONS, PoolLayout, Projection
 from loraplex_scheduler.plan import Plan, SequenceStep
 
 
@@ -37,15 +38,19 @@ class BatchBuilder:
 
     def lora(self, plan: Plan) -> LoRABatch | None:
         """Return which rows use which adapter; None when none does."""
-        rows = _rows_by_adapter(plan.sequences)
+        rows = {
+            adapter_id: own
+            for adapter_id, own in rows_by_adapter(plan.sequences).items()
+            if changes_linears(plan.adapters[adapter_id].layout)
+        }
         # Only what this plan names is kept: an adapter that left is forgotten at once.
         self._tables = {
             adapter_id: self._tables_of(adapter_id, plan.adapters[adapter_id].layout)
             for adapter_id in rows
         }
         adapters = [
-            PagedAdapter(plan.adapters[adapter_id].pages, t.ranks, t.a_chunks, t.b_chunks)
-            for adapter_id, t in self._tables.items()
+            tables.paged(plan.adapters[adapter_id].pages)
+            for adapter_id, tables in self._tables.items()
         ]
         return build_lora_batch(adapters, list(rows.values()), self._layout.chunk_elems)
 
@@ -62,20 +67,62 @@ class _LayoutTables:
     ranks: npt.NDArray[np.int32]
     a_chunks: npt.NDArray[np.int32]
     b_chunks: npt.NDArray[np.int32]
+    scale_chunks: npt.NDArray[np.int32] | None
+    bias_chunks: npt.NDArray[np.int32] | None
 
     @classmethod
     def of(cls, layout: AdapterLayout) -> Self:
-        tables = (layout.ranks, layout.a_chunks, layout.b_chunks)
-        return cls(layout, *(np.array(table, dtype=np.int32) for table in tables))
+        return cls(
+            layout,
+            ranks=np.array(layout.ranks, dtype=np.int32),
+            a_chunks=np.array(layout.a_chunks, dtype=np.int32),
+            b_chunks=np.array(layout.b_chunks, dtype=np.int32),
+            scale_chunks=_part_chunks(layout, out_scale),
+            bias_chunks=_part_chunks(layout, bias),
+        )
+
+    def paged(self, pages: Sequence[int]) -> PagedAdapter:
+        """Return the adapter as it lies in these pages, without the parts of the whole model."""
+        return PagedAdapter(
+            pages[: self.layout.num_layer_pages],
+            self.ranks,
+            self.a_chunks,
+            self.b_chunks,
+            self.scale_chunks,
+            self.bias_chunks,
+        )
 
 
-def _rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
-    """Return the token rows of each adapter, in the order the plan lays tokens out."""
+def _part_chunks(
+    layout: AdapterLayout, part_of: Callable[[Projection], str]
+) -> npt.NDArray[np.int32] | None:
+    """Return the first chunk of a part of linears, `[L, 7]`, -1 for none; None if all are."""
+    starts = [layout.layer_part(part_of(projection)) for projection in PROJECTIONS]
+    if all(start is None for start in starts):
+        return None
+    absent = (-1,) * layout.pool.geometry.num_layers
+    return np.array([start or absent for start in starts], dtype=np.int32).T
+
+
+def changes_linears(layout: AdapterLayout) -> bool:
+    """Whether an adapter has anything for the LoRA kernels to do."""
+    return any(map(any, layout.ranks)) or any(
+        part.name in EPILOGUE_PARTS for part in layout.spec.parts
+    )
+
+
+def rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
+    """Return the token rows of each adapter, in the order the plan lays tokens out.
+
+    Rows before a request's `adapter_start` are the base's.
+    """
     rows: dict[str, list[int]] = {}
     at = 0
     for step in steps:
         stop = at + step.num_tokens
         if step.adapter_id is not None:
-            rows.setdefault(step.adapter_id, []).extend(range(at, stop))
+            first = at + max(0, step.request.adapter_start - step.start)
+            if first < stop:
+                rows.setdefault(step.adapter_id, []).extend(range(first, stop))
         at = stop
     return rows
