@@ -52,7 +52,13 @@ class CpuOps:
         num_heads = heads.shape[1] - 2 * kv_heads
         qk, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
         if norms is not None:
-            weight = torch.cat((norms.q.expand(num_heads, -1), norms.k.expand(kv_heads, -1)))
+            weight = torch.cat(
+                (
+                    norms.q.unsqueeze(-2).expand(*norms.q.shape[:-1], num_heads, -1),
+                    norms.k.unsqueeze(-2).expand(*norms.k.shape[:-1], kv_heads, -1),
+                ),
+                dim=-2,
+            )
             qk = reference.rms_norm(qk, weight, eps)
         qk = reference.rotate(qk, *self._cos_sin)
         reference.write_kv(kv, qk[:, num_heads:], value, self._attention)

@@ -40,6 +40,7 @@ def rms_norm_kernel(
     eps,
     x_stride,
     residual_stride,
+    weight_stride,
     out_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -47,13 +48,13 @@ def rms_norm_kernel(
 ):
     """`out = round(s / rms(s)) * weight` with `s = x`, or `s = residual = round(x + residual)`.
 
-    One program per row; the row is read once.
+    One program per row; the row is read once. `weight_stride` is 0 for one weight of all rows.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     s = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0)
+    w = tl.load(weight + row * weight_stride + column, mask=inside, other=0.0)
     if IS_SUM:
         at = residual + row * residual_stride + column
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -114,6 +115,7 @@ def rotate_and_store_kernel(
     k_norm,
     eps,
     stride,
+    norm_stride,
     out_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -130,7 +132,7 @@ def rotate_and_store_kernel(
     One program per token and `TILE` heads, which lie in the row as q, k, v. A head is held as the
     two halves that rotate with each other and the tail beyond `ROT_DIM` that does not; `HALF` and
     `TAIL` are their widths rounded up to powers of two, 0 for no tail. A slot below 0 stores
-    nothing. `out` may be the q part of `qkv`.
+    nothing. `out` may be the q part of `qkv`. `norm_stride` is 0 for one pair of weights.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -150,6 +152,8 @@ def rotate_and_store_kernel(
     is_q = (head < HEADS)[:, None]
     is_v = (head >= HEADS + KV_HEADS)[:, None]
     if HAS_NORM:
+        q_norm += token * norm_stride
+        k_norm += token * norm_stride
         squares = _square_sum(low) + _square_sum(high)
         if TAIL > 0:
             squares += _square_sum(tail)
@@ -187,7 +191,7 @@ def rotate_and_store_kernel(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `reference.rms_norm`, for `[T, H]`; `out` may be `x`."""
+    """See `reference.rms_norm`, for `[T, H]` and weights of one or all rows; `out` may be `x`."""
     return _rms_norm(x, x, weight, eps, out, is_sum=False)
 
 
@@ -223,6 +227,7 @@ def _rms_norm(
             eps,
             x.stride(0),
             residual.stride(0),
+            _row_stride(weight),
             out.stride(0),
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
@@ -231,6 +236,11 @@ def _rms_norm(
             **STRICT,
         )
     return out
+
+
+def _row_stride(weight: torch.Tensor) -> int:
+    """Return the elements between the weights of two rows: 0 when all share one."""
+    return weight.stride(0) if weight.dim() == 2 else 0
 
 
 def _norm_warps(width: int) -> int:
@@ -278,13 +288,16 @@ def rotate_and_store(
         sin: `[max_len, rot_dim]`, signed.
         positions: int32 `[T]`.
         slots: int32 `[T]`, page * page_tokens + offset; a negative one writes nothing.
-        q_norm: `[head_dim]`, weight of the RMSNorm of each query head; None for no norm.
-        k_norm: `[head_dim]`, given with `q_norm`.
+        q_norm: `[head_dim]`, weight of the RMSNorm of each query head, or `[T, head_dim]`; None
+            for no norm.
+        k_norm: given with `q_norm`, of the same shape and strides.
         eps: of the norms.
         out: `[T, heads, head_dim]`, contiguous but for the rows; the q part of `qkv` will do.
     """
     _, _, page_tokens, kv_heads, head_dim = kv.shape
     assert kv.is_contiguous(), "one layer of the pool"
+    if q_norm is not None and k_norm is not None:
+        assert q_norm.stride() == k_norm.stride(), "one stride serves both"
     rows, num_slices = qkv.shape[0], qkv.shape[1] // head_dim
     heads = num_slices - 2 * kv_heads
     if out is None:
@@ -302,6 +315,7 @@ def rotate_and_store(
             cos if k_norm is None else k_norm,
             eps,
             qkv.stride(0),
+            0 if q_norm is None else _row_stride(q_norm),
             out.stride(0),
             **_rotation_constants(heads, kv_heads, head_dim, cos.shape[1], page_tokens),
             HAS_NORM=q_norm is not None,
@@ -357,9 +371,18 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
     ]
 
 
+_STRIDES: Final = (
+    "stride",
+    "x_stride",
+    "residual_stride",
+    "weight_stride",
+    "norm_stride",
+    "out_stride",
+)
+
 #: Run-time arguments that are not of the model's dtype.
 _TYPES: Final = {
-    **dict.fromkeys(("stride", "x_stride", "residual_stride", "out_stride"), "i32"),
+    **dict.fromkeys(_STRIDES, "i32"),
     **dict.fromkeys(("positions", "slots"), "*i32"),
     "eps": "fp32",
 }

@@ -42,7 +42,9 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Weights `[head_dim]` of the RMSNorm of each query and key head (Qwen3)."""
+    """Weights of the RMSNorm of each query and key head (Qwen3): `[head_dim]` of all tokens, or
+    `[T, head_dim]`, both alike.
+    """
 
     q: torch.Tensor
     k: torch.Tensor

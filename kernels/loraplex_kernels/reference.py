@@ -151,7 +151,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         x: `[T, H]`; or `[T, heads, head_dim]` for the norm of each head.
-        weight: broadcast to `x`, of its dtype.
+        weight: broadcast to `x`, of its dtype: `[H]`, or `[T, H]` with one for each row.
         eps: added to the mean square.
     """
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype).mul_(weight)

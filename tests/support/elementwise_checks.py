@@ -81,6 +81,20 @@ def norms_take_strided_rows_and_write_where_told(device: torch.device) -> None:
     assert_near(rms_norm(residual, weight.to(device), EPS, out=residual), expected)
 
 
+def norms_take_a_weight_for_each_row(device: torch.device) -> None:
+    for width in (100, 576):
+        x, residual, weight = (
+            random_tensor(5, width, dtype=torch.bfloat16, seed=seed) for seed in range(3)
+        )
+        assert_near(
+            rms_norm(x.to(device), strided(weight, device), EPS),
+            reference.rms_norm(x, weight, EPS),
+        )
+        expected, _ = reference.add_rms_norm(x.clone(), residual.clone(), weight, EPS)
+        out, _ = add_rms_norm(x.to(device), residual.to(device), weight.to(device), EPS)
+        assert_near(out, expected)
+
+
 def a_row_of_zeros_stays_zero(device: torch.device) -> None:
     x = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)
     assert not rms_norm(x, torch.ones_like(x[0]), EPS).any()
@@ -119,6 +133,7 @@ class Rotation:
         dim: int = 64,
         rot_dim: int | None = None,
         has_norm: bool = False,
+        has_row_norms: bool = False,
         page_tokens: int = 16,
     ) -> None:
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
@@ -132,8 +147,9 @@ class Rotation:
         self.slots = (pages * page_tokens + offsets % page_tokens).to(torch.int32)
         self.slots[5] = -1
         self.kv = torch.full((5, 2, page_tokens, kv_heads, dim), torch.nan, dtype=dtype)
+        shape = (6, dim) if has_row_norms else (dim,)
         self.norms = tuple(
-            random_tensor(dim, dtype=dtype, seed=s) if has_norm else None for s in (2, 3)
+            random_tensor(*shape, dtype=dtype, seed=s) if has_norm else None for s in (2, 3)
         )
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +157,8 @@ class Rotation:
         heads = self.qkv.view(6, -1, self.dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.norms[0] is not None:
-            q, k = (reference.rms_norm(x, w, EPS) for x, w in zip((q, k), self.norms, strict=True))
+            weights = (norm.unsqueeze(-2) for norm in self.norms if norm is not None)
+            q, k = (reference.rms_norm(x, w, EPS) for x, w in zip((q, k), weights, strict=True))
         cos, sin = (table[self.positions.long()].unsqueeze(1) for table in (self.cos, self.sin))
         q, k = (reference.rotate(x, cos, sin) for x in (q, k))
         kv = self.kv.clone()
@@ -195,8 +212,9 @@ def rotation_agrees_bit_by_bit(device: torch.device) -> None:
 
 def rotation_norms_each_head(device: torch.device) -> None:
     for dtype in DTYPES:
-        for dim, rot_dim in ((64, 64), (80, 32)):
-            case = Rotation(dtype=dtype, dim=dim, rot_dim=rot_dim, has_norm=True)
+        for dim, rot_dim, has_row_norms in ((64, 64, False), (80, 32, False), (80, 32, True)):
+            sizes = {"dim": dim, "rot_dim": rot_dim, "has_row_norms": has_row_norms}
+            case = Rotation(dtype=dtype, has_norm=True, **sizes)
             (q, kv), (expected_q, expected_kv) = case.run(device), case.expected()
             written = ~expected_kv.isnan()
             assert torch.equal(~kv.isnan(), written)
@@ -258,6 +276,7 @@ ELEMENTWISE_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
         rms_norm_agrees,
         add_rms_norm_agrees_and_updates_the_residual,
         norms_take_strided_rows_and_write_where_told,
+        norms_take_a_weight_for_each_row,
         a_row_of_zeros_stays_zero,
         silu_mul_agrees,
         silu_mul_takes_extreme_gates,
