@@ -86,8 +86,15 @@ class PoolAccounts:
     def evict(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> int:
         """Evict until `num_pages` more are free or nothing is left; returns pages that came free.
 
-        Adapters leave whole, so more may come free than was asked for.
+        Adapters leave whole, so more may come free than was asked for; those to be kept leave last.
         """
+        kept = self.residency.kept
+        if not kept:
+            return self._evict(num_pages, spared)
+        freed = self._evict(num_pages, spared | kept)
+        return freed + self._evict(num_pages - freed, spared)
+
+    def _evict(self, num_pages: int, spared: AbstractSet[str]) -> int:
         before = self.allocator.num_free
         while self.allocator.num_free - before < num_pages:
             item = self._evictor.pop(spared)

@@ -92,6 +92,8 @@ class AdapterResidency:
         self._history = UseHistory(clock, evictor.policy.adapter_half_life_s, MAX_REMEMBERED)
         # Least recently used first; `pin` and `finish_load` move an adapter to the end.
         self._entries: OrderedDict[str, PooledAdapter] = OrderedDict()
+        #: Ids that whoever looks for room is to spare as long as it can; resident or not.
+        self.kept: frozenset[str] = frozenset()
         self._idle: dict[str, int] = {}  # pages of each adapter that could leave
         # Counted, not summed up: thousands are resident, and every step asks.
         self._num_loading = 0

@@ -87,7 +87,7 @@ class Admitter:
         loads: list[AdapterLoad] = []
         if not self._roster.waiting:
             return loads, []
-        running = self._roster.running
+        running, residency = self._roster.running, self._accounts.residency
         self._admission.begin(running)
         self._clustering.begin(running, now)
         queue = self._roster.waiting.in_order()
@@ -95,11 +95,14 @@ class Admitter:
         for sequence in queue:
             if draft.budget == 0 or num_passed == _MAX_PASSED:
                 break
+            if running or residency.num_loading:
+                # What is to be kept gives way only to a sequence that could not run alone.
+                self._spared |= residency.kept
             if self._is_passed_over(sequence, loads):
                 num_passed += 1
             elif len(running) >= self._limits.max_running or not self._try_admit(sequence, draft):
                 break
-        is_idle = not self._accounts.residency.num_loading
+        is_idle = not residency.num_loading
         return loads, self._behind(queue) if is_idle else []
 
     def _is_passed_over(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:

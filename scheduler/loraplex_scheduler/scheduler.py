@@ -218,6 +218,10 @@ class Scheduler:
         if all(s.adapter_id != adapter_id for s in self._roster):
             self.accounts.discard_adapter(adapter_id)
 
+    def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
+        """From now on, evict these only where a request could not run otherwise."""
+        self.accounts.residency.kept = adapter_ids
+
     # ---- the step --------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Plan:
@@ -329,15 +333,17 @@ class Scheduler:
         """
         if not sequence.table.pages:
             return False
-        claimed = self._admitter.claims.keys()
+        claimed, kept = self._admitter.claims.keys(), self.accounts.residency.kept
         running = self._roster.running
         num_pages = sequence.table.pages_missing(num_tokens)
         while not (
-            self.accounts.try_make_free(num_pages, claimed)
-            or self.accounts.try_make_free(num_pages)
+            self.accounts.try_make_free(num_pages, claimed | kept)
+            or self.accounts.try_make_free(num_pages, kept)
         ):
             victim = running[-1]
             if victim is sequence and len(running) == 1:
+                if self.accounts.try_make_free(num_pages):
+                    break
                 return False  # loads hold the rest, and will end
             self._roster.preempt(victim)
             self.num_preemptions += 1
@@ -373,7 +379,7 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)
         # Those that were loaded for somebody who still waits are of use.
-        self.accounts.drop_unused(self._admitter.claims.keys())
+        self.accounts.drop_unused(self._admitter.claims.keys() | self.accounts.residency.kept)
 
     def _rejected(self, request_id: str, rejection: Rejection) -> EndEvent:
         if rejection.retry_after_s is None:

@@ -333,3 +333,35 @@ def test_sampling_out_of_range_is_refused_by_name(param, value):
     with pytest.raises(InvalidSampling) as caught:
         SamplingParams(**{param: value})
     assert caught.value.param == param
+
+
+def test_a_kept_adapter_outlasts_others_and_gives_way_only_to_who_could_not_run_else():
+    scheduler = make_scheduler(num_pages=3 * ADAPTER_PAGES, max_model_len=256)
+    for name in ("kept", "other"):
+        scheduler.add(make_request(name, adapter=make_manifest(name, 8)))
+        run(scheduler)
+    scheduler.keep_adapters(frozenset({"kept"}))
+    scheduler.add(make_request("b", adapter=make_manifest("b", 8)))
+    scheduler.add(make_request("c", adapter=make_manifest("c", 8)))
+    run(scheduler)
+    residency = scheduler.accounts.residency
+    assert residency.is_resident("kept")
+    assert not residency.is_resident("other")
+    num_tokens = (2 * ADAPTER_PAGES + 1) * 4
+    assert num_tokens + 1 < 256
+    scheduler.add(make_request("long", num_prompt=num_tokens, max_tokens=1))
+    run(scheduler)
+    assert not residency.is_resident("kept")
+
+
+def test_who_runs_gives_way_before_a_kept_adapter_does():
+    scheduler = make_scheduler(num_pages=ADAPTER_PAGES + 8, max_model_len=64)
+    scheduler.add(make_request("first", adapter=make_manifest("kept", 8)))
+    run(scheduler)
+    scheduler.keep_adapters(frozenset({"kept"}))
+    scheduler.add(make_request("a", num_prompt=8, max_tokens=20, ignore_eos=True))
+    scheduler.add(make_request("b", num_prompt=8, max_tokens=20, ignore_eos=True))
+    events = run(scheduler)
+    assert scheduler.num_preemptions > 0
+    assert scheduler.accounts.residency.is_resident("kept")
+    assert sum(e.finish_reason is FinishReason.LENGTH for e in events) == 2

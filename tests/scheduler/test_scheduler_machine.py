@@ -220,6 +220,10 @@ class AnyLife(RuleBasedStateMachine):
     def discard(self, name: str) -> None:
         self.life.scheduler.discard_adapter(name)
 
+    @rule(names=st.frozensets(st.sampled_from([a.adapter_id for a in ADAPTERS if a]), max_size=2))
+    def keep(self, names: frozenset[str]) -> None:
+        self.life.scheduler.keep_adapters(names)
+
     @invariant()
     def accounts_agree(self) -> None:
         self.life.scheduler.check()

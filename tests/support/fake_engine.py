@@ -22,7 +22,7 @@ from loraplex_scheduler.plan import (
     TokenLogprobs,
 )
 from loraplex_server.engine.errors import EngineUnavailable
-from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats
+from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats, FreedMemory
 
 END_TOKEN = 0
 
@@ -86,6 +86,9 @@ class FakeEngine:
         self.cancelled: set[str] = set()
         self.ended: dict[str, FinishReason] = {}
         self.discarded: list[str] = []
+        #: What each discard frees.
+        self.freed_memory = FreedMemory()
+        self.kept: frozenset[str] = frozenset()
         self.prefetched: list[AdapterManifest] = []
 
     @property
@@ -115,6 +118,12 @@ class FakeEngine:
 
     def discard_adapter(self, adapter_id: str) -> None:
         self.discarded.append(adapter_id)
+
+    async def freed(self, adapter_id: str) -> FreedMemory:
+        return self.freed_memory if adapter_id in self.discarded else FreedMemory()
+
+    def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
+        self.kept = adapter_ids
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         self._check_ready()

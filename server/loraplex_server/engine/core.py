@@ -19,7 +19,7 @@ from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Plan, Request, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.engine.loader import AdapterLoader
-from loraplex_server.engine.messages import EngineInfo, EngineStats
+from loraplex_server.engine.messages import EngineInfo, EngineStats, FreedMemory
 from loraplex_server.engine.runner import Flight, StepRunner
 
 
@@ -87,10 +87,34 @@ class EngineCore:
         """Bring an adapter closer before anybody asks for it, if that costs nobody anything."""
         self.scheduler.prefetch(manifest)
 
-    def discard_adapter(self, adapter_id: str) -> None:
-        """The adapter was deleted: forget it wherever nobody uses it."""
+    def discard_adapter(self, adapter_id: str) -> FreedMemory:
+        """The adapter was deleted: forget it wherever nobody uses it.
+
+        Returns:
+            What it took until now; it is all free once `holds_adapter` says so.
+        """
+        residency, prefixes = self._accounts.residency, self._accounts.prefixes
+        has_pages = residency.state(adapter_id) is not None
+        freed = FreedMemory(
+            weight_pages=len(residency.pages(adapter_id)) if has_pages else 0,
+            prefix_pages=prefixes.pages_by_adapter().get(adapter_id, 0),
+            was_in_host=adapter_id in self._loader.host_adapters(),
+        )
         self.scheduler.discard_adapter(adapter_id)
         self._loader.discard(adapter_id)
+        return freed
+
+    def holds_adapter(self, adapter_id: str) -> bool:
+        """Whether anything of the adapter is in pool or host memory."""
+        return (
+            self._accounts.residency.state(adapter_id) is not None
+            or adapter_id in self._accounts.prefixes.pages_by_adapter()
+            or adapter_id in self._loader.host_adapters()
+        )
+
+    def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
+        """Let these leave the pool only where a request could not run otherwise."""
+        self.scheduler.keep_adapters(adapter_ids)
 
     def step(self, load_timeout_s: float = 0.0) -> list[Event]:
         """Run one step and return what happened.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import Event, Request
-from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats
+from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats, FreedMemory
 
 
 class RequestStream(Protocol):
@@ -57,7 +57,23 @@ class EngineHandle(Protocol):
         """Hand over requests; raises EngineUnavailable when the engine is not ready."""
         ...
 
-    def discard_adapter(self, adapter_id: str) -> None: ...
+    def discard_adapter(self, adapter_id: str) -> None:
+        """Have the memory of a deleted adapter freed as soon as nobody runs on it."""
+        ...
+
+    async def freed(self, adapter_id: str) -> FreedMemory:
+        """Wait until the latest `discard_adapter` of it is done; return what that freed.
+
+        Nothing, if the engine's process ended meanwhile, and its memory with it.
+        """
+        ...
+
+    def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
+        """From now on keep these in the pool, however long nobody uses them; also after restarts.
+
+        They are not loaded by this. They leave all the same where a request could not run else.
+        """
+        ...
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         """Hint that the adapter will be wanted soon; nothing tells whether it was followed.

@@ -101,9 +101,16 @@ class Cancel:
 
 @dataclass(frozen=True)
 class DiscardAdapter:
-    """The adapter was deleted: free its pages as soon as nobody runs on it."""
+    """The adapter was deleted: free its pages as soon as nobody runs on it, then say so."""
 
     adapter_id: str
+
+
+@dataclass(frozen=True)
+class KeepAdapters:
+    """From now on these, and no others, leave the pool only where a request could not run else."""
+
+    adapter_ids: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Shutdown:
     pass
 
 
-Command = Submit | Cancel | DiscardAdapter | PrefetchAdapter | Shutdown
+Command = Submit | Cancel | DiscardAdapter | KeepAdapters | PrefetchAdapter | Shutdown
 
 
 # From the engine process to the API process.
@@ -138,10 +145,32 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
+class FreedMemory:
+    """What an adapter took of the engine's memory when it was discarded.
+
+    Attributes:
+        weight_pages, prefix_pages: of the pool.
+        was_in_host: whether it was packed in host memory too.
+    """
+
+    weight_pages: int = 0
+    prefix_pages: int = 0
+    was_in_host: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterDiscarded:
+    """Nothing of the adapter is in pool or host memory any more."""
+
+    adapter_id: str
+    freed: FreedMemory
+
+
+@dataclass(frozen=True)
 class StartFailed:
     """The engine could not be built; it exits after this."""
 
     message: str
 
 
-Reply = Ready | StepOutput | StartFailed
+Reply = Ready | StepOutput | AdapterDiscarded | StartFailed

@@ -20,11 +20,13 @@ from typing import Protocol
 
 from loraplex_scheduler.plan import Event
 from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.discards import PendingDiscards
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.messages import (
     Cancel,
     Command,
     DiscardAdapter,
+    KeepAdapters,
     PrefetchAdapter,
     Ready,
     Shutdown,
@@ -99,14 +101,17 @@ def _serve(
     core: EngineCore, connection: Connection, inbox: queue.SimpleQueue[Command | None]
 ) -> None:
     stats_due = 0.0
+    discards = PendingDiscards(core)
     while True:
         events: list[Event] = []
         for command in _drain(core, inbox):
             if isinstance(command, Shutdown):
                 return
-            events += _apply(core, command)
+            events += _apply(core, discards, command)
         if core.has_work:
             events += core.step()
+        for discarded in discards.take_done():
+            connection.send(discarded)
         now = time.monotonic()
         is_due = now >= stats_due or not core.has_work
         if is_due:
@@ -130,13 +135,15 @@ def _drain(core: EngineCore, inbox: queue.SimpleQueue[Command | None]) -> list[C
         return commands
 
 
-def _apply(core: EngineCore, command: Command) -> list[Event]:
+def _apply(core: EngineCore, discards: PendingDiscards, command: Command) -> list[Event]:
     if isinstance(command, Submit):
         return [event for request in command.requests for event in core.add(request)]
     if isinstance(command, Cancel):
         return [event for request_id in command.request_ids for event in core.abort(request_id)]
     if isinstance(command, DiscardAdapter):
-        core.discard_adapter(command.adapter_id)
+        discards.begin(command.adapter_id)
+    elif isinstance(command, KeepAdapters):
+        core.keep_adapters(command.adapter_ids)
     elif isinstance(command, PrefetchAdapter):
         core.prefetch(command.manifest)
     return []

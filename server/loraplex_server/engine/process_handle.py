@@ -18,13 +18,17 @@ from collections.abc import Sequence
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import FinishReason, Request
 from loraplex_server.engine.child import EngineChild
+from loraplex_server.engine.discards import DiscardAnswers
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.engine.messages import (
+    AdapterDiscarded,
     Command,
     DiscardAdapter,
     EngineInfo,
     EngineState,
     EngineStats,
+    FreedMemory,
+    KeepAdapters,
     PrefetchAdapter,
     Reply,
     Shutdown,
@@ -77,6 +81,8 @@ class ProcessEngine:
         self._build_core = build_core
         self._start_timeout_s = start_timeout_s
         self._streams = RequestStreams(self._send)
+        self._discards = DiscardAnswers()
+        self._kept: frozenset[str] = frozenset()
         self._state = EngineState.STOPPED
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
@@ -143,7 +149,18 @@ class ProcessEngine:
 
     def discard_adapter(self, adapter_id: str) -> None:
         if self._state is EngineState.READY:
+            self._discards.expect(adapter_id)
             self._send(DiscardAdapter(adapter_id))
+
+    async def freed(self, adapter_id: str) -> FreedMemory:
+        """See `EngineHandle`."""
+        return await self._discards.freed(adapter_id)
+
+    def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
+        """See `EngineHandle`."""
+        self._kept = adapter_ids
+        if self._state is EngineState.READY:
+            self._send(KeepAdapters(adapter_ids))
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         """See `EngineHandle`."""
@@ -235,6 +252,7 @@ class ProcessEngine:
         if self._state is EngineState.READY:
             self._state = EngineState.RESTARTING
         self._stats = EngineStats()
+        self._discards.end_all()
         self._streams.end_all(FinishReason.FAILED, "the engine failed and is being restarted")
 
     def _receive(self, reply: Reply) -> None:
@@ -243,10 +261,14 @@ class ProcessEngine:
         if isinstance(reply, StepOutput):
             self._stats = reply.stats or self._stats
             self._streams.deliver(reply.events)
+        elif isinstance(reply, AdapterDiscarded):
+            self._discards.take(reply)
         elif isinstance(reply, StartFailed):
             self._start_failure = reply.message
         else:
             self._info, self._state = reply.info, EngineState.READY
+            if self._kept:
+                self._send(KeepAdapters(self._kept))
             self._is_ready.set()
 
 

@@ -17,7 +17,7 @@ from loraplex_scheduler.plan import FinishReason, Request
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine import process
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
-from loraplex_server.engine.messages import EngineState
+from loraplex_server.engine.messages import EngineState, FreedMemory
 from loraplex_server.engine.process_handle import ProcessEngine, RestartPauses
 from tests.support.engine import GatedPool, greedy_request, make_core, save_adapter
 from tests.support.tiny_models import tiny_spec, tiny_transformer
@@ -339,3 +339,39 @@ async def test_signals_do_not_strike_a_process_that_is_being_born():
     os.kill(engine.process_id, signal.SIGINT)
     await starting
     await engine.stop()
+
+
+async def test_what_a_discard_freed_is_told_when_it_is_free(engine, tmp_path):
+    adapter = save_adapter(tmp_path, tiny_spec().geometry)
+    await collect(engine.submit([request("r", adapter=adapter)]))
+    engine.discard_adapter(adapter.adapter_id)
+    freed = await engine.freed(adapter.adapter_id)
+    assert freed.weight_pages > 0
+    await wait_for(lambda: not engine.stats.resident)
+    assert engine.stats.pages_adapters == 0
+    assert await engine.freed(adapter.adapter_id) == FreedMemory()
+
+
+async def test_a_discard_of_a_loading_adapter_is_told_when_the_load_has_ended(tmp_path):
+    gate = tmp_path / "gate"
+    engine = await start(functools.partial(build_gated, gate=gate), start_timeout_s=60.0)
+    stream = engine.submit([request("r", adapter=save_adapter(tmp_path, tiny_spec().geometry))])
+    await wait_for(lambda: engine.stats.loading)
+    stream.cancel()
+    await collect(stream)
+    engine.discard_adapter("a")
+    waiting = asyncio.ensure_future(engine.freed("a"))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    gate.touch()
+    assert (await waiting).weight_pages > 0
+    await engine.stop()
+
+
+async def test_a_discard_is_over_when_the_process_is(engine, tmp_path):
+    adapter = save_adapter(tmp_path, tiny_spec().geometry)
+    await collect(engine.submit([request("r", adapter=adapter)]))
+    os.kill(engine.process_id, signal.SIGSTOP)
+    engine.discard_adapter(adapter.adapter_id)
+    os.kill(engine.process_id, signal.SIGKILL)
+    assert await engine.freed(adapter.adapter_id) == FreedMemory()
