@@ -1,0 +1,28 @@
+"""An update of one linear as two thin matrices, and weighted sums of such updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+#: A `[R, in]` and B `[out, R]`, float64: the update is `B A`, all scales folded in.
+Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+def stack(updates: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
+    """Return the sum of updates, each times its weight: A below A, B beside weighted B.
+
+    This is PEFT's `add_weighted_adapter(combination_type="cat")`, and how federated LoRA is
+    averaged without mixing factors (FLoRA, arXiv 2409.05976, section 3): the rank is the sum of
+    the ranks, and nothing is approximated.
+
+    Args:
+        updates: of one linear; scales already in B.
+        weights: one for each; by default 1.
+    """
+    chosen = [1.0] * len(updates) if weights is None else list(weights)
+    rows = [a.double() for a, _ in updates]
+    columns = [b.double() * weight for (_, b), weight in zip(updates, chosen, strict=True)]
+    return torch.cat(rows), torch.cat(columns, dim=1)

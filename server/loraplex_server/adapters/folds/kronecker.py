@@ -1,0 +1,36 @@
+"""LoKr (arXiv 2309.14859): the Kronecker product of two small matrices."""
+
+from __future__ import annotations
+
+import torch
+
+from loraplex_server.adapters.folds.factors import Factors
+
+_TOLERANCE = 1e-12
+
+
+def split_matrix(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `[m, R]` and `[R, n]` with the product `w` `[m, n]`, R its rank."""
+    u, sigma, v = torch.linalg.svd(w.double(), full_matrices=False)
+    rank = int((sigma > _TOLERANCE * sigma[:1]).sum())
+    root = sigma[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def kronecker_rank(first: Factors, second: Factors) -> int:
+    """Return the rank of the product of two split matrices, before anything is multiplied."""
+    return first[0].shape[1] * second[0].shape[1]
+
+
+def fold_kronecker(first: Factors, second: Factors, *, scale: float) -> Factors:
+    """Return `scale * (u1 v1) x (u2 v2) = scale * (u1 x u2) (v1 x v2)`.
+
+    Args:
+        first, second: pairs of `[m, R]` and `[R, n]`.
+    """
+    (u1, v1), (u2, v2) = (
+        # `torch.kron` needs its arguments in one piece.
+        (u.double().contiguous(), v.double().contiguous())
+        for u, v in (first, second)
+    )
+    return torch.kron(v1, v2), torch.kron(u1, u2) * scale
