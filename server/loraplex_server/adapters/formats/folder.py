@@ -21,7 +21,7 @@ from loraplex_server.adapters.peft_targets import TargetRule
 from loraplex_server.adapters.record import AdapterLimits
 
 _FLOATS: Final = ("F32", "F16", "BF16")
-_INTS: Final = ("I64", "I32")
+_INTS: Final = ("I64", "I32", "I16", "U8")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class PeftFolder:
             return "is missing"
         dtype = str(self._file.get_slice(name).get_dtype())
         if dtype not in dtypes:
-            known = "float32, float16 and bfloat16" if dtypes is _FLOATS else "int64 and int32"
+            known = "float32, float16 and bfloat16" if dtypes is _FLOATS else "int64 to int16 and uint8"
             return f"is {dtype}; only {known} are read"
         stored = self.shape(name)
         if shape is not None and stored != tuple(shape):
