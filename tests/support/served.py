@@ -19,6 +19,7 @@ from loraplex_scheduler.plan import Plan, PlannedAdapter, Request, SequenceStep
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.transformer import Transformer
 from tests.support.tiny_models import transformer_of
 
@@ -88,7 +89,9 @@ class ServedModel:
         attention = batches.attention(plan)
         token_ids = torch.tensor([t for step in plan.sequences for t in step.token_ids])
         ops = host_backend().prepare(attention, batches.lora(plan))
-        return self.model.forward(token_ids, ops, self.pool)
+        edited = batches.edits(plan, range(len(token_ids)))
+        edits = AdapterEdits(edited, attention, self.pool) if edited else None
+        return self.model.forward(token_ids, ops, self.pool, edits=edits)
 
     def _step(self, request_id: str, adapter: str | None, prompt: Sequence[int]) -> SequenceStep:
         manifest = self.manifests[adapter] if adapter is not None else None

@@ -1,7 +1,8 @@
 """Computing plans on a device that works while the host goes on.
 
 Everything is enqueued on the current stream, and nothing waits but `DeviceFlight.result`. A step
-of decodes alone replays a graph (`step_graphs`); any other step runs the same kernels one by one.
+of decodes alone replays a graph (`step_graphs`), unless an adapter edits more than linears in it;
+any other step runs the same kernels one by one.
 Sampled tokens stay on the device, where the next step finds those it awaits.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
@@ -22,6 +24,7 @@ from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
 from loraplex_server.engine.runner import NOT_FINITE
 from loraplex_server.engine.step_graphs import GraphRecorder, StepGraphs
+from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.device_sampler import DeviceSampler, SampledTokens
 from loraplex_server.model.transformer import Transformer
 
@@ -90,9 +93,13 @@ class DeviceRunner:
     def launch(self, plan: Plan) -> DeviceFlight:
         """Enqueue a plan; returns before the device has computed it."""
         attention, lora = self._batches.attention(plan), self._batches.lora(plan)
-        sampled = self._try_replay(plan.sequences, attention, lora)
+        ends = attention.query_indptr.numpy()[1:]
+        logit_rows = ends[[step.is_sampled for step in plan.sequences]] - 1
+        edited = self._batches.edits(plan, logit_rows.tolist())
+        sampled = None if edited else self._try_replay(plan.sequences, attention, lora)
         if sampled is None:
-            sampled = self._run(plan.sequences, attention, lora)
+            edits = AdapterEdits(edited, attention, self._pool) if edited else None
+            sampled = self._run(plan.sequences, attention, lora, logit_rows, edits)
         self._row_of = {row.request_id: i for i, row in enumerate(sampled.rows)}
         on_host = sampled.to_host()
         arrival = None
@@ -118,12 +125,16 @@ class DeviceRunner:
         return self._sampler.sample(self._logits[: len(steps)], steps)
 
     def _run(
-        self, steps: Sequence[SequenceStep], attention: AttentionBatch, lora: LoRABatch | None
+        self,
+        steps: Sequence[SequenceStep],
+        attention: AttentionBatch,
+        lora: LoRABatch | None,
+        logit_rows: npt.NDArray[np.int32],
+        edits: AdapterEdits | None,
     ) -> SampledTokens:
-        ends = attention.query_indptr.numpy()[1:]
         rows = [step for step in steps if step.is_sampled]
         self._fill_inputs(steps)
-        self._inputs.upload({"logit_rows": ends[[step.is_sampled for step in steps]] - 1})
+        self._inputs.upload({"logit_rows": logit_rows})
         logits = self._logits[: len(rows)]
         self._model.forward(
             self._token_ids(len(attention.positions)),
@@ -131,6 +142,7 @@ class DeviceRunner:
             self._pool,
             self._inputs.views["logit_rows"][: len(rows)],
             out=logits,
+            edits=edits,
         )
         return self._sampler.sample(logits, rows)
 

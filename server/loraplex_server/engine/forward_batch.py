@@ -17,9 +17,10 @@ from loraplex_kernels.batch import (
     build_lora_batch,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.adapter_spec import EPILOGUE_PARTS, bias, out_scale
+from loraplex_memory.adapter_spec import EPILOGUE_PARTS, KV_PREFIX, SOFT_PROMPT, bias, out_scale
 from loraplex_memory.layout import PROJECTIONS, PoolLayout, Projection
 from loraplex_scheduler.plan import Plan, SequenceStep
+from loraplex_server.model.adapter_edits import EditedRows
 
 
 class BatchBuilder:
@@ -53,6 +54,34 @@ class BatchBuilder:
             for adapter_id, tables in self._tables.items()
         ]
         return build_lora_batch(adapters, list(rows.values()), self._layout.chunk_elems)
+
+    def edits(self, plan: Plan, logit_rows: Sequence[int]) -> list[EditedRows]:
+        """Return what adapters of the plan change besides linears, for rows that it concerns.
+
+        Args:
+            logit_rows: token rows whose logits are wanted, in their order.
+        """
+        if not any(adapter.layout.spec.needs_edits for adapter in plan.adapters.values()):
+            return []
+        place = {row: at for at, row in enumerate(logit_rows)}
+        virtual = _virtual_tokens(plan.sequences)
+        edited = []
+        for adapter_id, rows in rows_by_adapter(plan.sequences).items():
+            adapter = plan.adapters[adapter_id]
+            own = virtual.get(adapter_id, [])
+            if not own and not _edits_text(adapter.layout):
+                continue
+            edited.append(
+                EditedRows(
+                    adapter.layout,
+                    adapter.pages,
+                    rows,
+                    [place[row] for row in rows if row in place],
+                    virtual_rows=[row for row, _ in own],
+                    virtual_idxs=[idx for _, idx in own],
+                )
+            )
+        return edited
 
     def _tables_of(self, adapter_id: str, layout: AdapterLayout) -> _LayoutTables:
         known = self._tables.get(adapter_id)
@@ -109,6 +138,27 @@ def changes_linears(layout: AdapterLayout) -> bool:
     return any(map(any, layout.ranks)) or any(
         part.name in EPILOGUE_PARTS for part in layout.spec.parts
     )
+
+
+def _edits_text(layout: AdapterLayout) -> bool:
+    """Whether an adapter edits rows that are not of its virtual tokens."""
+    return any(
+        part.name not in EPILOGUE_PARTS and part.name not in (SOFT_PROMPT, KV_PREFIX)
+        for part in layout.spec.parts
+    )
+
+
+def _virtual_tokens(steps: Sequence[SequenceStep]) -> dict[str, list[tuple[int, int]]]:
+    """Return each adapter's rows of virtual tokens, and which of them each is."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    at = 0
+    for step in steps:
+        num_virtual = step.request.num_virtual - step.start
+        if num_virtual > 0 and step.adapter_id is not None:
+            own = rows.setdefault(step.adapter_id, [])
+            own += [(at + i, step.start + i) for i in range(min(num_virtual, step.num_tokens))]
+        at += step.num_tokens
+    return rows
 
 
 def rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from loraplex_kernels.ops import host_backend
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.transformer import Transformer
 
@@ -79,11 +80,14 @@ class Runner:
         sampled = [
             (step, end - 1) for step, end in zip(steps, ends, strict=True) if step.is_sampled
         ]
+        logit_rows = [row for _, row in sampled]
+        edited = self._batches.edits(plan, logit_rows)
         logits = self._model.forward(
             token_ids,
             self._backend.prepare(attention, self._batches.lora(plan)),
             self._pool,
-            torch.tensor([row for _, row in sampled], dtype=torch.int64),
+            torch.tensor(logit_rows, dtype=torch.int64),
+            edits=AdapterEdits(edited, attention, self._pool) if edited else None,
         )
         return _draw(logits, [step for step, _ in sampled])
 

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 
 from loraplex_kernels.model_tables import HeadNorms, KernelModel, LoRASite
 from loraplex_kernels.ops import StepOps
+from loraplex_memory.adapter_spec import INPUT_NORM, POST_NORM
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Site
 from loraplex_memory.pool import PagePool
+from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.errors import UnsupportedModel
+from loraplex_server.model.linear import Linear
 from loraplex_server.model.rope import build_rope_table
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.weights import LayerWeights, ModelWeights
@@ -69,6 +72,7 @@ class Transformer:
         logit_rows: torch.Tensor | None = None,
         *,
         out: torch.Tensor | None = None,
+        edits: AdapterEdits | None = None,
     ) -> torch.Tensor:
         """Compute the tokens of a step, write their KV, and return logits of some of them.
 
@@ -78,65 +82,101 @@ class Transformer:
             pool: KV pages (written) and adapter pages (read).
             logit_rows: integers `[N]`, the token rows whose logits are wanted; None for all.
             out: float32 `[N, vocab_size]` to write into.
+            edits: what adapters of the step change besides linears; None in most steps.
 
         Returns:
             float32 `[N, vocab_size]`.
         """
         layers, eps = self._weights.layers, self.spec.rms_norm_eps
-        residual = F.embedding(token_ids, self._weights.embedding)
-        x = ops.rms_norm(residual, layers[0].input_norm, eps)
-        norms_after = [*(layer.input_norm for layer in layers[1:]), self._weights.norm]
+        residual = self._embed(token_ids, edits)
+        x = ops.rms_norm(residual, _norm(edits, INPUT_NORM, 0, layers[0].input_norm), eps)
         for index, layer in enumerate(layers):
-            delta = self._attention(x, index, layer, ops, pool)
-            x, residual = ops.add_rms_norm(delta, residual, layer.post_norm, eps)
-            delta = self._mlp(x, index, layer, ops, pool)
+            delta = self._attention(x, index, layer, ops, pool, edits)
+            norm = _norm(edits, POST_NORM, index, layer.post_norm)
+            x, residual = ops.add_rms_norm(delta, residual, norm, eps)
+            delta = self._mlp(x, index, layer, ops, pool, edits)
             if index == len(layers) - 1 and logit_rows is not None:
                 delta, residual = (t.index_select(0, logit_rows) for t in (delta, residual))
-            x, residual = ops.add_rms_norm(delta, residual, norms_after[index], eps)
+            norm = self._norm_after(index, len(delta), edits)
+            x, residual = ops.add_rms_norm(delta, residual, norm, eps)
         logits = self._weights.lm_head(x)
-        return logits.float() if out is None else out.copy_(logits)
+        logits = logits.float() if out is None else out.copy_(logits)
+        if edits is not None:
+            edits.head(logits, x)
+        return logits
+
+    def _embed(self, token_ids: torch.Tensor, edits: AdapterEdits | None) -> torch.Tensor:
+        weight = self._weights.embedding
+        return F.embedding(token_ids, weight) if edits is None else edits.embed(token_ids, weight)
+
+    def _norm_after(self, index: int, num_rows: int, edits: AdapterEdits | None) -> torch.Tensor:
+        """Return the weights of the norm behind layer `index`: the next layer's, or the last."""
+        layers = self._weights.layers
+        if index + 1 < len(layers):
+            return _norm(edits, INPUT_NORM, index + 1, layers[index + 1].input_norm)
+        last = self._weights.norm
+        return last if edits is None else edits.final_norm(last, num_rows)
 
     def _attention(
-        self, x: torch.Tensor, index: int, layer: LayerWeights, ops: StepOps, pool: PagePool
+        self,
+        x: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        ops: StepOps,
+        pool: PagePool,
+        edits: AdapterEdits | None,
     ) -> torch.Tensor:
         """Return what attention adds to the normed `x` `[T, H]`."""
-        qkv = layer.qkv(x)
-        self._add_lora(qkv, x, index, "qkv", ops, pool)
+        qkv = self._linear(layer.qkv, x, index, "qkv", ops, pool, edits)
         kv = pool.kv(index)
-        query = ops.rotate_and_store(
-            qkv, kv, self._rope, _head_norms(layer), self.spec.rms_norm_eps
-        )
+        norms = _head_norms(layer)
+        if edits is not None and norms is not None:
+            norms = edits.head_norms(norms, index)
+        query = ops.rotate_and_store(qkv, kv, self._rope, norms, self.spec.rms_norm_eps)
+        if edits is not None:
+            edits.write_prefix(kv, index)
         mixed = ops.attend(
             query,
             kv,
             scale=self.spec.geometry.head_dim**-0.5,
             window=self.spec.sliding_windows[index],
         ).flatten(1)
-        out = layer.o(mixed)
-        self._add_lora(out, mixed, index, "o", ops, pool)
-        return out
+        return self._linear(layer.o, mixed, index, "o", ops, pool, edits)
 
     def _mlp(
-        self, x: torch.Tensor, index: int, layer: LayerWeights, ops: StepOps, pool: PagePool
+        self,
+        x: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        ops: StepOps,
+        pool: PagePool,
+        edits: AdapterEdits | None,
     ) -> torch.Tensor:
         """Return what the gated MLP adds to the normed `x` `[T, H]`."""
-        gate_up = layer.gate_up(x)
-        self._add_lora(gate_up, x, index, "gate_up", ops, pool)
+        gate_up = self._linear(layer.gate_up, x, index, "gate_up", ops, pool, edits)
         product = ops.silu_mul(gate_up)
-        out = layer.down(product)
-        self._add_lora(out, product, index, "down", ops, pool)
-        return out
+        return self._linear(layer.down, product, index, "down", ops, pool, edits)
 
-    def _add_lora(
+    def _linear(
         self,
-        y: torch.Tensor,
+        linear: Linear,
         x: torch.Tensor,
         index: int,
         site: Site,
         ops: StepOps,
         pool: PagePool,
-    ) -> None:
+        edits: AdapterEdits | None,
+    ) -> torch.Tensor:
+        """Return a site's output with all that adapters make of it; `x` may be overwritten."""
+        if edits is not None:
+            edits.scale_input(x, index, site)
+        y = linear(x)
         ops.add_lora(y, x, pool.layer(index), layer=index, site=self._sites[site])
+        return y
+
+
+def _norm(edits: AdapterEdits | None, name: str, index: int, weight: torch.Tensor) -> torch.Tensor:
+    return weight if edits is None else edits.norm(name, index, weight)
 
 
 def lora_site(site: Site, geometry: ModelGeometry) -> LoRASite:
