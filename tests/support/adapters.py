@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_memory.layout import ModelGeometry, PoolLayout
+from loraplex_server.adapters.base_model import BaseModel, StateDict
 from loraplex_server.adapters.catalog import AdapterCatalog
-from loraplex_server.adapters.peft_format import PeftAdapter, PeftFolderReader
+from loraplex_server.adapters.folder_reader import FolderReader
+from loraplex_server.adapters.reader import ReadAdapter
 from loraplex_server.adapters.record import AdapterLimits
+from loraplex_server.model.spec import ModelSpec
 
 BASE_NAME = "tiny-llama"
 
@@ -162,10 +165,17 @@ def read_folder(
     base_names: tuple[str, ...] = (BASE_NAME,),
     check_base: bool = True,
     limits: AdapterLimits | None = None,
-) -> PeftAdapter:
-    """Read a folder for the tiny base."""
-    reader = PeftFolderReader(TINY, base_names, limits or AdapterLimits())
-    return reader.read(folder, check_base=check_base)
+    reference: torch.nn.Module | None = None,
+) -> ReadAdapter:
+    """Read a folder for a base: by default for `make_tiny_base()`."""
+    base = base_model_of(make_tiny_base() if reference is None else reference)
+    return FolderReader(base, base_names, limits).read(folder, check_base=check_base)
+
+
+def base_model_of(reference: Any) -> BaseModel:
+    """Return a transformers model as readers want it."""
+    spec = ModelSpec.from_config(reference.config, base_name=BASE_NAME)
+    return BaseModel(spec, StateDict(reference.state_dict()))
 
 
 def make_catalog(

@@ -21,7 +21,7 @@ from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.errors import AdapterRefused, InvalidUpload, UploadTooLarge
 from loraplex_server.adapters.formats.config_fields import ConfigFields
 from loraplex_server.adapters.formats.config_json import CONFIG_NAME, load_config_json
-from loraplex_server.adapters.formats.folder import PeftFolder, is_finite
+from loraplex_server.adapters.formats.folder import PeftFolder, dense_fault, is_finite
 from loraplex_server.adapters.formats.ledger import Ledger
 from loraplex_server.adapters.formats.registry import READERS, REFUSED
 from loraplex_server.adapters.names import is_same_base
@@ -146,17 +146,9 @@ def _check_dense_bytes(weights: AdapterWeights, limits: AdapterLimits, ledger: L
         for key, tensor in weights.parts.items()
         if key[0] in _DENSE_PARTS
     }
-    if (total := sum(sizes.values())) > limits.max_dense_bytes:
-        names = ", ".join(sorted({name for name, _ in sizes}))
-        ledger.refuse(
-            f"its dense parts ({names}) take {_mebibytes(total)} folded, above the limit of "
-            f"{_mebibytes(limits.max_dense_bytes)}; train LoRA on these modules, or rows of tokens "
-            "(trainable_token_indices) instead of whole matrices"
-        )
-
-
-def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"
+    names = ", ".join(sorted({name for name, _ in sizes}))
+    if (fault := dense_fault(sum(sizes.values()), names, limits)) is not None:
+        ledger.refuse(fault)
 
 
 def _peak(tensor: torch.Tensor) -> float:

@@ -46,8 +46,11 @@ class TargetRule:
     layers: frozenset[int] | None = None
     layers_patterns: Sequence[ModulePattern] = ()
 
-    def covers(self, module: str, layer: int) -> bool:
+    def covers(self, module: str, layer: int | None) -> bool:
         """Whether PEFT would put LoRA on `module` (`model.layers.3.self_attn.q_proj`).
+
+        Args:
+            layer: the module's; None for one outside the layers.
 
         Raises:
             PatternError: a pattern costs too much to match.
@@ -61,7 +64,7 @@ class TargetRule:
             return self.targets.matches(module)
         return self.targets.matches(module) and self._has_layer(layer)
 
-    def _has_layer(self, layer: int) -> bool:
+    def _has_layer(self, layer: int | None) -> bool:
         if self.layers is None:
             return True
         is_layer_list = not self.layers_patterns or any(

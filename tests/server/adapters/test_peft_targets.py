@@ -8,8 +8,8 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
-from loraplex_server.adapters.ledger import Ledger
-from loraplex_server.adapters.peft_config import PeftConfigReader
+from loraplex_server.adapters.formats.config_fields import ConfigFields
+from loraplex_server.adapters.formats.ledger import Ledger
 from tests.support.adapters import make_config
 
 MODULES = [
@@ -40,11 +40,10 @@ MODULES = [
 )
 def test_modules_are_covered_exactly_as_in_peft(fields: dict[str, Any]):
     ledger = Ledger()
-    config = PeftConfigReader(make_config(**fields), ledger).read()
-    assert config is not None
+    rule = ConfigFields(make_config(**fields), ledger).target_rule()
     assert not ledger
     theirs = LoraConfig(**fields)
     for module, layer in MODULES:
         found = check_target_module_exists(theirs, module)
         is_target = bool(found) and not isinstance(found, _ExcludedModule)
-        assert config.targets.covers(module, layer) == is_target, module
+        assert rule.covers(module, layer) == is_target, module

@@ -47,6 +47,10 @@ class ConfigFields:
             self._ledger.field(field, "applied")
         return self._config.get(field, default)
 
+    def peek(self, field: str) -> Any:
+        """Return the value as it is; accounts nothing."""
+        return self._config.get(field)
+
     def is_on(self, field: str) -> bool:
         """Whether the field has a value other than "nobody switched it on"; accounts nothing."""
         return not is_off(self._config.get(field))

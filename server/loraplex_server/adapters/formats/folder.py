@@ -100,6 +100,13 @@ class PeftFolder:
             self.ledger.refuse(f"rank {rank} is above the limit of {self.limits.max_rank}", module)
         return rank <= self.limits.max_rank
 
+    def check_dense(self, num_bytes: int, what: str) -> bool:
+        """Refuse a dense part above the limit, before anything is computed with it."""
+        fault = dense_fault(num_bytes, what, self.limits)
+        if fault is not None:
+            self.ledger.refuse(fault)
+        return fault is None
+
     def linears(
         self,
         suffixes: Collection[str],
@@ -140,12 +147,11 @@ class PeftFolder:
 
     def finish(self) -> None:
         """Refuse by name every tensor that nobody has taken or ignored."""
-        has_faults = bool(self.ledger)
         for name in self._keys:
             if not self.is_untouched(name):
                 continue
-            if has_faults and self._is_of_a_linear(name):
-                self.ledger.tensor(name, "refused", "not read, because of another fault")
+            if self.ledger.has_verdict("adapter", self._module_of(name)):
+                self.ledger.tensor(name, "refused", "not read, as its module is refused")
             else:
                 self.refuse(name, explain_tensor(name))
 
@@ -170,7 +176,9 @@ class PeftFolder:
             return "is missing"
         dtype = str(self._file.get_slice(name).get_dtype())
         if dtype not in dtypes:
-            known = "float32, float16 and bfloat16" if dtypes is _FLOATS else "int64 to int16 and uint8"
+            known = (
+                "float32, float16 and bfloat16" if dtypes is _FLOATS else "int64 to int16 and uint8"
+            )
             return f"is {dtype}; only {known} are read"
         stored = self.shape(name)
         if shape is not None and stored != tuple(shape):
@@ -214,9 +222,25 @@ class PeftFolder:
         return None
 
     @staticmethod
-    def _is_of_a_linear(name: str) -> bool:
-        parts = name.removeprefix(PREFIX).split(".")
-        return parse_linear(".".join(parts[:5])) is not None
+    def _module_of(name: str) -> str:
+        """Return the linear that a tensor's name begins with, or else a name of nothing."""
+        module = ".".join(name.removeprefix(PREFIX).split(".")[:5])
+        return module if parse_linear(module) else name
+
+
+def dense_fault(num_bytes: int, what: str, limits: AdapterLimits) -> str | None:
+    """Return why dense parts of this size, `what` names them, are refused, if they are."""
+    if num_bytes <= limits.max_dense_bytes:
+        return None
+    return (
+        f"{what}: {_mebibytes(num_bytes)} folded, above the limit of "
+        f"{_mebibytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
+        "of one adapter; train LoRA on these modules, or less of them"
+    )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

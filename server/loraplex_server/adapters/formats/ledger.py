@@ -11,7 +11,7 @@ _MAX_SUBJECTS: Final = 3
 _MAX_REASONS: Final = 50
 _MAX_NAME: Final = 200
 #: A later verdict of a higher rank replaces an earlier one.
-_RANK: Final[dict[Verdict, int]] = {"no effect": 0, "applied": 1, "folded": 2, "refused": 3}
+_RANK: Final[dict[Verdict, int]] = {"applied": 0, "no effect": 1, "folded": 2, "refused": 3}
 
 
 class Ledger:

@@ -104,7 +104,11 @@ _EXPLAINED: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         re.compile(r"\.lora_[AB]\.weight$"),
         "not a linear that can carry LoRA here (" + ", ".join(LINEARS) + " of model.layers.N)",
     ),
-    (re.compile(r"\.base_layer\.|^base_model\.model\.(lm_head|model)\."), "a weight of the base"),
+    (
+        re.compile(r"\.lora_(magnitude_vector|diag|B\.bias|latent_mapping)"),
+        "of a variant of LoRA that the configuration does not switch on",
+    ),
+    (re.compile(r"^base_model\.model\.(lm_head|model)\..*(weight|bias)$"), "a weight of the base"),
 )
 
 

@@ -1,0 +1,70 @@
+"""`peft_type=LORA`: LoRA, and everything that its configuration can add to it.
+
+A linear is read into an update `B A` of its weight. Variants differ in how they store it (blocks,
+pooled inputs, a square matrix in between) and in which base they were trained on (PiSSA, OLoRA,
+KaSA); DoRA then scales the outputs. Linears of the decoder layers are in `lora_tensors` and
+`lora_linear`, the head and the embedding in `vocabulary`, trained biases, rows of tokens and whole
+modules in the files of these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loraplex_memory.adapter_spec import bias as bias_part
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
+from loraplex_server.adapters.base_model import BaseModel
+from loraplex_server.adapters.formats.biases import read_biases
+from loraplex_server.adapters.formats.folder import PeftFolder
+from loraplex_server.adapters.formats.lora_fields import read_lora_fields
+from loraplex_server.adapters.formats.lora_tensors import LoraTensors
+from loraplex_server.adapters.formats.token_rows import read_token_rows
+from loraplex_server.adapters.formats.vocabulary import read_vocabulary_lora
+from loraplex_server.adapters.formats.whole_modules import read_whole_modules
+
+
+def read_lora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
+    """Read a LoRA of any variant; a `FormatReader`."""
+    fields = read_lora_fields(folder.config, base)
+    linears = LoraTensors(folder, base, fields).take()
+    biases = read_biases(folder, base, fields.bias)
+    whole = read_whole_modules(folder, base)
+    rows = read_token_rows(folder, base)
+    parts = {**read_vocabulary_lora(folder, base, fields), **whole, **rows.parts}
+    if fields.invocation_token_ids and (parts or biases):
+        folder.config.refuse(
+            "alora_invocation_tokens",
+            "changes linears only; what else this adapter brings would hold before the "
+            "invocation too; retrain with LoRA on attention and MLP linears only",
+        )
+    if folder.ledger:
+        return AdapterWeights()
+    lora: dict[ModuleKey, LoRAPair] = {}
+    for linear in linears:
+        pairs, own_parts = linear.pairs_and_parts(base, biases)
+        lora |= pairs
+        parts |= own_parts
+    parts |= _other_biases(base, biases, parts)
+    return AdapterWeights(
+        lora,
+        parts,
+        token_ids=rows.token_ids,
+        head_token_ids=rows.head_token_ids,
+        invocation_token_ids=fields.invocation_token_ids,
+    )
+
+
+def _other_biases(
+    base: BaseModel,
+    biases: Mapping[ModuleKey, torch.Tensor],
+    parts: Mapping[PartKey, torch.Tensor],
+) -> dict[PartKey, torch.Tensor]:
+    """Return the biases of projections without LoRA (`bias="all"`)."""
+    return {
+        (bias_part(projection), layer): (new - own)[None]
+        for (layer, projection), new in biases.items()
+        if (bias_part(projection), layer) not in parts
+        and (own := base.bias(layer, projection)) is not None
+    }
