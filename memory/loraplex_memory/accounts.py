@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Set as AbstractSet
 
 from loraplex_memory.allocator import PageAllocator
@@ -68,9 +69,14 @@ class PoolAccounts:
         """Pages that are free, or would be if everything idle but the spared adapters left."""
         return self.allocator.num_free + self.num_evictable(spared)
 
-    def new_table(self, adapter_id: str | None) -> PageTable:
-        """Return an empty table for a sequence of this adapter, None: of the base model."""
-        return PageTable(self.allocator, self.layout.page_tokens, self.prefixes, adapter_id)
+    def new_table(self, adapter_id: str | None, max_shared: int = sys.maxsize) -> PageTable:
+        """Return an empty table for a sequence of this adapter, None: of the base model.
+
+        Args:
+            max_shared: tokens from there on are shared with nobody.
+        """
+        page_tokens = self.layout.page_tokens
+        return PageTable(self.allocator, page_tokens, self.prefixes, adapter_id, max_shared)
 
     def try_make_free(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> bool:
         """Evict until `num_pages` are free, or change nothing and return False."""

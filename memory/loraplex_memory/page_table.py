@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,11 +30,21 @@ class PageTable:
         [0, num_shared)             nodes of the prefix cache, which the table holds references on
         [num_shared, len(pages))    private
 
-    Grows by whole pages through the allocator and gives everything back at once. Page ids are an
-    array of C integers: numpy takes thousands of them at once where it would convert one by one.
+    Only pages of tokens below `max_shared` are ever shared: what the others hold does not follow
+    from the adapter and the tokens alone. Grows by whole pages through the allocator and gives
+    everything back at once. Page ids are an array of C integers: numpy takes thousands of them at
+    once where it would convert one by one.
     """
 
-    __slots__ = ("_adapter_id", "_allocator", "_page_tokens", "_path", "_prefixes", "pages")
+    __slots__ = (
+        "_adapter_id",
+        "_allocator",
+        "_max_shared",
+        "_page_tokens",
+        "_path",
+        "_prefixes",
+        "pages",
+    )
 
     def __init__(
         self,
@@ -41,11 +52,13 @@ class PageTable:
         page_tokens: int,
         prefixes: PrefixCache,
         adapter_id: str | None,
+        max_shared: int = sys.maxsize,
     ) -> None:
         self._allocator = allocator
         self._page_tokens = page_tokens
         self._prefixes = prefixes
         self._adapter_id = adapter_id
+        self._max_shared = max_shared
         self._path: list[PrefixNode] = []
         self.pages = array("i")
 
@@ -75,7 +88,7 @@ class PageTable:
 
     def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
         """Look up the longest cached run of whole pages of at most `max_tokens` tokens."""
-        path = self._prefixes.find(self._adapter_id, token_ids, max_tokens)
+        path = self._find(token_ids, max_tokens)
         num_used = 0  # users of a node use all before it
         while num_used < len(path) and path[num_used].num_refs:
             num_used += 1
@@ -87,7 +100,7 @@ class PageTable:
         The table must be empty.
         """
         assert not self.pages, "only an empty table can start with cached pages"
-        self._path = self._prefixes.find(self._adapter_id, token_ids, max_tokens)
+        self._path = self._find(token_ids, max_tokens)
         self._prefixes.take(self._path)
         self.pages.extend([node.page for node in self._path])
         return len(self._path) * self._page_tokens
@@ -105,6 +118,7 @@ class PageTable:
                 Not for a drafted step, which names the own page: there, publishing ends before it.
         """
         assert num_tokens <= self.capacity, "tokens without a page"
+        num_tokens = min(num_tokens, self._max_shared)
         if num_tokens >= (len(self._path) + 1) * self._page_tokens and self._prefixes.is_enabled:
             self._prefixes.publish(
                 self._adapter_id,
@@ -114,6 +128,10 @@ class PageTable:
                 num_tokens,
                 may_replace=may_replace,
             )
+
+    def _find(self, token_ids: Sequence[int], max_tokens: int) -> list[PrefixNode]:
+        max_tokens = min(max_tokens, self._max_shared)
+        return self._prefixes.find(self._adapter_id, token_ids, max_tokens)
 
     def release(self) -> None:
         """Give every page back; published ones stay in the cache until the space is needed."""

@@ -51,11 +51,11 @@ def fitting_len(
     Raises:
         RequestRefused: there is no room for the prompt and one token.
     """
-    num_prompt = len(request.prompt_token_ids)
+    num_prompt, num_virtual = len(request.prompt_token_ids), request.num_virtual
     num_adapter = adapter_layout.num_pages if adapter_layout else 0
     in_pool = (num_pages - num_adapter) * layout.page_tokens
     max_len = min(limits.max_model_len, in_pool)
-    if num_prompt == 0:
+    if num_prompt == num_virtual:
         raise RequestRefused(reason="the prompt is empty", param="prompt")
     if num_prompt < max_len:
         return max_len
@@ -65,7 +65,10 @@ def fitting_len(
             f"the pool of {num_pages} pages holds {max(0, in_pool)} beside "
             f"the adapter's {num_adapter} pages: serve with a larger pool"
         )
+    tokens = f"{num_prompt - num_virtual} tokens"
+    if num_virtual:
+        tokens += f" behind {num_virtual} virtual tokens of the adapter"
     raise RequestRefused(
-        reason=f"the prompt has {num_prompt} tokens and needs room for one more; {limit}",
+        reason=f"the prompt has {tokens} and needs room for one more; {limit}",
         param="prompt",
     )

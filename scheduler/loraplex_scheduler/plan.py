@@ -93,7 +93,8 @@ class SequenceStep:
         is_sampled: the step reaches the sequence's last token, so its next one is drawn.
         awaits_token: one more token follows `token_ids`: the one that the step launched last, just
             before this one, samples for this request. Nobody on the host knows its id yet.
-        history: all token ids so far; only filled in when the sampling has penalties.
+        history: all token ids so far but virtual ones, which are no text; only filled in when the
+            sampling has penalties.
         banned_token_ids: never chosen now (end tokens before `min_tokens`).
     """
 
@@ -124,6 +125,11 @@ class SequenceStep:
     def num_prompt(self) -> int:
         """How many of the sequence's tokens are the prompt."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_prompt_text(self) -> int:
+        """How many of `history` are the prompt."""
+        return self.num_prompt - self.request.num_virtual
 
     @property
     def position(self) -> int:
@@ -179,7 +185,8 @@ class StepResult:
 class TokenEvent(NamedTuple):
     """One more token of a request; the last one carries the finish reason.
 
-    `num_cached`, on the first one only: tokens of the prompt that were found in the prefix cache.
+    `num_cached`, on the first one only: tokens of the prompt that were found in the prefix cache,
+    virtual ones not counted.
     """
 
     request_id: str

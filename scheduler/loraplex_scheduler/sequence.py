@@ -114,7 +114,7 @@ class Sequence:
         )
         if is_sampled and self.has_penalties:
             assert stop == num_known, "the last step must be booked first"
-            step.history = tuple(token_ids)
+            step.history = tuple(token_ids[self.request.num_virtual :])
         if self.num_tokens - self.num_prompt < self.request.sampling.min_tokens:
             step.banned_token_ids = self.end_token_ids
         return step

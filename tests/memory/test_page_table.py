@@ -68,6 +68,19 @@ def test_matching_takes_nothing_and_adopting_takes_idle_pages_from_the_evictable
     accounts.check()
 
 
+def test_pages_behind_what_may_be_shared_are_neither_published_nor_found(accounts):
+    table = accounts.new_table(None, max_shared=10)
+    table.grow(12)
+    table.publish(PROMPT, 12, may_replace=True)
+    assert table.num_shared == 2
+    everything = accounts.new_table(None)
+    assert everything.match(PROMPT, 12).num_tokens == 8
+    assert accounts.new_table(None, max_shared=7).match(PROMPT, 12).num_tokens == 4
+    assert accounts.new_table(None, max_shared=3).adopt(PROMPT, 12) == 0
+    table.release()
+    accounts.check()
+
+
 def test_at_most_the_allowed_tokens_are_adopted(accounts):
     table = accounts.new_table(None)
     table.grow(12)

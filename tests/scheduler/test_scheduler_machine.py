@@ -34,7 +34,12 @@ from loraplex_scheduler.scheduler import Scheduler
 from tests.support.scheduling import make_manifest, make_request, make_scheduler
 from tests.support.shadow_device import NOT_FINITE, ShadowDevice, answer_of
 
-ADAPTERS = [None, *(make_manifest(f"a{i}", rank) for i, rank in enumerate((1, 2, 4, 8, 8)))]
+ADAPTERS = [
+    None,
+    *(make_manifest(f"a{i}", rank) for i, rank in enumerate((1, 2, 4, 8, 8))),
+    make_manifest("activated", 2, is_activated=True),
+    make_manifest("prompted", 1, num_virtual=6),
+]
 
 STOPS = frozenset({7})
 
@@ -69,11 +74,16 @@ class Life:
     def arrive(self, adapter: int, num_prompt: int, max_tokens: int, **extra: object) -> None:
         """Add a request, under the id of one that has ended where there is any."""
         self.count += 1
+        manifest = ADAPTERS[adapter]
+        if manifest is not None and manifest.spec.invocation_token_ids:
+            extra["adapter_start"] = 7 * self.count % num_prompt
+        elif manifest is not None:
+            extra["num_virtual"] = min(manifest.spec.num_virtual_tokens, num_prompt - 1)
         request = make_request(
             self.free_ids[-1] if self.free_ids else f"r{self.count}",
             num_prompt=num_prompt,
             max_tokens=max_tokens,
-            adapter=ADAPTERS[adapter],
+            adapter=manifest,
             arrival_s=self.now,
             seed=self.count,
             **extra,

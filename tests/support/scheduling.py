@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.adapter_spec import AdapterRanks, AdapterSpec
+from loraplex_memory.adapter_spec import SOFT_PROMPT, AdapterRanks, AdapterSpec, Part
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import Event, Plan, Request, SampledToken, StepResult
@@ -26,8 +26,13 @@ def ranks(rank: int) -> AdapterRanks:
     return ((rank,) * 4 + (0,) * 3,) * TINY.num_layers
 
 
-def make_manifest(name: str, rank: int = 4) -> AdapterManifest:
-    return AdapterManifest(adapter_id=name, path=f"/nowhere/{name}", spec=AdapterSpec(ranks(rank)))
+def make_manifest(
+    name: str, rank: int = 4, *, num_virtual: int = 0, is_activated: bool = False
+) -> AdapterManifest:
+    """Return an adapter; `is_activated`: one that begins to matter inside the prompt."""
+    parts = (Part(SOFT_PROMPT, num_virtual, TINY.hidden_size),) if num_virtual else ()
+    spec = AdapterSpec(ranks(rank), parts, invocation_token_ids=(1,) if is_activated else ())
+    return AdapterManifest(adapter_id=name, path=f"/nowhere/{name}", spec=spec)
 
 
 def make_request(
@@ -42,6 +47,8 @@ def make_request(
     tenant: str = "",
     priority: int = 0,
     prompt: tuple[int, ...] | None = None,
+    adapter_start: int = 0,
+    num_virtual: int = 0,
     **sampling: object,
 ) -> Request:
     """Return a request; all prompts of a length are equal unless one is given."""
@@ -55,6 +62,8 @@ def make_request(
         first_token_by_s=first_token_by_s,
         tenant=tenant,
         priority=priority,
+        adapter_start=adapter_start,
+        num_virtual=num_virtual,
     )
 
 

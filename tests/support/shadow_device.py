@@ -30,7 +30,8 @@ _INSTEAD = 99
 NOT_FINITE = "not finite"
 
 #: Content of a page: the adapter, or for each of its tokens what its KV depends on.
-_Page = str | list[tuple[str | None, int] | None]
+_Content = tuple[str | None, int, int]
+_Page = str | list[_Content | None]
 
 
 def draw(seed: int, position: int, banned: AbstractSet[int]) -> int | None:
@@ -122,12 +123,17 @@ class ShadowDevice:
         if step.is_sampled:
             assert step.position == num_tokens
         if step.is_sampled and step.sampling.has_penalties:
-            assert step.history == tuple(self._token(step, p) for p in range(num_tokens))
+            text = range(step.request.num_virtual, num_tokens)
+            assert step.history == tuple(self._token(step, p) for p in text)
 
-    def _content(self, step: SequenceStep, position: int) -> tuple[str | None, int]:
-        """Return what keys and values depend on: the adapter, and all tokens up to this one."""
+    def _content(self, step: SequenceStep, position: int) -> _Content:
+        """Return what keys and values depend on: the adapter and where it begins to matter, unless
+        that is behind this token; and all tokens up to this one.
+        """
         chain = tuple(self._token(step, p) for p in range(position + 1))
-        return step.adapter_id, hash(chain)
+        start = step.request.adapter_start
+        is_base = step.adapter_id is None or position < start
+        return (None, 0, hash(chain)) if is_base else (step.adapter_id, start, hash(chain))
 
     def _token(self, step: SequenceStep, position: int) -> int:
         if position < step.num_prompt:

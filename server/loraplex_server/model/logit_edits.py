@@ -64,7 +64,7 @@ def _penalise(
     """Apply the penalties to `flat`, float32 `[N * V]`, in place."""
     seen = np.concatenate([_keys(i, vocab, row.history) for i, row in penalised])
     output = np.concatenate(
-        [_keys(i, vocab, row.history[row.num_prompt :]) for i, row in penalised]
+        [_keys(i, vocab, row.history[row.num_prompt_text :]) for i, row in penalised]
     )
     num_rows = flat.shape[0] // vocab
     table = np.zeros((3, num_rows), dtype=np.float32)
