@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from typing import Final
 
@@ -36,6 +37,20 @@ class AdapterLayouts:
         else:
             self._layouts.move_to_end(manifest.spec)
         return layout
+
+
+def prefix_of(request: Request) -> tuple[str | None, int]:
+    """Return whose prefixes its prompt shares (None: the base's), and up to which token.
+
+    Up to its start an activated LoRA computes what the base does. What comes of the same tokens
+    behind that depends on where it is, too.
+    """
+    adapter = request.adapter
+    if adapter is None:
+        return None, sys.maxsize
+    if adapter.spec.invocation_token_ids:
+        return None, request.adapter_start
+    return adapter.adapter_id, sys.maxsize
 
 
 def fitting_len(

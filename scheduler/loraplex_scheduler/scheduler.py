@@ -21,12 +21,11 @@ from collections.abc import Collection
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.allocator import PageUse
-from loraplex_memory.page_table import PageTable
 from loraplex_scheduler.admitter import Admitter
 from loraplex_scheduler.deadlines import Deadlines
 from loraplex_scheduler.draft import StepDraft
 from loraplex_scheduler.errors import RequestRefused
-from loraplex_scheduler.fit import AdapterLayouts, fitting_len
+from loraplex_scheduler.fit import AdapterLayouts, fitting_len, prefix_of
 from loraplex_scheduler.flights import Flight, Flights
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.lookahead import Lookahead
@@ -361,20 +360,10 @@ class Scheduler:
         layout = self._layouts.of(adapter) if adapter else None
         num_pages = self.accounts.allocator.num_pages
         max_len = fitting_len(request, layout, self.limits, self.accounts.layout, num_pages)
-        table = self._new_table(request)
+        table = self.accounts.new_table(*prefix_of(request))
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layout, max_len, eos_token_ids)
-
-    def _new_table(self, request: Request) -> PageTable:
-        adapter = request.adapter
-        if adapter is None:
-            return self.accounts.new_table(None)
-        if adapter.spec.invocation_token_ids:
-            # Up to its start it computes what the base does; what comes of the same tokens behind
-            # it depends on where that is, too.
-            return self.accounts.new_table(None, max_shared=request.adapter_start)
-        return self.accounts.new_table(adapter.adapter_id)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         reason = sequence.append(token.token_id)
@@ -384,9 +373,7 @@ class Scheduler:
         elif sequence.num_computed % self.accounts.layout.page_tokens == 0 and sequence.table.pages:
             sequence.publish_computed()
         is_first = len(sequence.token_ids) == sequence.num_prompt + 1
-        num_cached = 0
-        if is_first and sequence.num_cached:
-            num_cached = max(0, sequence.num_cached - sequence.request.num_virtual)
+        num_cached = sequence.num_cached_text if is_first else 0
         return TokenEvent(sequence.request_id, token, reason, num_cached)
 
     def _end(self, sequence: Sequence) -> None:

@@ -72,6 +72,11 @@ class Sequence:
         return self.adapter_layout.num_pages if self.adapter_layout else 0
 
     @property
+    def num_cached_text(self) -> int:
+        """`num_cached` without virtual tokens, which are nobody's text."""
+        return max(0, (self.num_cached or 0) - self.request.num_virtual)
+
+    @property
     def num_awaited(self) -> int:
         """Tokens sampled by launched steps whose ids are not known yet."""
         return self.num_tokens - len(self.token_ids)
