@@ -26,6 +26,7 @@ from loraplex_server.api.job import Job
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
 from loraplex_server.api.tenant_accounts import TenantAccounts
+from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.text.assembler import TextAssembler
 from loraplex_server.text.vocabulary import Vocabulary
@@ -144,17 +145,22 @@ class Generations:
     def _requests(self, job: Job, now: float) -> tuple[Request, ...]:
         terms = job.terms
         ttft_slo_s = terms.ttft_slo_s or self._promises.ttft_slo_s
+        manifest = job.lease.manifest if job.lease else None
+        vocab_size = len(self._vocabulary)
+        prompts = [adapt_prompt(manifest, prompt, vocab_size) for prompt in job.prompts]
         return tuple(
             Request(
                 request_id=f"{job.job_id}-{index}",
-                prompt_token_ids=job.prompts[index // job.n],
+                prompt_token_ids=prompts[index // job.n].token_ids,
                 sampling=sequence_sampling(job.sampling, index),
-                adapter=job.lease.manifest if job.lease else None,
+                adapter=prompts[index // job.n].adapter,
                 arrival_s=now,
                 deadline_s=now + min(self._promises.timeout_s, terms.deadline_s or math.inf),
                 first_token_by_s=None if ttft_slo_s is None else now + ttft_slo_s,
                 tenant=terms.tenant,
                 priority=terms.priority,
+                adapter_start=prompts[index // job.n].adapter_start,
+                num_virtual=prompts[index // job.n].num_virtual,
             )
             for index in range(job.num_sequences)
         )
