@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from loraplex_memory.adapter_spec import EMBEDDING, HEAD
 from loraplex_memory.adapter_spec import bias as bias_part
 from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
 from loraplex_server.adapters.base_model import BaseModel
@@ -20,7 +21,7 @@ from loraplex_server.adapters.formats.biases import read_biases
 from loraplex_server.adapters.formats.folder import PeftFolder
 from loraplex_server.adapters.formats.lora_fields import read_lora_fields
 from loraplex_server.adapters.formats.lora_tensors import LoraTensors
-from loraplex_server.adapters.formats.token_rows import read_token_rows
+from loraplex_server.adapters.formats.token_rows import TokenRows, read_token_rows
 from loraplex_server.adapters.formats.vocabulary import read_vocabulary_lora
 from loraplex_server.adapters.formats.whole_modules import read_whole_modules
 
@@ -32,7 +33,9 @@ def read_lora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
     biases = read_biases(folder, base, fields.bias)
     whole = read_whole_modules(folder, base)
     rows = read_token_rows(folder, base)
-    parts = {**read_vocabulary_lora(folder, base, fields), **whole, **rows.parts}
+    parts = {**read_vocabulary_lora(folder, base, fields), **whole}
+    _check_rows(folder, rows, parts)
+    parts |= rows.parts
     if fields.invocation_token_ids and (parts or biases):
         folder.config.refuse(
             "alora_invocation_tokens",
@@ -54,6 +57,15 @@ def read_lora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
         head_token_ids=rows.head_token_ids,
         invocation_token_ids=fields.invocation_token_ids,
     )
+
+
+def _check_rows(folder: PeftFolder, rows: TokenRows, parts: Mapping[PartKey, torch.Tensor]) -> None:
+    names = {name.partition(".")[0] for name, _ in parts}
+    if (rows.token_ids and EMBEDDING in names) or (rows.head_token_ids and HEAD in names):
+        folder.config.refuse(
+            "trainable_token_indices",
+            "PEFT does not train rows of a module that is adapted or saved as a whole",
+        )
 
 
 def _other_biases(

@@ -171,12 +171,13 @@ _VARIANTS: Final = (
 
 
 def _check_variants(fields: ConfigFields) -> None:
-    chosen = [field for field in _VARIANTS if fields.is_on(field)]
+    # A nested configuration without fields is one with PEFT's defaults.
+    chosen = [field for field in _VARIANTS if fields.peek(field) not in (None, False, [])]
     for field in chosen[1:]:
         fields.refuse(field, f"PEFT does not combine it with {chosen[0]}")
     init = fields.peek("init_lora_weights")
-    for field in ("use_bdlora", "use_qalora", "alora_invocation_tokens", "kasa_config"):
-        if fields.is_on(field) and init in _FOLDED_INITS:
+    for field in chosen:
+        if field != "use_dora" and init in _FOLDED_INITS:
             fields.refuse(field, f"cannot be combined with init_lora_weights={init!r}, {_RETRAIN}")
     if fields.is_on("lora_bias") and fields.is_on("use_dora"):
         fields.refuse("lora_bias", "PEFT does not combine it with use_dora")
