@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Final, cast
 
 from loraplex_server.adapters.errors import InvalidUpload, UploadTooLarge
-from loraplex_server.adapters.peft_config import CONFIG_NAME
+from loraplex_server.adapters.formats.config_json import CONFIG_NAME
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.safetensors_check import CONVERT_PICKLE, WEIGHTS_NAME
 

@@ -18,7 +18,7 @@ from typing import IO, Final
 from loraplex_server.adapters.archive import WANTED, extract_adapter
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import InvalidUpload, StorageFailed, UploadTooLarge
-from loraplex_server.adapters.peft_config import CONFIG_NAME
+from loraplex_server.adapters.formats.config_json import CONFIG_NAME
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.safetensors_check import CONVERT_PICKLE
 

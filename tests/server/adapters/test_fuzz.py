@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraplex_server.adapters.errors import AdapterError
+from loraplex_server.adapters.formats.lora_fields import APPLIED, UNSUPPORTED, WITHOUT_EFFECT
 from loraplex_server.adapters.names import check_adapter_name
-from loraplex_server.adapters.peft_fields import APPLIED, UNSUPPORTED, WITHOUT_EFFECT
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.upload import UploadStaging
 from tests.server.adapters.test_upload import tar_gzipped, tarred, zipped
