@@ -1,0 +1,116 @@
+"""Linears whose update is folded into a LoRA pair: what all such readers share.
+
+A reader takes all tensors first and plans one fold for each linear. Only when nothing has been
+refused are the folds computed, one after the other, each written again at its true rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_memory.adapter_spec import bias as bias_part
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
+from loraplex_server.adapters.base_model import BaseModel
+from loraplex_server.adapters.folds.factors import Factors
+from loraplex_server.adapters.folds.recompress import recompress
+from loraplex_server.adapters.formats.biases import BiasMode, read_bias_mode, read_biases
+from loraplex_server.adapters.formats.field_table import FieldTable
+from loraplex_server.adapters.formats.folder import PeftFolder
+from loraplex_server.adapters.formats.linears import Linear
+from loraplex_server.adapters.formats.whole_modules import read_whole_modules
+from loraplex_server.adapters.peft_targets import TargetRule
+
+_BYTES_PER_ELEMENT = 2
+
+
+@dataclass(frozen=True)
+class PlannedFold:
+    """One linear's fold.
+
+    Attributes:
+        rank: what the rank of the update cannot be above, whatever its shape.
+        compute: the fold of tensors that have been taken and checked.
+    """
+
+    linear: Linear
+    rank: int
+    compute: Callable[[], Factors]
+
+
+class FoldedReading:
+    """The part of a reading that does not depend on the kind; owned by it."""
+
+    def __init__(
+        self, folder: PeftFolder, base: BaseModel, table: FieldTable, *, own_bias: str | None = None
+    ) -> None:
+        """Account for the fields that all kinds have.
+
+        Args:
+            own_bias: what the field `bias` calls "those of the adapted linears"; None for a kind
+                without the field.
+        """
+        self.folder = folder
+        self.base = base
+        self.fields = folder.config
+        table.account(self.fields)
+        self.rule: TargetRule = self.fields.target_rule()
+        self._bias_mode: BiasMode = "none"
+        if own_bias is not None:
+            self._bias_mode = read_bias_mode(self.fields, own=own_bias)
+
+    def shape(self, linear: Linear) -> tuple[int, int]:
+        """Return `(in, out)` of a linear."""
+        geometry = self.base.geometry
+        return linear.in_features(geometry), linear.out_features(geometry)
+
+    def finish(self, folds: Sequence[PlannedFold]) -> AdapterWeights:
+        """Read what stands beside the linears, then fold them all, unless something is refused."""
+        parts = read_whole_modules(self.folder, self.base)
+        parts |= self._bias_parts()
+        self._refuse_doubles(folds)
+        self._refuse_large(folds)
+        if self.folder.ledger:
+            return AdapterWeights()
+        lora: dict[ModuleKey, LoRAPair] = {}
+        for fold in folds:
+            a, b = recompress(*fold.compute())
+            lora |= fold.linear.split_pair(a, b, 1.0, self.base.geometry)
+        return AdapterWeights(lora, parts)
+
+    def _bias_parts(self) -> dict[PartKey, torch.Tensor]:
+        biases = read_biases(self.folder, self.base, self._bias_mode)
+        return {
+            (bias_part(projection), layer): (new - own)[None]
+            for (layer, projection), new in biases.items()
+            if (own := self.base.bias(layer, projection)) is not None
+        }
+
+    def _refuse_doubles(self, folds: Sequence[PlannedFold]) -> None:
+        linears = [fold.linear for fold in folds]
+        counts = Counter((linear.layer, p) for linear in linears for p in linear.projections)
+        for linear in linears:
+            if any(counts[linear.layer, p] > 1 for p in linear.projections):
+                self.folder.ledger.refuse("given both fused and split", linear.module)
+
+    def _refuse_large(self, folds: Sequence[PlannedFold]) -> None:
+        """Refuse ranks above the limit before anything of that size is computed."""
+        limit = self.folder.limits.max_rank
+        ranks = {fold.linear: min(fold.rank, *self.shape(fold.linear)) for fold in folds}
+        size = sum(rank * sum(self.shape(linear)) for linear, rank in ranks.items())
+        for linear, rank in ranks.items():
+            if rank > limit:
+                self.folder.ledger.refuse(
+                    f"folded rank {rank} is above the limit of {limit} (the whole adapter would "
+                    f"take {show_bytes(size * _BYTES_PER_ELEMENT)} at 16 bits); retrain with a "
+                    "smaller rank",
+                    linear.module,
+                )
+
+
+def show_bytes(num_bytes: int) -> str:
+    """Return a size for a message."""
+    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"

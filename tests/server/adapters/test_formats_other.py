@@ -1,0 +1,102 @@
+"""What PEFT computes is what is served: every kind of adapter but LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex_memory.adapter_weights import AdapterWeights
+from loraplex_server.adapters.base_model import BaseModel, StateDict
+from loraplex_server.adapters.folder_reader import FolderReader
+from loraplex_server.model.spec import ModelSpec
+from tests.support.peft_cases import edit_folder
+from tests.support.peft_cases_other import CASES, OtherCase
+from tests.support.served import ServedModel
+from tests.support.tiny_models import transformer_of
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Results:
+    """Logits of one case for all its prompts, `[all tokens, V]`."""
+
+    base: torch.Tensor
+    expected: torch.Tensor
+    served: torch.Tensor
+    misread: torch.Tensor
+
+
+def read(reference: Any, folder: Path) -> AdapterWeights:
+    spec = ModelSpec.from_config(reference.config, base_name="tiny")
+    base = BaseModel(spec, StateDict(reference.state_dict()))
+    return FolderReader(base, ["tiny"]).read(folder, check_base=False).weights
+
+
+def misread(case: OtherCase, reference: Any, folder: Path) -> AdapterWeights:
+    """Return what a naive reader would serve."""
+    if case.misread is not None:
+        return case.misread(read(reference, folder), reference)
+    assert case.naive is not None
+    naive = folder.with_name(f"misread {folder.name}")
+    shutil.copytree(folder, naive)
+    edit_folder(naive, case.naive)
+    return read(reference, naive)
+
+
+def serve_together(cases: list[OtherCase], root: Path) -> dict[str, Results]:
+    """Serve the base, all cases and all their naive readings in one forward pass."""
+    reference, prompts = cases[0].base(), cases[0].prompts()
+    adapters: dict[str, AdapterWeights] = {}
+    for case in cases:
+        case.write(root / case.name)
+        adapters[case.name] = read(reference, root / case.name)
+        adapters[f"misread {case.name}"] = misread(case, reference, root / case.name)
+    names = [None, *adapters]
+    num_pages = 8 * len(names) * len(prompts)
+    model = ServedModel(transformer_of(reference), adapters, num_kv_pages=num_pages)
+    rows = iter(model.logits([(name, prompt) for name in names for prompt in prompts]))
+    served = {name: torch.cat([next(rows) for _ in prompts]) for name in names}
+    return {
+        case.name: Results(
+            base=served[None],
+            expected=torch.cat(case.peft_logits(root / case.name)),
+            served=served[case.name],
+            misread=served[f"misread {case.name}"],
+        )
+        for case in cases
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Results]:
+    by_base: dict[Any, list[OtherCase]] = defaultdict(list)
+    for case in CASES.values():
+        by_base[case.base].append(case)
+    found: dict[str, Results] = {}
+    for cases in by_base.values():
+        found |= serve_together(cases, tmp_path_factory.mktemp("adapters"))
+    return found
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_served_logits_are_those_of_peft(results: Mapping[str, Results], name: str) -> None:
+    case = results[name]
+    assert distance(case.base, case.expected) > 1.0, "the adapter has no effect worth a test"
+    assert distance(case.served, case.expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_naive_reading_would_be_noticed(results: Mapping[str, Results], name: str) -> None:
+    assert distance(results[name].misread, results[name].expected) > 1.0
