@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import torch
 
-from loraplex_memory.adapter_spec import FINAL_NORM, HEAD_ROWS, K_NORM
+from loraplex_memory.adapter_spec import FINAL_NORM, HEAD_ROWS, INPUT_NORM, K_NORM
 from loraplex_memory.adapter_spec import bias as bias_part
 from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.layout import PROJECTIONS
@@ -225,6 +225,12 @@ _CASES: Mapping[str, Callable[[str], OtherCase]] = {
         base=fused_base,
         strength={"": 1.0},
     ),
+    "vera with biases": case(
+        lambda: peft.VeraConfig(r=8, bias="vera_only", target_modules=LINEARS),
+        misread=drop_part("bias.down"),
+        base=biased_base,
+        strength={"": 0.5, "bias": 1.0},
+    ),
     "pvera": case(
         lambda: peft.PveraConfig(r=16, target_modules=LINEARS),
         tensors("pvera_lambda_d", lambda d: d.roll(len(d) // 2)),
@@ -323,6 +329,11 @@ _CASES: Mapping[str, Callable[[str], OtherCase]] = {
         lambda: peft.MissConfig(r=8, target_modules=LINEARS),
         tensors("miss_block", lambda block: block.roll(1, 0)),
     ),
+    "miss beside norms": case(
+        lambda: peft.MissConfig(r=8, target_modules=LINEARS, modules_to_save=["input_layernorm"]),
+        misread=drop_part(INPUT_NORM),
+        strength={"": 0.1, "layernorm": 1.0},
+    ),
     "miss uneven": case(
         lambda: peft.MissConfig(r=6, target_modules=LINEARS),
         tensors("miss_block", lambda block: block.roll(1, 0)),
@@ -364,6 +375,11 @@ _CASES: Mapping[str, Callable[[str], OtherCase]] = {
     "deft qr scaled": case(
         lambda: peft.DeftConfig(r=4, alpha=12, decomposition_method="qr", target_modules=LINEARS),
         fields(alpha=None),
+    ),
+    "deft biased": case(
+        lambda: peft.DeftConfig(r=4, target_modules=LINEARS),
+        fields(decomposition_method="qr"),
+        base=biased_base,
     ),
     "deft para": case(
         lambda: peft.DeftConfig(r=4, para=True, decomposition_method="qr", target_modules=LINEARS),

@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from loraplex_memory.adapter_weights import AdapterWeights
-from loraplex_server.adapters.base_model import BaseModel, StateDict
-from loraplex_server.adapters.folder_reader import FolderReader
-from loraplex_server.model.spec import ModelSpec
+from tests.support.adapters import read_folder
 from tests.support.peft_cases import edit_folder
 from tests.support.peft_cases_other import CASES, OtherCase
 from tests.support.served import ServedModel
@@ -35,9 +33,7 @@ class Results:
 
 
 def read(reference: Any, folder: Path) -> AdapterWeights:
-    spec = ModelSpec.from_config(reference.config, base_name="tiny")
-    base = BaseModel(spec, StateDict(reference.state_dict()))
-    return FolderReader(base, ["tiny"]).read(folder, check_base=False).weights
+    return read_folder(folder, reference=reference, check_base=False).weights
 
 
 def misread(case: OtherCase, reference: Any, folder: Path) -> AdapterWeights:

@@ -11,6 +11,13 @@ import torch
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
+def from_dense(update: torch.Tensor) -> Factors:
+    """Return a whole update `[out, in]` as a pair at the rank of its shorter side."""
+    num_out, num_in = update.shape
+    unit = torch.eye(min(num_out, num_in), dtype=torch.float64)
+    return (unit, update.double()) if num_in <= num_out else (update.double(), unit)
+
+
 def stack(updates: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
     """Return the sum of updates, each times its weight: A below A, B beside weighted B.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loraplex_server.adapters.folds.factors import Factors
+from loraplex_server.adapters.folds.factors import Factors, from_dense
 
 _TOLERANCE = 1e-12
 
@@ -15,11 +15,6 @@ def split_matrix(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rank = int((sigma > _TOLERANCE * sigma[:1]).sum())
     root = sigma[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * v[:rank]
-
-
-def kronecker_rank(first: Factors, second: Factors) -> int:
-    """Return the rank of the product of two split matrices, before anything is multiplied."""
-    return first[0].shape[1] * second[0].shape[1]
 
 
 def fold_kronecker(first: Factors, second: Factors, *, scale: float) -> Factors:
@@ -33,4 +28,6 @@ def fold_kronecker(first: Factors, second: Factors, *, scale: float) -> Factors:
         (u.double().contiguous(), v.double().contiguous())
         for u, v in (first, second)
     )
+    if v1.shape[0] * v2.shape[0] > min(u1.shape[0] * u2.shape[0], v1.shape[1] * v2.shape[1]):
+        return from_dense(torch.kron(u1 @ v1, u2 @ v2) * scale)
     return torch.kron(v1, v2), torch.kron(u1, u2) * scale

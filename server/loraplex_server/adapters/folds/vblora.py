@@ -25,7 +25,12 @@ def complete_weights(stored: torch.Tensor) -> torch.Tensor:
 
 def mix(bank: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return pieces `[..., V]` mixed from `bank` `[N, V]` by `[..., k]` indices and weights."""
-    return (weights.double().unsqueeze(-1) * bank.double()[indices]).sum(-2)
+    vectors, shares = bank.double(), weights.double()
+    pieces = torch.zeros(*indices.shape[:-1], bank.shape[1], dtype=torch.float64)
+    # One after the other: all k at once would take k times the memory of the result.
+    for rank in range(indices.shape[-1]):
+        pieces += shares[..., rank, None] * vectors[indices[..., rank]]
+    return pieces
 
 
 def fold_vblora(a_pieces: torch.Tensor, b_pieces: torch.Tensor) -> Factors:

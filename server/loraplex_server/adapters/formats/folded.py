@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -24,7 +25,9 @@ from loraplex_server.adapters.formats.linears import Linear
 from loraplex_server.adapters.formats.whole_modules import read_whole_modules
 from loraplex_server.adapters.peft_targets import TargetRule
 
-_BYTES_PER_ELEMENT = 2
+_BYTES_PER_ELEMENT: Final = 2
+#: What the factors of one linear may take before they are written again at their true rank.
+_MAX_FOLD_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class PlannedFold:
     """One linear's fold.
 
     Attributes:
-        rank: what the rank of the update cannot be above, whatever its shape.
+        rank: of the factors that the fold computes; the update's own may be smaller.
         compute: the fold of tensors that have been taken and checked.
     """
 
@@ -101,8 +104,15 @@ class FoldedReading:
         limit = self.folder.limits.max_rank
         ranks = {fold.linear: min(fold.rank, *self.shape(fold.linear)) for fold in folds}
         size = sum(rank * sum(self.shape(linear)) for linear, rank in ranks.items())
-        for linear, rank in ranks.items():
-            if rank > limit:
+        for fold in folds:
+            linear, rank = fold.linear, ranks[fold.linear]
+            if fold.rank * sum(self.shape(linear)) * 8 > _MAX_FOLD_BYTES:
+                self.folder.ledger.refuse(
+                    f"folding rank {fold.rank} would take more than {show_bytes(_MAX_FOLD_BYTES)} "
+                    "of memory; retrain with a smaller rank",
+                    linear.module,
+                )
+            elif rank > limit:
                 self.folder.ledger.refuse(
                     f"folded rank {rank} is above the limit of {limit} (the whole adapter would "
                     f"take {show_bytes(size * _BYTES_PER_ELEMENT)} at 16 bits); retrain with a "

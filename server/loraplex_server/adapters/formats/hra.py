@@ -30,6 +30,9 @@ def read_hra(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
     for group in folder.linears(("hra_u",), rule=reading.rule):
         num_in, _ = reading.shape(group.linear)
         name = group.names["hra_u"]
+        if not folder.check_rank(rank, group.linear.module):
+            folder.ignore(name, "not read, because of r")
+            continue
         u = folder.take(name, (num_in, rank), fold="reflections of the base, in compact WY form")
         if not folder.ledger and bool((u.double().norm(dim=0) == 0).any()):
             folder.refuse(name, "holds a reflection of length 0, which PEFT divides by")

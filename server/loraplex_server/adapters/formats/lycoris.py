@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -10,11 +11,7 @@ import torch
 from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.folds.hadamard import fold_hadamard
-from loraplex_server.adapters.folds.kronecker import (
-    fold_kronecker,
-    kronecker_rank,
-    split_matrix,
-)
+from loraplex_server.adapters.folds.kronecker import fold_kronecker, split_matrix
 from loraplex_server.adapters.formats.field_table import dropout, linear_fields
 from loraplex_server.adapters.formats.folded import FoldedReading, PlannedFold
 from loraplex_server.adapters.formats.folder import LinearTensors, PeftFolder
@@ -53,7 +50,7 @@ def read_loha(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
             for name, shape in zip(_LOHA, shapes, strict=True)
         )
         compute = partial(fold_hadamard, (w1_a, w1_b), (w2_a, w2_b), scale=scale)
-        folds.append(PlannedFold(group.linear, rank * rank, compute))
+        folds.append(PlannedFold(group.linear, min(rank * rank, num_in, num_out), compute))
     return reading.finish(folds)
 
 
@@ -68,21 +65,27 @@ def read_lokr(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
         first, second = (_take_matrix(folder, group, f"lokr_w{i}", rank) for i in "12")
         if first is None or second is None:
             continue
-        rows, columns = (
-            first[0].shape[0] * second[0].shape[0],
-            first[1].shape[1] * second[1].shape[1],
-        )
+        product = [one * other for one, other in zip(first.shape, second.shape, strict=True)]
         num_in, num_out = reading.shape(group.linear)
-        if (rows, columns) != (num_out, num_in):
+        if product != [num_out, num_in]:
             folder.ledger.refuse(
-                f"its Kronecker product is {[rows, columns]} where the base needs "
-                f"{[num_out, num_in]}",
+                f"its Kronecker product is {product} where the base needs {[num_out, num_in]}",
                 group.linear.module,
             )
             continue
-        compute = partial(fold_kronecker, first, second, scale=scale)
-        folds.append(PlannedFold(group.linear, kronecker_rank(first, second), compute))
+        compute = partial(fold_kronecker, first.thin, second.thin, scale=scale)
+        bound = min(first.rank * second.rank, num_in, num_out)
+        folds.append(PlannedFold(group.linear, bound, compute))
     return reading.finish(folds)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One of LoKr's two matrices, as the product of two thin ones, `[m, R]` and `[R, n]`."""
+
+    shape: tuple[int, int]
+    rank: int
+    thin: tuple[torch.Tensor, torch.Tensor]
 
 
 def _rank_rule(folder: PeftFolder) -> RankRule:
@@ -90,23 +93,29 @@ def _rank_rule(folder: PeftFolder) -> RankRule:
     return folder.config.rank_rule(alpha="alpha")
 
 
-def _take_matrix(
-    folder: PeftFolder, group: LinearTensors, stem: str, rank: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return one of the two matrices in two thin ones, `[m, R]` and `[R, n]`, if it is there."""
+def _take_matrix(folder: PeftFolder, group: LinearTensors, stem: str, rank: int) -> _Matrix | None:
+    """Take one of the two matrices, whole or factored; None after a fault."""
     how = "a Kronecker product at the product of the ranks"
-    names = [group.names.get(f"{stem}{side}") for side in ("", "_a", "_b")]
-    whole, left, right = names
+    whole, left, right = (group.names.get(f"{stem}{side}") for side in ("", "_a", "_b"))
     if whole is not None and left is None and right is None:
-        if len(folder.shape(whole)) != 2:
-            folder.refuse(whole, "is no matrix")
-            return None
-        matrix = folder.take(whole, fold=how)
-        return None if folder.ledger else split_matrix(matrix)
+        return _split(folder, folder.take(whole, fold=how), whole)
     if left is None or right is None or whole is not None:
         folder.ledger.refuse(f"needs {stem}, or both {stem}_a and {stem}_b", group.linear.module)
         return None
-    sizes = (folder.shape(left) or (0,))[0], (folder.shape(right) or (0,))[-1]
-    return folder.take(left, (sizes[0], rank), fold=how), folder.take(
-        right, (rank, sizes[1]), fold=how
-    )
+    rows, columns = (folder.shape(left) or (0,))[0], (folder.shape(right) or (0,))[-1]
+    u = folder.take(left, (rows, rank), fold=how)
+    v = folder.take(right, (rank, columns), fold=how)
+    return _Matrix((rows, columns), rank, (u, v))
+
+
+def _split(folder: PeftFolder, matrix: torch.Tensor, name: str) -> _Matrix | None:
+    if matrix.ndim != 2:
+        folder.refuse(name, "is no matrix")
+    if folder.ledger:
+        return None
+    rows, columns = matrix.shape
+    if min(rows, columns) > folder.limits.max_rank:
+        # Above the limit whatever it holds; it is refused, and a decomposition would take long.
+        return _Matrix((rows, columns), min(rows, columns), (matrix, matrix))
+    thin = split_matrix(matrix)
+    return _Matrix((rows, columns), thin[0].shape[1], thin)

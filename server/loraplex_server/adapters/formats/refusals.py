@@ -44,10 +44,10 @@ REFUSED: Final[Mapping[str, str]] = {
     "and whose signs differ between machines; " + _RETRAIN,
     "RANDLORA": _dense("sums scaled random bases up to full rank"),
     "ROAD": _dense("rotates and scales pairs of outputs"),
-    "SFT": _dense("changes single elements of the weight"),
+    "SFT": _dense("changes single elements of the weight, wherever training found them"),
     "SHADOW": "is a second network beside the base; serve the two as one model",
-    "SHIRA": _dense("changes single elements of the weight"),
-    "SUPERTUNING": _dense("changes single elements of the weight"),
+    "SHIRA": _dense("changes single elements of the weight, chosen by a mask"),
+    "SUPERTUNING": _dense("changes the largest or smallest elements of the weight"),
     "WAVEFT": _dense("adds the wavelet transform of a sparse matrix"),
     "XLORA": "mixes adapters by a network that reads the base's hidden states; upload its adapters "
     "one by one as LoRA and mix them by request",

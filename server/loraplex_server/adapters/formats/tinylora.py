@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -33,6 +35,8 @@ FIELDS: Final = linear_fields(
 _A: Final = "tinylora_A"
 _B: Final = "tinylora_B"
 _P: Final = "tinylora_P"
+#: Elements of the projections of one linear.
+_MAX_DRAWN: Final = 1 << 26
 _HOW: Final = "B times the sum of v_i P_i"
 
 
@@ -54,14 +58,20 @@ def read_tinylora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
         b = folder.take(group.names[_B], (num_out, own_rank), fold=_HOW)
         vector = tied_group(index, len(groups), tying)
         v = folder.take(f"base_model.tinylora_v.{vector}", (num_vectors,), fold=_HOW)
-        p = _projections(folder, group, num_vectors, own_rank, seed + index)
-        if p is not None:
-            folds.append(PlannedFold(group.linear, own_rank, partial(_fold, a, b, v, p)))
+        draw = partial(draw_tiny_projections, seed + index, num_vectors=num_vectors, rank=own_rank)
+        p = _take_projections(folder, group, (num_vectors, own_rank, own_rank))
+        folds.append(PlannedFold(group.linear, own_rank, partial(_fold, a, b, v, p, draw)))
     return reading.finish(folds)
 
 
-def _fold(a: torch.Tensor, b: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> Factors:
-    return fold_latent(a, b, tiny_latent(v, p))
+def _fold(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    v: torch.Tensor,
+    p: torch.Tensor | None,
+    draw: Callable[[], torch.Tensor],
+) -> Factors:
+    return fold_latent(a, b, tiny_latent(v, draw() if p is None else p))
 
 
 def _in_order(folder: PeftFolder, reading: FoldedReading) -> list[LinearTensors]:
@@ -79,21 +89,17 @@ def _seed(folder: PeftFolder) -> int:
     return 0
 
 
-def _projections(
-    folder: PeftFolder, group: LinearTensors, num_vectors: int, rank: int, seed: int
+def _take_projections(
+    folder: PeftFolder, group: LinearTensors, shape: tuple[int, int, int]
 ) -> torch.Tensor | None:
-    """Return P `[U, R, R]`, as stored or drawn again; None after a fault."""
-    shape = num_vectors, rank, rank
+    """Return P `[U, R, R]` as stored; None where it is to be drawn, or after a fault."""
+    name = group.names.get(_P)
     if folder.config.flag("save_projection", default=True):
-        if _P in group.names:
-            return folder.take(group.names[_P], shape, fold=_HOW)
+        if name is not None:
+            return folder.take(name, shape, fold=_HOW)
         folder.ledger.refuse("has no tinylora_P", group.linear.module)
-        return None
-    if _P in group.names:
-        folder.refuse(
-            group.names[_P], "is in the file though save_projection=false; set it to true"
-        )
-    if not folder.check_rank(rank, group.linear.module) or num_vectors > folder.limits.max_tensors:
-        folder.ledger.refuse(f"{num_vectors} projections of rank {rank} are too many to draw")
-        return None
-    return draw_tiny_projections(seed, num_vectors=num_vectors, rank=rank)
+    elif name is not None:
+        folder.refuse(name, "is in the file though save_projection=false; set it to true")
+    elif math.prod(shape) > _MAX_DRAWN:
+        folder.ledger.refuse("has too many projections to draw; save them (save_projection=true)")
+    return None
