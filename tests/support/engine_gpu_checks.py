@@ -25,9 +25,20 @@ from loraplex_server.config import Config
 from loraplex_server.engine.gpu_engine import measure_step_bytes
 from loraplex_server.model.transformer import Transformer, kernel_model
 from tests.server.model.paged_run import PagedRun
+from tests.support.adapter_kinds import make_requests as kind_requests
+from tests.support.adapter_kinds import save_kinds
+from tests.support.adapter_parts import HEAD_DIM, make_adapters
 from tests.support.engine import drive, make_core, make_device_core, save_adapter
 from tests.support.kernel_cases import make_weights
-from tests.support.tiny_models import VOCAB, save_tiny_model, tiny_spec, tiny_transformer
+from tests.support.tiny_models import (
+    VOCAB,
+    save_tiny_model,
+    tiny_config,
+    tiny_reference,
+    tiny_spec,
+    tiny_transformer,
+    transformer_of,
+)
 
 RANKS = ((4, 0, 3, 16, 1, 20, 2), (2, 8, 0, 0, 5, 0, 7))
 
@@ -111,6 +122,33 @@ def check_tokens(device: torch.device, *, overlap: bool) -> None:
         finally:
             core.close()
             reference.close()
+
+
+#: Under the interpreter, which is slow: an epilogue, virtual tokens, weights per row, ends.
+_FEW_KINDS = (None, "scales and biases", "kv prefix", "norms", "head norms", "token rows")
+
+
+def check_kinds(device: torch.device, *, overlap: bool) -> None:
+    """Adapters of every kind, mixed, get the CPU engine's tokens; launches wait for nothing."""
+    reference = tiny_reference(tiny_config("qwen3", head_dim=HEAD_DIM))
+    is_cuda = device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        manifests = save_kinds(Path(folder), make_adapters(reference))
+        if not is_cuda:
+            manifests = {name: manifests[name] for name in _FEW_KINDS}
+        requests = kind_requests(manifests, max_tokens=6 if is_cuda else 2)
+        host_core = make_core(transformer_of(reference))
+        model = transformer_of(reference, device=device)
+        core = make_device_core(model, max_step_tokens=48, overlap=overlap)
+        if is_cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert drive(core, requests) == drive(host_core, requests)
+        finally:
+            if is_cuda:
+                torch.cuda.set_sync_debug_mode("default")
+            core.close()
+            host_core.close()
 
 
 def check_launches(device: torch.device) -> None:
@@ -204,6 +242,8 @@ ENGINE_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
     ),
     ("tokens of steps in turn", partial(check_tokens, overlap=False)),
     ("tokens of overlapped steps", partial(check_tokens, overlap=True)),
+    ("tokens of adapters of every kind", partial(check_kinds, overlap=False)),
+    ("tokens of adapters of every kind, overlapped", partial(check_kinds, overlap=True)),
     ("tokens under memory pressure", check_pressure),
     ("launches that never wait", check_launches),
     ("memory of the largest step", check_measuring),

@@ -100,12 +100,13 @@ def transformer_of(
     reference: Any,
     *,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     max_model_len: int | None = None,
 ) -> Transformer:
     """Return our model with the parameters of a transformers model."""
     spec = ModelSpec.from_config(reference.config, base_name="tiny")
     state = reference.state_dict()
-    weights = fill_weights(spec, state.items(), dtype=dtype)
+    weights = fill_weights(spec, state.items(), dtype=dtype, device=device)
     return Transformer(spec, weights, max_model_len=max_model_len)
 
 

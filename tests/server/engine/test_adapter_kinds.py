@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplex_memory.adapter_file import write_adapter_file
-from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_scheduler.plan import Request, TokenEvent
+from loraplex_scheduler.plan import TokenEvent
 from loraplex_scheduler.policies import PolicyChoice
-from loraplex_scheduler.sampling import SamplingParams
-from loraplex_server.engine.adapted_prompt import adapt_prompt
+from tests.support.adapter_kinds import PROMPT, PROMPTS, make_request, make_requests, save_kinds
 from tests.support.adapter_parts import HEAD_DIM, INVOCATION, expected_logits, make_adapters
-from tests.support.engine import drive, make_core, make_device_core
-from tests.support.tiny_models import VOCAB, tiny_config, tiny_reference, transformer_of
-
-PROMPT = tuple(4 + (5 * i) % 80 for i in range(40))
-#: Both end alike, so that prefixes are found; the invocation is in the third page.
-PROMPTS = [(*PROMPT[:35], *INVOCATION, 7, 9), (*PROMPT, *INVOCATION, 8)]
+from tests.support.engine import drive, make_core
+from tests.support.tiny_models import tiny_config, tiny_reference, transformer_of
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"], name="reference")
@@ -31,35 +24,8 @@ def _weights(reference):
 
 
 @pytest.fixture(scope="module", name="manifests")
-def _manifests(weights, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    manifests: dict[str | None, AdapterManifest | None] = {None: None}
-    for name, adapter in weights.items():
-        if adapter is not None:
-            path = folder / f"{name}.safetensors"
-            write_adapter_file(path, adapter)
-            manifests[name] = AdapterManifest(name, str(path), adapter.spec(2))
-    return manifests
-
-
-def make_request(request_id, manifest, prompt, max_tokens=6):
-    adapted = adapt_prompt(manifest, prompt, VOCAB)
-    return Request(
-        request_id,
-        adapted.token_ids,
-        SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
-        adapted.adapter,
-        adapter_start=adapted.adapter_start,
-        num_virtual=adapted.num_virtual,
-    )
-
-
-def make_requests(manifests, max_tokens=6):
-    return [
-        make_request(f"{name} {i}", manifest, prompt, max_tokens)
-        for i, prompt in enumerate(PROMPTS)
-        for name, manifest in manifests.items()
-    ]
+def _manifests(reference, tmp_path_factory):
+    return save_kinds(tmp_path_factory.mktemp("adapters"), make_adapters(reference))
 
 
 @pytest.fixture(scope="module", name="right")
@@ -115,7 +81,10 @@ def test_preempted_requests_recompute_what_their_adapter_changed(reference, mani
     choice = PolicyChoice(admission="greedy")  # others see to it that nobody must give way
     core = make_core(transformer_of(reference), num_pages=30, max_step_tokens=64, choice=choice)
     for name in ("soft prompt", "kv prefix", "activated", "norms", "scales and biases"):
-        requests = [make_request(f"{i}", manifests[name], PROMPTS[i % 2], 40 + i) for i in range(8)]
+        requests = [
+            make_request(f"{i}", manifests[name], PROMPTS[i % 2], max_tokens=40 + i)
+            for i in range(8)
+        ]
         tokens = drive(core, requests)
         assert all(tokens[f"{i}"][:6] == right[f"{name} {i % 2}"] for i in range(8)), name
     assert core.stats().num_preemptions > 0
@@ -148,17 +117,4 @@ def test_virtual_tokens_share_pages_and_count_for_nobody(reference, manifests):
     for name in ("soft prompt", "kv prefix"):
         assert num_cached(core, make_request("a", manifests[name], PROMPT)) == 0
         assert num_cached(core, make_request("b", manifests[name], PROMPT)) == 32 - 6
-    core.close()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_triton_path(reference, manifests, right, overlap):
-    """Interpreted on a CPU; `gpu_suite.py` runs the like compiled."""
-    model = transformer_of(reference)
-    names = {name: manifests[name] for name in (None, "scales and biases", "kv prefix", "norms")}
-    core = make_device_core(model, num_pages=128, max_step_tokens=48, overlap=overlap)
-    tokens = drive(core, make_requests(names, max_tokens=3))
-    assert tokens == {key: right[key][:3] for key in tokens}
     core.close()
