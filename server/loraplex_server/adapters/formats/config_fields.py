@@ -17,6 +17,7 @@ from loraplex_server.adapters.peft_targets import ModuleChoice, TargetRule
 
 _MAX_PATTERNS: Final = 20_000
 _MAX_NUMBER: Final = 1e30
+_OFF: Final = "off"
 _Choice = TypeVar("_Choice", bound=str)
 
 #: Fields of every PEFT configuration that cannot change what the adapter computes.
@@ -42,9 +43,11 @@ class ConfigFields:
         self._budget = StepBudget()
 
     def raw(self, field: str, default: Any = None) -> Any:
-        """Return the value as it is, and count it as applied; the caller checks it."""
-        if field in self._config:
+        """Return the value as it is, and count it as applied, or off; the caller checks it."""
+        if self.is_on(field):
             self._ledger.field(field, "applied")
+        elif field in self._config:
+            self._ledger.field(field, "no effect", _OFF)
         return self._config.get(field, default)
 
     def peek(self, field: str) -> Any:
@@ -204,7 +207,7 @@ class ConfigFields:
             if self._ledger.has_verdict("field", field):
                 continue
             if is_off(value):
-                self._ledger.field(field, "no effect", "is off")
+                self._ledger.field(field, "no effect", _OFF)
             else:
                 self.refuse(field, "unknown field; nothing is known that would serve it exactly")
 
