@@ -61,6 +61,11 @@ class HostArena:
         with self._lock:
             return tuple(self._tier)
 
+    def bytes_of(self, adapter_id: str) -> int:
+        """Return what an adapter takes; 0 when it is not here."""
+        with self._lock:
+            return self._tier.num_pages_of(adapter_id) * self.page_bytes
+
     @property
     def capacity_bytes(self) -> int:
         return self.num_pages * self.page_bytes

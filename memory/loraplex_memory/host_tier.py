@@ -106,6 +106,11 @@ class HostTier:
         self._push(adapter_id, entry)
         return pages
 
+    def num_pages_of(self, adapter_id: str) -> int:
+        """Return the pages that an adapter takes; 0 when it is not here."""
+        entry = self._entries.get(adapter_id)
+        return len(entry.pages) if entry else 0
+
     def pin(self, adapter_id: str) -> None:
         """Keep the adapter while its pages are filled or copied."""
         entry = self._entries[adapter_id]

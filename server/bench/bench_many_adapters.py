@@ -39,8 +39,11 @@ from workload import TOKEN_IDS, Work, summarize
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.plan import Request
+from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound
+from loraplex_server.adapters.folder_reader import FolderReader
+from loraplex_server.adapters.registration import Registration
 from loraplex_server.build import build_core, resolve_facts
 from loraplex_server.config import Config
 from loraplex_server.engine.core import EngineCore
@@ -112,8 +115,10 @@ def register(
     folder: Path, layout: PoolLayout, num_adapters: int, stack: ExitStack
 ) -> list[AdapterManifest]:
     """Register generated adapters, unless they are there already; hold each for the whole run."""
-    base = resolve_facts(Config()).base_name
-    catalog = AdapterCatalog(data_dir=folder, pool_layout=layout, base_name=base)
+    facts = resolve_facts(Config())
+    base = facts.base_name
+    reader = FolderReader(BaseModel.open(facts.source, facts.spec), (base,))
+    catalog = AdapterCatalog(data_dir=folder, pool_layout=layout, base_name=base, reader=reader)
     stack.callback(catalog.close)
     staging = folder / "generated"
     manifests, started = [], time.monotonic()
@@ -124,7 +129,7 @@ def register(
         except AdapterNotFound:
             rank = RANKS[i % len(RANKS)]
             write_adapter(staging, layout.geometry, rank=rank, seed=i, base_name=base)
-            catalog.register(name, staging)
+            catalog.register(Registration(name), staging)
             shutil.rmtree(staging)
             lease = catalog.acquire(name)
         stack.callback(lease.release)

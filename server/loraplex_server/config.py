@@ -29,6 +29,7 @@ from loraplex_server.setting_values import (
     parse_header_name,
     parse_seconds,
     parse_secret,
+    parse_share,
     parse_size,
     parse_switch,
     parse_text,
@@ -48,7 +49,7 @@ _SERVICE_LINK: Final = re.compile(
 _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
 #: Settings without a flag: every user of the machine can read a program's arguments.
-SECRETS: Final = frozenset({"api_key"})
+SECRETS: Final = frozenset({"api_key", "registry_url"})
 
 
 class ConfigError(Exception):
@@ -179,6 +180,40 @@ class Config:
     max_upload_bytes: int = _setting(
         parse_size, 2**30, "adapters", "refuse larger uploads, e.g. 1GiB", "SIZE"
     )
+    keep_versions: int = _setting(
+        integer_of(1), 5, "adapters", "versions kept of each adapter, the current one included"
+    )
+    pinned_share: float = _setting(
+        parse_share, 0.5, "adapters", "of the pool that pinned adapters may take, 0 to 1", "SHARE"
+    )
+    adapter_root: Path | None = _setting(  # noqa: RUF009 - as of `data_dir`
+        parse_folder,
+        None,
+        "adapters",
+        "where `file:` sources may be; default: such sources are refused",
+        "FOLDER",
+    )
+    allow_private_sources: bool = _setting(
+        parse_switch,
+        False,
+        "adapters",
+        "let `https:` sources be on private addresses, and `http:` ones be used",
+        "ON/OFF",
+    )
+    registry_url: str | None = _setting(
+        parse_secret,
+        None,
+        "adapters",
+        "database of names and versions that several servers share (postgresql://...)",
+        "URL",
+    )
+    blob_url: str | None = _setting(
+        parse_text,
+        None,
+        "adapters",
+        "where adapter files are kept (s3://bucket/folder); default: in data_dir",
+        "URL",
+    )
 
     host: str = _setting(parse_text, "127.0.0.1", "service", "address to listen on", "HOST")
     port: int = _setting(
@@ -253,6 +288,8 @@ def load_config(argv: Sequence[str], env: Mapping[str, str]) -> Config:
 
 def _check_together(config: Config) -> None:
     """Refuse settings that others make meaningless."""
+    if config.registry_url is not None and config.blob_url is None:
+        raise ConfigError("registry_url is shared by several servers, and so needs blob_url")
     if config.tenant_weights and config.tenant_header is None:
         raise ConfigError("tenant_weights means nothing without tenant_header")
     if config.tenant_weights and config.order != "vtc":

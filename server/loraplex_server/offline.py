@@ -19,8 +19,11 @@ from typing import Self
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import Event, FinishReason, Request, SampledToken
 from loraplex_scheduler.sampling import SamplingParams
+from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.adapters.registration import Registration
 from loraplex_server.build import build_core, resolve_facts
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import EngineStats
@@ -58,7 +61,10 @@ class Engine:
         self._cleanup.callback(self._core.close)
         folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-"))
         self._catalog = AdapterCatalog(
-            data_dir=Path(folder), pool_layout=facts.layout, base_name=facts.base_name
+            data_dir=Path(folder),
+            pool_layout=facts.layout,
+            base_name=facts.base_name,
+            reader=FolderReader(BaseModel.open(facts.source, facts.spec), (facts.base_name,)),
         )
         self._cleanup.callback(self._catalog.close)
         self._manifests: dict[str, AdapterManifest] = {}
@@ -86,7 +92,8 @@ class Engine:
         Raises:
             AdapterError: it is refused, with every reason.
         """
-        record, _ = self._catalog.register(name, Path(folder), check_base=check_base)
+        wish = Registration(name, check_base=check_base)
+        record, _ = self._catalog.register(wish, Path(folder))
         lease = self._catalog.acquire(name)
         self._cleanup.callback(lease.release)
         self._manifests[name] = lease.manifest

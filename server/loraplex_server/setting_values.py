@@ -76,6 +76,14 @@ def parse_wait(raw: Any) -> float:
     return value
 
 
+def parse_share(raw: Any) -> float:
+    """Take a number from 0 to 1."""
+    value = _number(raw)
+    if not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return value
+
+
 def parse_size(raw: Any) -> int:
     """Take a number of bytes such as `1073741824`, `512MiB` or `1.5 GB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(raw).strip().lower())

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from loraplex_memory.layout import PoolLayout
+from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.folder_reader import FolderReader
+from loraplex_server.adapters.registration import Registration
 from loraplex_server.model.loader import load_model
 from loraplex_server.model.source import resolve_model
 from loraplex_server.text.vocabulary import Vocabulary
@@ -41,10 +44,11 @@ def manifests(source, model, tmp_path_factory):
         data_dir=tmp_path_factory.mktemp("catalog"),
         pool_layout=PoolLayout(model.spec.geometry),
         base_name=source.name,
+        reader=FolderReader(BaseModel.open(source, model.spec), (source.name,)),
     )
     leases = {}
     for name in ADAPTERS:
-        catalog.register(name, EXAMPLES / name)
+        catalog.register(Registration(name), EXAMPLES / name)
         leases[name] = catalog.acquire(name)
     yield {name: lease.manifest for name, lease in leases.items()}
     for lease in leases.values():

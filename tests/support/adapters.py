@@ -6,9 +6,10 @@ that PEFT does not write.
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def read_folder(
     reference: torch.nn.Module | None = None,
 ) -> ReadAdapter:
     """Read a folder for a base: by default for `make_tiny_base()`."""
-    base = base_model_of(make_tiny_base() if reference is None else reference)
+    base = tiny_base_model() if reference is None else base_model_of(reference)
     return FolderReader(base, base_names, limits).read(folder, check_base=check_base)
 
 
@@ -182,15 +183,22 @@ def make_catalog(
     data_dir: Path,
     *,
     limits: AdapterLimits | None = None,
-    on_discard: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> AdapterCatalog:
     """Open a catalogue for the tiny base; the caller closes it."""
+    base_name = settings.pop("base_name", BASE_NAME)
+    aliases = settings.get("base_aliases", ())
     return AdapterCatalog(
         data_dir=data_dir,
         pool_layout=PoolLayout(TINY),
-        base_name=settings.pop("base_name", BASE_NAME),
+        base_name=base_name,
+        reader=FolderReader(tiny_base_model(), (base_name, *aliases), limits),
         limits=limits,
-        on_discard=on_discard,
         **settings,
     )
+
+
+@functools.cache
+def tiny_base_model() -> BaseModel:
+    """Return `make_tiny_base()` as readers want it."""
+    return base_model_of(make_tiny_base())

@@ -1,5 +1,8 @@
 """Adapter files by content: what is under an id never changes, and is whole or absent.
 
+    <digest>.safetensors    the canonical file, which the engine reads
+    <digest>.native.tar     the uploaded files, where the canonical one was computed from them
+
 The store is any fsspec file system; a local folder is used in place. From a remote store, a file
 is copied once into a local cache, because the engine maps local files.
 """
@@ -9,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -18,6 +22,7 @@ from fsspec.core import url_to_fs
 from loraplex_server.adapters.identity import ID_PREFIX
 
 _SUFFIX: Final = ".safetensors"
+_NATIVE_SUFFIX: Final = ".native.tar"
 _PART_SUFFIX: Final = ".part"
 
 
@@ -44,14 +49,21 @@ class BlobStore:
 
         `file` must be on the store's own disk if the store is local.
         """
+        self._put(self._path(adapter_id), file)
+
+    def put_native(self, adapter_id: str, file: Path) -> None:
+        """Keep a tar of the uploaded files beside the canonical one, likewise."""
+        self._put(self._path(adapter_id, _NATIVE_SUFFIX), file)
+
+    def _put(self, target: str, file: Path) -> None:
         if self._is_local:
             _sync(file)
-            file.replace(self._path(adapter_id))
+            file.replace(target)
             _sync(Path(self._root))
             return
-        part = f"{self._path(adapter_id)}.{file.name}{_PART_SUFFIX}"
+        part = f"{target}.{file.name}{_PART_SUFFIX}"
         self._fs.put_file(str(file), part)
-        self._fs.mv(part, self._path(adapter_id))
+        self._fs.mv(part, target)
         file.unlink()
 
     def local_path(self, adapter_id: str) -> Path:
@@ -65,30 +77,59 @@ class BlobStore:
         path.stat()
         return path
 
-    def delete(self, adapter_id: str) -> None:
-        """Remove the content here and in the cache; absent is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(adapter_id))
+    def delete(self, adapter_id: str) -> int:
+        """Remove the content here and in the cache; absent is fine. Returns bytes freed here."""
+        num_bytes = 0
+        for suffix in (_SUFFIX, _NATIVE_SUFFIX):
+            path = self._path(adapter_id, suffix)
+            with contextlib.suppress(FileNotFoundError):
+                size_bytes = self._fs.size(path) or 0
+                self._fs.rm_file(path)
+                num_bytes += size_bytes
+        self.forget(adapter_id)
+        return num_bytes
+
+    def forget(self, adapter_id: str) -> None:
+        """Remove the content from this machine's cache, if there is one."""
         if not self._is_local:
             (self._cache_dir / _file_name(adapter_id)).unlink(missing_ok=True)
 
-    def sweep(self, keep: Collection[str]) -> list[str]:
-        """Delete unfinished files and every id not in `keep`; returns the ids deleted.
+    def sweep(self, keep: Callable[[], Collection[str]], *, min_age_s: float = 0.0) -> list[str]:
+        """Delete unfinished files and every id not kept; returns the ids deleted.
 
-        For start-up only: nobody else may be putting.
+        Args:
+            keep: called after the files were listed, so that what was registered since is kept.
+            min_age_s: leave younger files alone; 0 only where nobody else may be putting.
         """
-        orphans = [adapter_id for adapter_id in self._stored_ids() if adapter_id not in keep]
+        listed = [self._name_of(path) for path in self._fs.ls(self._root, detail=False)]
+        old = [name for name in listed if not min_age_s or self._age_s(name) >= min_age_s]
+        kept = keep()
+        for name in old:
+            if name.endswith(_PART_SUFFIX):
+                self._fs.rm_file(f"{self._root}/{name}")
+        ids = {
+            ID_PREFIX + name.removesuffix(suffix)
+            for name in old
+            for suffix in (_SUFFIX, _NATIVE_SUFFIX)
+            if name.endswith(suffix)
+        }
+        orphans = sorted(ids.difference(kept))
         for adapter_id in orphans:
             self.delete(adapter_id)
         return orphans
 
-    def _stored_ids(self) -> Iterator[str]:
-        for listed in self._fs.ls(self._root, detail=False):
-            name = PurePosixPath(str(listed)).name
-            if name.endswith(_PART_SUFFIX):
-                self._fs.rm_file(listed)
-            elif name.endswith(_SUFFIX):
-                yield ID_PREFIX + name.removesuffix(_SUFFIX)
+    def _name_of(self, path: Any) -> str:
+        return PurePosixPath(str(path)).name
+
+    def _age_s(self, name: str) -> float:
+        """Return how old a file is; 0 where it has just gone, or nobody can tell."""
+        try:
+            modified = self._fs.modified(f"{self._root}/{name}")
+        except (FileNotFoundError, NotImplementedError):
+            return 0.0
+        if modified.tzinfo is None:
+            modified = modified.replace(tzinfo=UTC)
+        return float((datetime.now(UTC) - modified).total_seconds())
 
     def _download(self, adapter_id: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +141,8 @@ class BlobStore:
         finally:
             Path(part).unlink(missing_ok=True)
 
-    def _path(self, adapter_id: str) -> str:
-        return f"{self._root}/{_file_name(adapter_id)}"
+    def _path(self, adapter_id: str, suffix: str = _SUFFIX) -> str:
+        return f"{self._root}/{_file_name(adapter_id, suffix)}"
 
 
 def _open_fs(url: str) -> tuple[Any, str]:
@@ -114,8 +155,8 @@ def _is_local(fs: Any) -> bool:
     return "file" in protocols
 
 
-def _file_name(adapter_id: str) -> str:
-    return adapter_id.removeprefix(ID_PREFIX) + _SUFFIX
+def _file_name(adapter_id: str, suffix: str = _SUFFIX) -> str:
+    return adapter_id.removeprefix(ID_PREFIX) + suffix
 
 
 def _sync(path: Path) -> None:

@@ -1,53 +1,58 @@
 """The adapter catalogue: which name stands for which adapter, durably.
 
-Invariants:
-- A name resolves in one atomic step (one lock over look-up and count) to a lease on an immutable
-  adapter; what the name stands for later is of no concern to the lease.
-- An adapter's file exists while a name or a lease refers to it. `register` holds the id too while
-  it stores the file, so that a concurrent delete of the same content cannot take it away.
-- A registration is in the database or it did not happen; files without a row are swept at start.
+What may be registered is for `checks` to say, what a change does to registry and files for `store`;
+here is what the rest of the server sees: records, leases, versions, settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
-from loraplex_memory.adapter_file import write_adapter_file
+from sqlalchemy import Connection
+
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_memory.layout import PROJECTIONS, PoolLayout
+from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.blobs import BlobStore
-from loraplex_server.adapters.catalog_tables import (
-    NameRow,
-    NameTable,
-    is_stored,
-    open_database,
-    scope_of,
-    stored_ids,
-)
+from loraplex_server.adapters.checks import AdapterChecks, CheckedAdapter
 from loraplex_server.adapters.data_dir import DataDir, storage_errors
 from loraplex_server.adapters.errors import (
-    AdapterNameTaken,
     AdapterNotFound,
-    AdapterRefused,
     BaseNameTaken,
+    PinRefused,
     StorageFailed,
 )
-from loraplex_server.adapters.holds import AdapterHolds
-from loraplex_server.adapters.identity import adapter_id
+from loraplex_server.adapters.holds import Drain
+from loraplex_server.adapters.last_uses import LastUses
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.adapters.names import check_adapter_name
-from loraplex_server.adapters.peft_format import PeftFolderReader
+from loraplex_server.adapters.reader import AdapterReader
 from loraplex_server.adapters.record import AdapterLimits, AdapterRecord
+from loraplex_server.adapters.references import AdapterReference, check_id_prefix, parse_reference
+from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registry import (
+    NewVersion,
+    Registry,
+    StoredAdapter,
+    VersionRow,
+    scope_of,
+)
+from loraplex_server.adapters.registry_database import sqlite_url
+from loraplex_server.adapters.removal import Removal
+from loraplex_server.adapters.store import AdapterStore, RemovedVersions, check_replaceable
 from loraplex_server.adapters.upload import UploadStaging
 
 __all__ = ["AdapterCatalog", "AdapterLease"]
+
+DEFAULT_KEEP_VERSIONS: Final = 5
+_EXPIRED_AT_ONCE: Final = 100
 
 _log = logging.getLogger(__name__)
 
@@ -65,25 +70,35 @@ class AdapterCatalog:
         data_dir: Path,
         pool_layout: PoolLayout,
         base_name: str,
+        reader: AdapterReader,
         base_aliases: tuple[str, ...] = (),
         base_id: str | None = None,
         blob_url: str | None = None,
+        registry_url: str | None = None,
+        keep_versions: int = DEFAULT_KEEP_VERSIONS,
         limits: AdapterLimits | None = None,
-        on_discard: Callable[[str], None] | None = None,
+        on_discard: Callable[[str], None] = lambda adapter_id: None,
+        at_stage: Callable[[str], None] = lambda stage: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """Open or create the catalogue and sweep what an interrupted run left behind.
 
         Args:
             data_dir: created if missing; one process at a time.
             base_name: the name requests use for the base; no adapter may have it.
-            base_aliases: other names of the same base (hub id, folder), for the base check.
+            reader: reads uploaded folders for this base.
+            base_aliases: other names of the same base (hub id, folder), which are reserved too.
             base_id: what tells this base from others across restarts, `base_name` by default.
                 Give it where the served name may change while the model stays.
             blob_url: where adapter files are kept, any fsspec URL; `data_dir/blobs` by default.
-                This catalogue's alone: files it does not know are swept.
+            registry_url: SQLAlchemy's URL of a database that several servers share, together with
+                `blob_url`; a SQLite file in `data_dir` by default, this catalogue's alone.
+            keep_versions: of each name, the current one included; older ones are deleted.
             on_discard: called with an adapter id, in the thread that ended its last use, when
                 no name and no lease refers to it any more. A hint to free its pages: the same
                 content may be registered again at any time.
+            at_stage: called with what has been done at each step of a change; for tests.
+            clock: Unix seconds.
 
         Raises:
             StorageFailed: the folder cannot be used, or another process uses it.
@@ -92,16 +107,30 @@ class AdapterCatalog:
         self._pool_layout = pool_layout
         self._base_names = (base_name, *base_aliases)
         self._limits = limits or AdapterLimits()
-        self._on_discard = on_discard
-        self._reader = PeftFolderReader(pool_layout.geometry, self._base_names, self._limits)
+        self._clock = clock
+        self._checks = AdapterChecks(reader, pool_layout, at_stage)
         self._lock = threading.Lock()
-        self._holds = AdapterHolds()
         self._leases: set[AdapterLease] = set()
+        self._is_closed = False
+        self._uses = LastUses()
         scope = scope_of(base_id or base_name, pool_layout.geometry)
-        self._names = NameTable(scope, pool_layout.geometry.num_layers)
+        self._registry = Registry(scope, pool_layout.geometry.num_layers)
         self._dir = DataDir(data_dir)
         try:
-            self._open(blob_url)
+            with storage_errors("open the adapters' files"):
+                url = blob_url or str(self._dir.blobs.absolute())
+                blobs = BlobStore(url, cache_dir=self._dir.root / "cache")
+            self._writer = AdapterWriter(blobs, self._dir.staging, at_stage)
+            self._store = AdapterStore(
+                self._registry,
+                blobs,
+                database_url=registry_url or sqlite_url(self._dir.database),
+                upgrade_blob=self._writer.upgrade,
+                is_shared=registry_url is not None,
+                keep_versions=keep_versions,
+                on_discard=on_discard,
+                at_stage=at_stage,
+            )
         except BaseException:
             self._dir.close()
             raise
@@ -111,25 +140,29 @@ class AdapterCatalog:
             self.close()
             raise
 
-    def _open(self, blob_url: str | None) -> None:
-        with storage_errors("open the catalogue"):
-            self._database = open_database(self._dir.database)
-            self._blobs = BlobStore(
-                blob_url or str(self._dir.blobs.absolute()), cache_dir=self._dir.root / "cache"
-            )
-            with self._database.connect() as connection:
-                self._blobs.sweep(keep=stored_ids(connection))
-
     def _check_base_name(self) -> None:
         base_name = self._base_names[0]
-        with storage_errors("look the base's name up"), self._database.connect() as connection:
-            if (name := self._names.find_like(connection, base_name)) is not None:
+        with (
+            storage_errors("look the base's name up"),
+            self._store.database.connect() as connection,
+        ):
+            if (name := self._registry.find_like(connection, base_name)) is not None:
                 raise BaseNameTaken(name, base_name)
 
     def close(self) -> None:
-        """Let go of the data folder. Idempotent."""
-        self._database.dispose()
-        self._dir.close()
+        """Write what is not written yet, and let go of the data folder. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self.write_uses()
+        except StorageFailed as error:
+            _log.warning("when adapters were used last is lost: %s", error)
+        finally:
+            self._store.close()
+            self._dir.close()
+
+    # ---- registering -----------------------------------------------------------------------
 
     def new_upload(self) -> UploadStaging:
         """Return a fresh quarantine folder for one upload; use it as a context manager.
@@ -143,50 +176,90 @@ class AdapterCatalog:
         """Check `name` before an upload is received; raises InvalidAdapterName."""
         check_adapter_name(name, reserved=self._base_names)
 
+    def check(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        check_base: bool = True,
+        max_pages: int | None = None,
+    ) -> CheckedAdapter:
+        """Do all that `register` does before it stores anything; raises as it does."""
+        return self._checks.check(folder, name=name, check_base=check_base, max_pages=max_pages)
+
     def register(
-        self, name: str, folder: Path, *, check_base: bool = True, max_pages: int | None = None
+        self, wish: Registration, folder: Path, *, max_pages: int | None = None
     ) -> tuple[AdapterRecord, bool]:
-        """Validate the PEFT folder, store its canonical form and give it `name`.
+        """Validate the PEFT folder, test and store its canonical form and give it its name.
 
         Args:
-            check_base: refuse an adapter whose config names another base model.
             max_pages: pages of the pool; an adapter that needs more is refused.
 
         Returns:
             The record, and whether it is new: registering the same content under the same name
-            again changes nothing.
+            again changes nothing but the settings that are given.
 
         Raises:
-            InvalidAdapterName, AdapterRefused, InvalidUpload, StorageFailed
-            AdapterNameTaken: the name stands for other content.
+            InvalidAdapterName, AdapterRefused, InvalidUpload, SelfTestFailed, StorageFailed
+            AdapterNameTaken: the name stands for other content, which is not to be replaced.
+            VersionConflict: it is, but not the content that the name has.
         """
-        self.check_name(name)
+        self.check_name(wish.name)
+        checked = self.check(
+            folder, name=wish.name, check_base=wish.check_base, max_pages=max_pages
+        )
+        self._check_early(wish, checked.adapter_id)
+        self._store.hold(checked.adapter_id)
         try:
-            with storage_errors("read the upload"):
-                adapter = self._reader.read(folder, check_base=check_base)
-                content_id = adapter_id(adapter.weights)
-        except AdapterRefused as refusal:
-            raise AdapterRefused(refusal.reasons, name) from refusal
-        spec = adapter.weights.spec(self._pool_layout.geometry.num_layers)
-        self._check_pages(name, AdapterLayout(self._pool_layout, spec).num_pages, max_pages)
-        self._check_free(name, content_id)
-        self._hold(content_id)
-        try:
-            row = NameRow(
-                name=name,
-                adapter_id=content_id,
-                base_model=adapter.base_model or self._base_names[0],
-                created=int(time.time()),
-                spec=spec,
-                size_bytes=self._store(content_id, adapter.weights),
-            )
-            return self._add(row)
+            new = self._write(wish, checked, folder)
+            row, is_new = self._store.add(new, wish, self._now())
         finally:
-            self._end_hold(content_id)
+            self._store.release(checked.adapter_id)
+        return self._record(row), is_new
+
+    def _check_early(self, wish: Registration, content_id: str) -> None:
+        """Spare a hopeless upload the writing; the store decides."""
+        with self._reading("look the name up") as connection:
+            row = self._registry.find(connection, wish.name)
+        if row is None or row.adapter_id != content_id:
+            check_replaceable(wish, row)
+
+    def _write(self, wish: Registration, checked: CheckedAdapter, folder: Path) -> NewVersion:
+        content_id = checked.adapter_id
+        native_bytes = 0 if checked.is_native else self._writer.write_native(content_id, folder)
+        stored = StoredAdapter(
+            adapter_id=content_id,
+            spec=checked.spec,
+            size_bytes=self._writer.write(content_id, checked.weights),
+            native_bytes=native_bytes,
+            self_test_error=checked.self_test_error,
+        )
+        return NewVersion(
+            name=wish.name,
+            adapter=stored,
+            base_model=checked.base_model or self._base_names[0],
+            created=self._now(),
+            source=wish.source,
+            report=checked.report_json(),
+        )
+
+    # ---- looking up ------------------------------------------------------------------------
 
     def get(self, name: str) -> AdapterRecord:
-        """Return the record of `name`; raises AdapterNotFound, StorageFailed."""
-        return self._record(self._find(name))
+        """Return the record of `name` or `name@sha256:...`.
+
+        Raises:
+            AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
+        """
+        return self._record(self._store.resolve(parse_reference(name)))
+
+    def report(self, record: AdapterRecord) -> list[dict[str, str]]:
+        """Return what became of everything in the uploaded folder; raises StorageFailed."""
+        with self._reading("read the report") as connection:
+            report: list[dict[str, str]] = self._registry.report(
+                connection, record.name, record.version
+            )
+        return report
 
     def list(self, *, limit: int = 100, after: str | None = None) -> tuple[AdapterRecord, ...]:
         """Return up to `limit` records ordered by name, those behind the name `after`.
@@ -194,180 +267,207 @@ class AdapterCatalog:
         Raises:
             StorageFailed
         """
-        with storage_errors("list adapters"), self._database.connect() as connection:
-            rows = self._names.page(connection, limit, after)
-        return tuple(self._record(row) for row in rows)
+        with self._reading("list adapters") as connection:
+            rows = self._registry.page(connection, limit, after)
+        return tuple(map(self._record, rows))
 
-    def delete(self, name: str) -> AdapterRecord:
-        """Take the name away and return what it stood for; users that hold a lease go on.
+    def versions(
+        self, name: str, *, limit: int = 100, before: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
+        """Return up to `limit` versions of a name, newest first, those older than `before`.
 
         Raises:
             AdapterNotFound, StorageFailed
         """
-        with self._lock:
-            with storage_errors("delete the adapter"), self._database.begin() as connection:
-                row = self._names.find(connection, name)
-                if row is None:
-                    raise AdapterNotFound(name)
-                is_last_name = self._names.remove(connection, row)
-            is_over = is_last_name and self._holds.doom(row.adapter_id)
-            if is_over:
-                self._delete_file(row.adapter_id)
-        if is_over:
-            self._tell_discard(row.adapter_id)
-        return self._record(row)
+        self._store.resolve(AdapterReference(name))
+        with self._reading("list versions") as connection:
+            rows = self._registry.versions(connection, name, limit, before)
+        return tuple(map(self._record, rows))
+
+    # ---- changing --------------------------------------------------------------------------
+
+    def rollback(
+        self, name: str, *, version: int | None = None, adapter_id: str | None = None
+    ) -> AdapterRecord:
+        """Let the name stand for one of its other versions, given by its number or its id.
+
+        Raises:
+            AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
+        """
+        if adapter_id is not None:
+            reference = AdapterReference(name, check_id_prefix(adapter_id, adapter_id))
+            row = self._store.resolve(reference)
+        else:
+            assert version is not None, "a version or an id"
+            with (
+                storage_errors("look the version up"),
+                self._store.database.connect() as connection,
+            ):
+                found = self._registry.find_version(connection, name, version)
+            if found is None:
+                raise AdapterNotFound(f"{name} version {version}")
+            row = found
+        return self._record(self._store.set_current(name, row, self._now()))
+
+    def change(
+        self, name: str, settings: Mapping[str, Any], *, max_pinned_pages: int | None = None
+    ) -> AdapterRecord:
+        """Change the given fields of a name's settings.
+
+        Args:
+            max_pinned_pages: what pinned adapters may take together; None for no bound.
+
+        Raises:
+            AdapterNotFound, PinRefused, StorageFailed
+        """
+        with (
+            self._lock,
+            storage_errors("change the adapter"),
+            self._store.database.begin() as connection,
+        ):
+            row = self._registry.find(connection, name)
+            if row is None:
+                raise AdapterNotFound(name)
+            if settings.get("pinned") and max_pinned_pages is not None:
+                others = [o for o in self._registry.pinned(connection) if o.name != name]
+                num_pages = sum({o.adapter_id: self._pages(o) for o in (*others, row)}.values())
+                if num_pages > max_pinned_pages:
+                    raise PinRefused(name, num_pages, max_pinned_pages)
+            self._registry.set_settings(connection, name, settings)
+            changed = self._registry.find(connection, name)
+        assert changed is not None, "it was there a moment ago, in the same transaction"
+        return self._record(changed)
+
+    def delete(self, name: str) -> Removal:
+        """Take a name with all its versions away, or the one version `name@sha256:...`.
+
+        It is gone when this returns. Users that hold a lease go on, and `Removal` tells when they
+        have ended.
+
+        Raises:
+            AdapterNotFound, AmbiguousVersion, InvalidAdapterName, VersionIsCurrent, StorageFailed
+        """
+        removed = self._store.remove(parse_reference(name))
+        assert removed is not None, "nothing was asked of its age"
+        return self._removal(removed)
+
+    # ---- time ------------------------------------------------------------------------------
+
+    def pinned(self) -> tuple[AdapterRecord, ...]:
+        """Return the current versions of all pinned names; raises StorageFailed."""
+        with self._reading("list pinned adapters") as connection:
+            rows = self._registry.pinned(connection)
+        return tuple(map(self._record, rows))
+
+    def delete_expired(self) -> tuple[Removal, ...]:
+        """Delete some of the names whose time is up and that nobody uses; raises StorageFailed."""
+        self.write_uses()
+        now = self._now()
+        with self._reading("list expired adapters") as connection:
+            names = self._registry.expired(connection, now, _EXPIRED_AT_ONCE)
+        removals = []
+        for name in names:
+            try:
+                removed = self._store.remove(AdapterReference(name), expired_at=now)
+            except AdapterNotFound:
+                continue
+            if removed is not None:
+                removals.append(self._removal(removed))
+        return tuple(removals)
+
+    def write_uses(self) -> None:
+        """Write down when names were used; raises StorageFailed."""
+        for name in self._store.names_in_use():
+            self._uses.note(name, self._now())
+        uses = self._uses.take()
+        if uses:
+            with storage_errors("note uses"), self._store.database.begin() as connection:
+                self._registry.touch(connection, uses)
+
+    def sweep_files(self) -> None:
+        """Delete files that nobody refers to; for registries that servers share."""
+        self._store.sweep_files()
+
+    # ---- leases ----------------------------------------------------------------------------
 
     def acquire(self, name: str) -> AdapterLease:
-        """Resolve `name` once and hold what it stands for.
+        """Resolve `name` or `name@sha256:...` once and hold what it stands for.
 
         Raises:
-            AdapterNotFound, StorageFailed
+            AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
         """
-        with self._lock:
-            row = self._find(name)
-            self._holds.hold(row.adapter_id)
+        row = self._store.resolve_and_hold(parse_reference(name))
         # Outside the lock, since a remote store may have to fetch the file; held, so it stays.
         try:
             lease = AdapterLease(self._record(row), self._manifest(row), self._release)
         except StorageFailed:
-            self._end_hold(row.adapter_id)
+            self._store.release(row.adapter_id, row.name)
             raise
+        self._uses.note(row.name, self._now())
         with self._lock:
             self._leases.add(lease)
         return lease
 
     def num_leases(self, content_id: str) -> int:
         """Users of the adapter right now, for metrics and tests."""
-        with self._lock:
-            return self._holds.num_held(content_id)
+        return self._store.num_held(content_id)
+
+    def num_waited_for(self, drain: Drain) -> int:
+        """Return how many users a drain waits for."""
+        if drain.is_last:
+            return self._store.num_held(drain.adapter_id)
+        return self._store.num_held_by(drain.adapter_id, drain.name)
+
+    def _removal(self, removed: RemovedVersions) -> Removal:
+        record = self._record(removed.row)
+        if removed.is_name:
+            self._uses.forget(record.name)
+        return Removal(record, removed.drains)
 
     def _release(self, lease: AdapterLease) -> None:
         with self._lock:
             if lease not in self._leases:
                 return
             self._leases.discard(lease)
-        self._end_hold(lease.record.id)
+        self._uses.note(lease.record.name, self._now())
+        self._store.release(lease.record.id, lease.record.name)
 
-    def _hold(self, content_id: str) -> None:
-        with self._lock:
-            self._holds.hold(content_id)
+    # ---- pieces ----------------------------------------------------------------------------
 
-    def _end_hold(self, content_id: str) -> None:
-        with self._lock:
-            is_over = self._holds.release(content_id)
-            if is_over:
-                self._delete_file(content_id)
-        if is_over:
-            self._tell_discard(content_id)
+    @contextlib.contextmanager
+    def _reading(self, action: str) -> Iterator[Connection]:
+        with storage_errors(action), self._store.database.connect() as connection:
+            yield connection
 
-    def _delete_file(self, content_id: str) -> None:
-        """Under the lock, so that nobody begins to use the file meanwhile.
+    def _now(self) -> int:
+        return int(self._clock())
 
-        A failure costs only disk space, until the sweep at the next start: no reason to fail the
-        delete, or the request that happened to end last.
-        """
-        try:
-            self._blobs.delete(content_id)
-        except OSError as error:
-            _log.warning("adapter file %s was not deleted: %s", content_id, error)
+    def _pages(self, row: VersionRow) -> int:
+        return AdapterLayout(self._pool_layout, row.adapter.spec).num_pages
 
-    def _tell_discard(self, content_id: str) -> None:
-        if self._on_discard is not None:
-            self._on_discard(content_id)
-
-    def _find(self, name: str) -> NameRow:
-        with storage_errors("look the adapter up"), self._database.connect() as connection:
-            row = self._names.find(connection, name)
-        if row is None:
-            raise AdapterNotFound(name)
-        return row
-
-    def _check_pages(self, name: str, num_pages: int, max_pages: int | None) -> None:
-        if max_pages is not None and num_pages > max_pages:
-            reason = (
-                f"it needs {num_pages} pages of the memory pool, which has {max_pages}; give the "
-                "server a larger pool, or train a smaller rank"
-            )
-            raise AdapterRefused((reason,), name)
-
-    def _check_free(self, name: str, content_id: str) -> None:
-        """Spare a hopeless upload the writing; `_add` decides."""
-        with storage_errors("look the name up"), self._database.connect() as connection:
-            row = self._names.find(connection, name)
-        if row is not None and row.adapter_id != content_id:
-            raise AdapterNameTaken(name)
-
-    def _store(self, content_id: str, weights: AdapterWeights) -> int:
-        """Put the canonical file under its id and return its size in bytes.
-
-        Written even if it is there: that heals a file that was damaged or lost.
-        """
-        with (
-            storage_errors("store the adapter"),
-            tempfile.TemporaryDirectory(dir=self._dir.staging, prefix="store-") as folder,
-        ):
-            file = Path(folder, "adapter.safetensors")
-            write_adapter_file(file, weights)
-            size_bytes = file.stat().st_size
-            self._blobs.put(content_id, file)
-        return size_bytes
-
-    def _add(self, row: NameRow) -> tuple[AdapterRecord, bool]:
-        """Commit the name, or find that somebody else was faster.
-
-        The caller holds the id. Without a name in the end, the file is doomed again, and goes
-        when the last hold ends.
-        """
-        with self._lock, storage_errors("register the adapter"):
-            try:
-                with self._database.begin() as connection:
-                    other = self._names.find(connection, row.name)
-                    if other is None:
-                        self._names.add(connection, row)
-            finally:
-                self._doom_unless_named(row.adapter_id)
-        if other is None:
-            return self._record(row), True
-        if other.adapter_id != row.adapter_id:
-            raise AdapterNameTaken(row.name)
-        return self._record(other), False
-
-    def _doom_unless_named(self, content_id: str) -> None:
-        with self._database.connect() as connection:
-            is_named = is_stored(connection, content_id)
-        if is_named:
-            self._holds.spare(content_id)
-        else:
-            self._holds.doom(content_id)
-
-    def _record(self, row: NameRow) -> AdapterRecord:
-        layout = AdapterLayout(self._pool_layout, row.spec)
+    def _record(self, row: VersionRow) -> AdapterRecord:
+        spec = row.adapter.spec
+        ranks = zip(PROJECTIONS, zip(*spec.ranks, strict=True), strict=True)
+        unwritten = self._uses.of(row.name)
         return AdapterRecord(
             name=row.name,
             id=row.adapter_id,
             base_model=row.base_model,
-            spec=row.spec,
-            rank_max=max(map(max, row.spec.ranks)),
-            target_modules=tuple(
-                projection
-                for projection, ranks in zip(
-                    PROJECTIONS, zip(*row.spec.ranks, strict=True), strict=True
-                )
-                if any(ranks)
-            ),
-            size_bytes=row.size_bytes,
-            pool_pages=layout.num_pages,
+            spec=spec,
+            rank_max=max(map(max, spec.ranks)),
+            target_modules=tuple(projection for projection, own in ranks if any(own)),
+            size_bytes=row.adapter.size_bytes,
+            pool_pages=self._pages(row),
             created=row.created,
+            version=row.version,
+            is_current=row.is_current,
+            native_bytes=row.adapter.native_bytes,
+            self_test_error=row.adapter.self_test_error,
+            source=row.source,
+            last_used=max(unwritten or 0, row.last_used or 0) or None,
+            settings=row.settings,
         )
 
-    def _manifest(self, row: NameRow) -> AdapterManifest:
-        try:
-            with storage_errors("open the adapter's file"):
-                path = self._blobs.local_path(row.adapter_id)
-        except StorageFailed as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise StorageFailed(
-                    f"the weights of {row.name!r} are gone from the data folder; upload it again"
-                ) from error
-            raise
-        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), spec=row.spec)
+    def _manifest(self, row: VersionRow) -> AdapterManifest:
+        path = self._store.local_path(row)
+        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), spec=row.adapter.spec)

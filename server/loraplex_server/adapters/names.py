@@ -45,6 +45,8 @@ def _name_fault(name: str) -> str | None:
         return "may hold only ASCII letters, digits and . _ / : + -"
     if not name[0].isalnum():
         return "must begin with a letter or a digit"
+    if name.endswith("/versions"):
+        return "must not end with '/versions': its path would be the one of another's versions"
     if ".." in name or any(part in ("", ".") for part in name.split("/")):
         return "must not hold '..', '//', '/./' or end with '/'"
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_server.adapters.defaults import AdapterDefaults
+from loraplex_server.adapters.registration import UPLOAD, NameSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class AdapterLimits:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One name and the immutable adapter it stands for.
+    """One version of a name: the immutable adapter that it stands for, and the name's settings.
 
     Attributes:
         name: what a request puts into `model`.
@@ -45,7 +47,14 @@ class AdapterRecord:
         target_modules: projections that carry LoRA in at least one layer (`q` ... `down`).
         size_bytes: the canonical file.
         pool_pages: pages it takes in the pool while resident.
-        created: Unix time, seconds, when the name was registered.
+        created: Unix time, seconds, when the version was registered.
+        version: counts a name's versions from 1; never given twice.
+        is_current: whether the name alone stands for it.
+        native_bytes: the uploaded files, kept where the canonical file is not them.
+        self_test_error: the largest relative error of its self-test; None if there was none.
+        source: `upload`, or where the server fetched it.
+        last_used: Unix time of the name's last use, up to a minute late; None if never used.
+        settings: of the name, see `NameSettings`.
     """
 
     name: str
@@ -57,3 +66,15 @@ class AdapterRecord:
     size_bytes: int
     pool_pages: int
     created: int
+    version: int = 1
+    is_current: bool = True
+    native_bytes: int = 0
+    self_test_error: float | None = None
+    source: str = UPLOAD
+    last_used: int | None = None
+    settings: NameSettings = field(default_factory=NameSettings)
+
+    @property
+    def defaults(self) -> AdapterDefaults:
+        """What its requests get where they do not say otherwise."""
+        return self.settings.defaults

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import FinishReason, SampledToken
 from loraplex_server.api.errors import (
+    AdapterDeleted,
     GenerationFailed,
     Overloaded,
     RequestTimedOut,
@@ -175,6 +176,8 @@ class GenerationAnswer(Response):
         if reason is FinishReason.TIMED_OUT:
             return self._generation.timeout_error
         if reason is FinishReason.CANCELLED:
+            if self._generation.cancel_error is not None:
+                return self._generation.cancel_error
             return ServerStopping(message or "the server is shutting down")
         if not self._is_engine_ready():
             return EngineUnavailable(reason=message, retry_after_s=5.0)
@@ -200,6 +203,7 @@ class _ClientGone(Exception):
 
 _SUCCESSFUL: Final = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 _FAILURES: Final = (
+    AdapterDeleted,
     RequestRefused,
     Overloaded,
     RequestTimedOut,

@@ -8,6 +8,7 @@ from typing import Final
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from loraplex_server.adapters.sources.source import SourcePolicy
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.adapters import adapters_router
 from loraplex_server.api.chat import chat_router
@@ -20,10 +21,13 @@ from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
+from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.services import Services
 from loraplex_server.api.tenant_accounts import TenantAccounts
 from loraplex_server.api.tenant_header import TenantHeader
+from loraplex_server.api.upkeep import Upkeep
+from loraplex_server.api.uploads import AdapterUploads
 from loraplex_server.sizing import choose_device, choose_step_sizes
 
 _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names the adapter."
@@ -39,11 +43,20 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(Guard, api_key=services.config.api_key)
     app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
     install_error_handlers(app)
+    generations = _generations(services, RequestMetrics(registry))
+    removals = AdapterRemovals(services.engine, services.catalog, generations, names)
+    upkeep = app.state.upkeep = Upkeep(
+        services.engine,
+        services.catalog,
+        removals,
+        names,
+        is_shared=services.config.registry_url is not None,
+    )
     front = Front(
         engine=services.engine,
         catalog=services.catalog,
         vocabulary=services.vocabulary,
-        generations=_generations(services, RequestMetrics(registry)),
+        generations=generations,
         adapter_names=names,
         base_names=services.base_names,
         tenant_header=TenantHeader(services.config.tenant_header),
@@ -54,9 +67,9 @@ def create_app(services: Services) -> FastAPI:
         models_router(
             engine=services.engine,
             catalog=services.catalog,
-            adapter_names=names,
             base_names=services.base_names,
             created=unix_time(),
+            removals=removals,
         )
     )
     app.include_router(
@@ -65,7 +78,10 @@ def create_app(services: Services) -> FastAPI:
             catalog=services.catalog,
             adapter_names=names,
             base_names=services.base_names,
-            max_upload_bytes=services.config.max_upload_bytes,
+            uploads=_uploads(services),
+            removals=removals,
+            upkeep=upkeep,
+            pinned_share=services.config.pinned_share,
         )
     )
     app.include_router(
@@ -74,6 +90,16 @@ def create_app(services: Services) -> FastAPI:
         )
     )
     return app
+
+
+def _uploads(services: Services) -> AdapterUploads:
+    config = services.config
+    return AdapterUploads(
+        services.engine,
+        services.catalog,
+        max_upload_bytes=config.max_upload_bytes,
+        source_policy=SourcePolicy(config.adapter_root, config.allow_private_sources),
+    )
 
 
 def _generations(services: Services, metrics: RequestMetrics) -> Generations:

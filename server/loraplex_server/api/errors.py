@@ -8,6 +8,8 @@ ApiError
 ├── CrossSiteRefused         a web page of another site wants to change something
 ├── TooManyUploads           more uploads are open than the server receives at once
 ├── UploadStalled            nothing came of an upload for too long
+├── AdapterDraining          requests still run on an adapter that was deleted
+├── AdapterDeleted           the request was cancelled because its adapter was deleted
 ├── InvalidTenant            the header that names the tenant holds no name
 ├── QuotaTooSmall            the request alone needs more tokens than its tenant gets in a minute
 ├── Overloaded               not now: the engine could not answer in time
@@ -88,6 +90,24 @@ class UploadStalled(ApiError):
     """Nothing came of an upload for too long."""
 
 
+class AdapterDraining(ApiError):
+    """Requests still run on an adapter whose name is gone; its memory is freed when they end."""
+
+    def __init__(self, name: str, timeout_s: float, num_users: int) -> None:
+        self.details = {"deleted": True, "running": num_users}
+        super().__init__(
+            f"{name!r} is deleted, but after {timeout_s:g} s {num_users} requests still run on it; "
+            "what it takes is freed when they end"
+        )
+
+
+class AdapterDeleted(ApiError):
+    """The request was cancelled because its adapter was deleted."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the adapter {name!r} was deleted while it answered", param="model")
+
+
 class InvalidTenant(ApiError):
     """The header that names the tenant holds no name."""
 
@@ -164,6 +184,8 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
     TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
     UploadStalled: ErrorShape(408, _INVALID, "upload_timeout"),
+    AdapterDraining: ErrorShape(504, _SERVER, "adapter_draining", is_final=True),
+    AdapterDeleted: ErrorShape(409, _INVALID, "adapter_deleted", is_final=True),
     InvalidTenant: ErrorShape(400, _INVALID, "invalid_tenant"),
     QuotaTooSmall: ErrorShape(400, _INVALID, "quota_too_small"),
     QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
@@ -184,6 +206,15 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     EngineConfigError: _INTERNAL,
     adapters.AdapterNotFound: ErrorShape(404, _INVALID, "adapter_not_found"),
     adapters.AdapterNameTaken: ErrorShape(409, _INVALID, "adapter_name_taken", is_final=True),
+    adapters.VersionConflict: ErrorShape(409, _INVALID, "version_conflict", is_final=True),
+    adapters.AmbiguousVersion: ErrorShape(400, _INVALID, "ambiguous_version"),
+    adapters.VersionIsCurrent: ErrorShape(409, _INVALID, "version_is_current", is_final=True),
+    adapters.PinRefused: ErrorShape(409, _INVALID, "pin_refused", is_final=True),
+    adapters.SelfTestFailed: ErrorShape(500, _SERVER, "self_test_failed", is_final=True),
+    adapters.SourceForbidden: ErrorShape(403, _INVALID, "source_forbidden"),
+    adapters.SourceUnsupported: ErrorShape(400, _INVALID, "source_unsupported"),
+    adapters.SourceFailed: ErrorShape(502, _SERVER, "source_failed"),
+    adapters.DigestMismatch: ErrorShape(422, _INVALID, "digest_mismatch"),
     adapters.InvalidAdapterName: ErrorShape(400, _INVALID, "invalid_adapter_name"),
     adapters.BaseNameTaken: _INTERNAL,  # at start-up only
     adapters.AdapterRefused: ErrorShape(422, _INVALID, "adapter_refused"),
@@ -236,6 +267,7 @@ def error_body(error: Exception) -> dict[str, Any]:
     }
     if isinstance(error, adapters.AdapterRefused):
         body["reasons"] = list(error.reasons)
+    body.update(getattr(error, "details", {}))
     if (retry_after_s := _retry_after_s(error)) is not None:
         body["retry_after_s"] = round(retry_after_s, 3)
     return {"error": body}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Request
-from loraplex_server.api.errors import Overloaded, RequestTimedOut
+from loraplex_server.api.errors import AdapterDeleted, Overloaded, RequestTimedOut
 from loraplex_server.api.job import Job
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.tenant_accounts import TenantBill
@@ -23,6 +23,7 @@ class Generation:
 
     Attributes:
         timeout_error: what to answer should the time be up.
+        cancel_error: what to answer should somebody else have cancelled it, if it is known why.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Generation:
         clock: Callable[[], float],
     ) -> None:
         self.timeout_error = timeout_error
+        self.cancel_error: AdapterDeleted | None = None
         self._job = job
         self._stream = stream
         self._bill = bill
@@ -77,6 +79,12 @@ class Generation:
         if not self._is_abandoned and not self._is_pumped:
             self._stream.cancel()
         self._is_abandoned = True
+
+    def cancel(self, error: AdapterDeleted) -> None:
+        """End what still runs; the answer says why. Idempotent."""
+        if not self._is_pumped and self.cancel_error is None:
+            self.cancel_error = error
+            self._stream.cancel()
 
     def close(self) -> None:
         """Account for what was not taken, as cancelled. Idempotent."""

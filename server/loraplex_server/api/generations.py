@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from loraplex_scheduler.plan import Request
 from loraplex_server.api.errors import (
+    AdapterDeleted,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -71,6 +72,7 @@ class Generations:
         self._tenants = tenants
         self._clock = clock
         self._pumps: set[asyncio.Task[None]] = set()
+        self._live: dict[Generation, Job] = {}
         self._num_live = 0
 
     @property
@@ -121,10 +123,19 @@ class Generations:
             metrics=self._metrics,
             clock=self._clock,
         )
+        self._live[generation] = job
         pump = asyncio.create_task(self._run(generation, job))
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
         return generation
+
+    def cancel_users(self, name: str, adapter_ids: Collection[str]) -> None:
+        """End whatever runs on these adapters by this name, as it was deleted."""
+        for generation, job in list(self._live.items()):
+            if job.lease is not None:
+                record = job.lease.record
+                if record.name == name and record.id in adapter_ids:
+                    generation.cancel(AdapterDeleted(name))
 
     @contextlib.contextmanager
     def _counted_rejections(self) -> Iterator[None]:
@@ -139,6 +150,7 @@ class Generations:
             await generation.pump()
         finally:
             self._num_live -= job.num_sequences
+            del self._live[generation]
             if job.lease is not None:
                 await asyncio.to_thread(job.lease.release)
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.adapters.record import AdapterRecord
-from loraplex_server.api.adapter_names import AdapterNames
-from loraplex_server.api.errors import InvalidRequest, ModelNotFound
+from loraplex_server.api.errors import AdapterDraining, InvalidRequest, ModelNotFound
+from loraplex_server.api.removals import DRAIN_S, AdapterRemovals, RemovalMode
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.engine.handle import EngineHandle
 
@@ -22,9 +22,9 @@ def models_router(
     *,
     engine: EngineHandle,
     catalog: AdapterCatalog,
-    adapter_names: AdapterNames,
     base_names: tuple[str, ...],
     created: int,
+    removals: AdapterRemovals,
 ) -> APIRouter:
     """Return the endpoints; the base model shows `created`, the time the server started."""
     router = APIRouter(tags=["models"])
@@ -54,14 +54,15 @@ def models_router(
 
     @router.delete("/v1/models/{name:path}")
     async def delete_model(name: str) -> dict[str, Any]:
-        """Delete an adapter; running requests finish."""
+        """Delete an adapter with all its versions; running requests finish."""
         if name in base_names:
             raise InvalidRequest("the base model cannot be deleted", param="model")
         try:
-            record = await asyncio.to_thread(catalog.delete, name)
+            await removals.remove(name, RemovalMode.DRAIN, DRAIN_S)
         except AdapterNotFound:
             raise ModelNotFound(name) from None
-        adapter_names.forget(record.id, name)
+        except AdapterDraining:
+            pass  # it is gone for whoever asks; OpenAI's answer has no word for more
         return {"id": name, "object": "model", "deleted": True}
 
     return router

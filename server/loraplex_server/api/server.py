@@ -32,11 +32,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._app = create_app(services)
+        self._upkeep: asyncio.Task[None] | None = None
         self._grace: asyncio.Task[None] | None = None
         config = services.config
         super().__init__(
             uvicorn.Config(
-                create_app(services),
+                self._app,
                 log_config=None,
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",
@@ -47,7 +49,12 @@ class Server(uvicorn.Server):
 
     async def serve_until_signal(self, listener: socket.socket) -> None:
         """Serve on a bound socket; returns when everything has ended."""
-        await self.serve(sockets=[listener])
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            if self._upkeep is not None:
+                self._upkeep.cancel()
+                await asyncio.wait([self._upkeep])
         if self._grace is not None:
             self._grace.cancel()
             await asyncio.wait([self._grace])
@@ -64,6 +71,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then say so."""
         await super().startup(sockets)
+        self._upkeep = asyncio.create_task(self._app.state.upkeep.run())
         if self.started and sockets:
             sys.stdout.write(greeting(self._services, sockets[0]))
             sys.stdout.flush()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_server.adapters.base_identity import base_identity
+from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.config import Config
 from loraplex_server.engine.handle import EngineHandle
@@ -48,15 +50,23 @@ def build_catalog(
         CheckpointError: the model's files cannot be read.
     """
     aliases = {facts.source.name, str(facts.source.path), config.model or ""}
+    others = tuple(sorted(aliases - {facts.base_name, ""}))
+    limits = AdapterLimits(
+        max_rank=config.max_adapter_rank, max_upload_bytes=config.max_upload_bytes
+    )
     return AdapterCatalog(
         data_dir=config.data_dir,
         pool_layout=facts.layout,
         base_name=facts.base_name,
-        base_aliases=tuple(sorted(aliases - {facts.base_name, ""})),
+        base_aliases=others,
         base_id=_base_id(facts.source),
-        limits=AdapterLimits(
-            max_rank=config.max_adapter_rank, max_upload_bytes=config.max_upload_bytes
+        reader=FolderReader(
+            BaseModel.open(facts.source, facts.spec), (facts.base_name, *others), limits
         ),
+        registry_url=config.registry_url,
+        blob_url=config.blob_url,
+        keep_versions=config.keep_versions,
+        limits=limits,
         on_discard=on_discard,
     )
 

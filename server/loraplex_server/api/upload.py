@@ -5,30 +5,46 @@ Starlette's own form parser would collect the files first and know their size to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from loraplex_server.adapters.errors import InvalidUpload, UploadTooLarge
+from loraplex_server.adapters.registration import UPLOAD, Registration
 from loraplex_server.adapters.upload import PartWriter, UploadStaging
+from loraplex_server.api.adapter_bodies import AdapterOptions, parse_body
 from loraplex_server.api.errors import InvalidRequest
 
 _MAX_VALUE_BYTES: Final = 1024
+#: They may hold a chat template and a system prompt.
+_MAX_DEFAULTS_BYTES: Final = 256 << 10
 _MAX_PARTS: Final = 16
 _FILE_FIELDS: Final = frozenset({"files", "archive"})
-_VALUE_FIELDS: Final = frozenset({"name", "check_base"})
+#: How each field's text becomes the value that a JSON body would have.
+_VALUE_FIELDS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "name": str,
+    "check_base": json.loads,
+    "replace": json.loads,
+    "expected_id": str,
+    "ttl_s": json.loads,
+    "defaults": json.loads,
+}
 
 
 @dataclass(frozen=True)
 class UploadForm:
-    """The fields of an upload that are not files."""
+    """The fields of an upload that are not files; `name` is "" where none is needed."""
 
     name: str
-    check_base: bool
+    options: AdapterOptions
+
+    def registration(self) -> Registration:
+        return self.options.registration_of(self.name, UPLOAD)
 
 
 def boundary_of(content_type: str) -> bytes:
@@ -53,16 +69,19 @@ class UploadReceiver:
         check_name: Callable[[str], None],
         *,
         max_body_bytes: int,
+        needs_name: bool = True,
     ) -> None:
         """Prepare to receive.
 
         Args:
             check_name: refuses a bad name before its files arrive.
             max_body_bytes: of the whole body; the files alone have the staging's limit.
+            needs_name: whether a form without a name is refused.
         """
         self._max_body_bytes = max_body_bytes
         self._staging = staging
         self._check_name = check_name
+        self._needs_name = needs_name
         self._values: dict[str, str] = {}
         self._num_parts = 0
         self._is_complete = False
@@ -108,12 +127,11 @@ class UploadReceiver:
         """Return the form at the end of the body; raises as `feed` does."""
         if not self._is_complete:
             raise InvalidUpload("the multipart body ends before its closing boundary")
-        if "name" not in self._values:
+        values = dict(self._values)
+        name = values.pop("name", "")
+        if not name and self._needs_name:
             raise InvalidRequest("`name` is required", param="name")
-        check_base = self._values.get("check_base", "true")
-        if check_base not in ("true", "false"):
-            raise InvalidRequest("`check_base` must be true or false", param="check_base")
-        return UploadForm(self._values["name"], check_base == "true")
+        return UploadForm(name, _options(values))
 
     def close(self) -> None:
         """Close the file being received, if any. Idempotent."""
@@ -157,7 +175,8 @@ class UploadReceiver:
             self._writer.write(data[start:end])
             return
         self._value += data[start:end]
-        if len(self._value) > _MAX_VALUE_BYTES:
+        limit_bytes = _MAX_DEFAULTS_BYTES if self._field == "defaults" else _MAX_VALUE_BYTES
+        if len(self._value) > limit_bytes:
             raise InvalidRequest(f"`{self._field}` is too long", param=self._field)
 
     def _end_part(self) -> None:
@@ -170,6 +189,19 @@ class UploadReceiver:
 
     def _end(self) -> None:
         self._is_complete = True
+
+
+def _options(texts: Mapping[str, str]) -> AdapterOptions:
+    """Return the options as a JSON body would give them; raises RequestValidationError."""
+    values: dict[str, Any] = {}
+    for field, text in texts.items():
+        try:
+            values[field] = _VALUE_FIELDS[field](text)
+        except (ValueError, RecursionError):
+            kind = "JSON" if field == "defaults" else "true or false"
+            kind = "a number, or null" if field == "ttl_s" else kind
+            raise InvalidRequest(f"`{field}` must be {kind}", param=field) from None
+    return parse_body(AdapterOptions, values)
 
 
 def _decode(raw: bytes) -> str:

@@ -98,7 +98,7 @@ class EngineCore:
         freed = FreedMemory(
             weight_pages=len(residency.pages(adapter_id)) if has_pages else 0,
             prefix_pages=prefixes.pages_by_adapter().get(adapter_id, 0),
-            was_in_host=adapter_id in self._loader.host_adapters(),
+            host_bytes=self._loader.host_bytes_of(adapter_id),
         )
         self.scheduler.discard_adapter(adapter_id)
         self._loader.discard(adapter_id)
@@ -109,7 +109,7 @@ class EngineCore:
         return (
             self._accounts.residency.state(adapter_id) is not None
             or adapter_id in self._accounts.prefixes.pages_by_adapter()
-            or adapter_id in self._loader.host_adapters()
+            or self._loader.host_bytes_of(adapter_id) > 0
         )
 
     def keep_adapters(self, adapter_ids: frozenset[str]) -> None:

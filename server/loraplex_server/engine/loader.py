@@ -138,6 +138,10 @@ class AdapterLoader:
         """Return the ids of the adapters in the arena."""
         return self._arena.adapter_ids() if self._arena else ()
 
+    def host_bytes_of(self, adapter_id: str) -> int:
+        """Return what an adapter takes of the arena."""
+        return self._arena.bytes_of(adapter_id) if self._arena else 0
+
     def submit(self, load: AdapterLoad) -> None:
         """Start a load; its result appears in `poll`.
 

@@ -150,12 +150,12 @@ class FreedMemory:
 
     Attributes:
         weight_pages, prefix_pages: of the pool.
-        was_in_host: whether it was packed in host memory too.
+        host_bytes: of host memory.
     """
 
     weight_pages: int = 0
     prefix_pages: int = 0
-    was_in_host: bool = False
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from loraplex_server.adapters.errors import (
     InvalidAdapterName,
     InvalidUpload,
 )
+from loraplex_server.adapters.registration import Registration
 from tests.support.adapters import (
     BASE_NAME,
     TINY,
@@ -61,7 +62,7 @@ def staging(tmp_path: Path) -> list[Path]:
 
 
 def test_a_registered_adapter_is_described_and_stored_exactly(catalog, folder):
-    record, is_new = catalog.register("acme/sql", folder)
+    record, is_new = catalog.register(Registration("acme/sql"), folder)
     expected = read_folder(folder).weights
     assert is_new
     assert record == catalog.get("acme/sql")
@@ -91,7 +92,9 @@ def test_fused_linears_are_stored_split(catalog, tmp_path):
         f"{stem}.lora_B.weight": torch.randn(128, 4),
     }
     config = make_config(target_modules=["qkv_proj"])
-    record, _ = catalog.register("a", make_folder(tmp_path / "x", config=config, tensors=tensors))
+    record, _ = catalog.register(
+        Registration("a"), make_folder(tmp_path / "x", config=config, tensors=tensors)
+    )
     assert record.target_modules == ("q", "k", "v")
     with catalog.acquire("a") as lease:
         stored = read_adapter_file(Path(lease.manifest.path)).lora
@@ -101,15 +104,15 @@ def test_fused_linears_are_stored_split(catalog, tmp_path):
 
 
 def test_the_same_name_with_the_same_content_changes_nothing(catalog, folder, tmp_path):
-    first, _ = catalog.register("a", folder)
+    first, _ = catalog.register(Registration("a"), folder)
     again = make_folder(tmp_path / "again", config=make_config(lora_dropout=0.5))
-    assert catalog.register("a", again) == (first, False)
+    assert catalog.register(Registration("a"), again) == (first, False)
 
 
 def test_the_same_name_with_other_content_is_taken(catalog, folder, other_folder, tmp_path):
-    first, _ = catalog.register("a", folder)
+    first, _ = catalog.register(Registration("a"), folder)
     with pytest.raises(AdapterNameTaken) as taken:
-        catalog.register("a", other_folder)
+        catalog.register(Registration("a"), other_folder)
     assert taken.value.name == "a"
     assert catalog.get("a") == first
     assert blobs(tmp_path) == {first.id}
@@ -117,12 +120,14 @@ def test_the_same_name_with_other_content_is_taken(catalog, folder, other_folder
 
 def test_refusals_carry_the_name_and_leave_nothing(catalog, tmp_path):
     with pytest.raises(AdapterRefused) as refusal:
-        catalog.register("a", make_folder(tmp_path / "bad", config=make_config(use_dora=True)))
+        catalog.register(
+            Registration("a"), make_folder(tmp_path / "bad", config=make_config(use_dora=True))
+        )
     assert refusal.value.name == "a"
     with pytest.raises(InvalidUpload):
-        catalog.register("a", tmp_path / "nowhere")
+        catalog.register(Registration("a"), tmp_path / "nowhere")
     with pytest.raises(InvalidAdapterName):
-        catalog.register(BASE_NAME.upper(), tmp_path / "bad")
+        catalog.register(Registration(BASE_NAME.upper()), tmp_path / "bad")
     assert catalog.list() == ()
     assert blobs(tmp_path) == set()
     assert staging(tmp_path) == []
@@ -130,24 +135,24 @@ def test_refusals_carry_the_name_and_leave_nothing(catalog, tmp_path):
 
 def test_an_adapter_larger_than_the_pool_is_refused(catalog, folder):
     with pytest.raises(AdapterRefused, match="which has 0"):
-        catalog.register("a", folder, max_pages=0)
-    record, _ = catalog.register("a", folder, max_pages=1000)
+        catalog.register(Registration("a"), folder, max_pages=0)
+    record, _ = catalog.register(Registration("a"), folder, max_pages=1000)
     with pytest.raises(AdapterRefused, match=f"needs {record.pool_pages} pages"):
-        catalog.register("b", folder, max_pages=record.pool_pages - 1)
+        catalog.register(Registration("b"), folder, max_pages=record.pool_pages - 1)
 
 
 def test_the_base_check_can_be_switched_off(catalog, tmp_path):
     folder = make_folder(tmp_path / "x", config=make_config(base_model_name_or_path="/me/mine"))
     with pytest.raises(AdapterRefused, match="/me/mine"):
-        catalog.register("a", folder)
-    record, _ = catalog.register("a", folder, check_base=False)
+        catalog.register(Registration("a"), folder)
+    record, _ = catalog.register(Registration("a", check_base=False), folder)
     assert record.base_model == "/me/mine"
 
 
 def test_lists_are_ordered_and_paged_by_name(catalog, folder):
     names = ["b", "a/x", "c", "a", "B"]
     for name in names:
-        catalog.register(name, folder)
+        catalog.register(Registration(name), folder)
     assert [record.name for record in catalog.list()] == sorted(names)
     assert [record.name for record in catalog.list(limit=2)] == ["B", "a"]
     assert [record.name for record in catalog.list(limit=2, after="a")] == ["a/x", "b"]
@@ -164,11 +169,11 @@ def test_unknown_names_are_not_found(catalog):
 def test_delete_frees_the_name_the_file_and_the_pages(
     catalog, folder, other_folder, tmp_path, discarded
 ):
-    record, _ = catalog.register("a", folder)
-    assert catalog.delete("a") == record
+    record, _ = catalog.register(Registration("a"), folder)
+    assert catalog.delete("a").record == record
     assert blobs(tmp_path) == set()
     assert discarded == [record.id]
-    second, is_new = catalog.register("a", other_folder)
+    second, is_new = catalog.register(Registration("a"), other_folder)
     assert is_new
     assert second.id != record.id
 
@@ -176,7 +181,7 @@ def test_delete_frees_the_name_the_file_and_the_pages(
 def test_an_adapter_deleted_in_use_stays_until_the_last_user_ends(
     catalog, folder, tmp_path, discarded
 ):
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     first, second = catalog.acquire("a"), catalog.acquire("a")
     assert catalog.num_leases(record.id) == 2
     catalog.delete("a")
@@ -195,10 +200,10 @@ def test_an_adapter_deleted_in_use_stays_until_the_last_user_ends(
 def test_a_name_replaced_in_use_keeps_meaning_the_old_adapter_to_its_users(
     catalog, folder, other_folder, tmp_path
 ):
-    old, _ = catalog.register("a", folder)
+    old, _ = catalog.register(Registration("a"), folder)
     lease = catalog.acquire("a")
     catalog.delete("a")
-    new, _ = catalog.register("a", other_folder)
+    new, _ = catalog.register(Registration("a"), other_folder)
     assert lease.record.id == old.id
     assert Path(lease.manifest.path).exists()
     with catalog.acquire("a") as fresh:
@@ -210,10 +215,10 @@ def test_a_name_replaced_in_use_keeps_meaning_the_old_adapter_to_its_users(
 def test_content_registered_again_while_its_last_user_runs_stays(
     catalog, folder, tmp_path, discarded
 ):
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     with catalog.acquire("a"):
         catalog.delete("a")
-        catalog.register("b", folder)
+        catalog.register(Registration("b"), folder)
     assert blobs(tmp_path) == {record.id}
     assert discarded == []
 
@@ -221,8 +226,8 @@ def test_content_registered_again_while_its_last_user_runs_stays(
 def test_two_names_of_one_content_share_a_file_and_each_can_go(
     catalog, folder, tmp_path, discarded
 ):
-    first, _ = catalog.register("a", folder)
-    second, is_new = catalog.register("b", folder)
+    first, _ = catalog.register(Registration("a"), folder)
+    second, is_new = catalog.register(Registration("b"), folder)
     assert is_new
     assert first.id == second.id
     catalog.delete("a")
@@ -237,7 +242,7 @@ def test_two_names_of_one_content_share_a_file_and_each_can_go(
 def test_a_remote_blob_store_serves_local_files(tmp_path, folder):
     settings = {"blob_url": f"memory://{tmp_path.name}/blobs"}
     catalog = make_catalog(tmp_path / "data", **settings)
-    catalog.register("a", folder)
+    catalog.register(Registration("a"), folder)
     catalog.close()
     catalog = make_catalog(tmp_path / "data", **settings)
     with catalog.acquire("a") as lease:
@@ -253,7 +258,9 @@ def test_many_ranks_survive_the_database(catalog, tmp_path):
         made = make_tensors(ranks, num_layers=layer + 1, seed=layer)
         tensors |= {name: t for name, t in made.items() if f".layers.{layer}." in name}
     config = make_config(rank_pattern={"q_proj": 1, "k_proj": 3, "gate_proj": 2, "down_proj": 7})
-    record, _ = catalog.register("a", make_folder(tmp_path / "x", config=config, tensors=tensors))
+    record, _ = catalog.register(
+        Registration("a"), make_folder(tmp_path / "x", config=config, tensors=tensors)
+    )
     assert record.spec.ranks == ((1, 0, 0, 0, 0, 0, 7), (0, 3, 0, 0, 2, 0, 0))
     assert catalog.get("a") == record
     assert record.target_modules == ("q", "k", "gate", "down")

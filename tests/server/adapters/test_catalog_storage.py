@@ -12,7 +12,9 @@ from loraplex_memory.adapter_file import read_adapter_file
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import BaseNameTaken, StorageFailed
-from tests.support.adapters import BASE_NAME, TINY, make_catalog, make_folder
+from loraplex_server.adapters.folder_reader import FolderReader
+from loraplex_server.adapters.registration import Registration
+from tests.support.adapters import BASE_NAME, TINY, make_catalog, make_folder, tiny_base_model
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def staging(tmp_path: Path) -> list[Path]:
 
 def test_everything_survives_a_restart(tmp_path, folder, other_folder):
     catalog = make_catalog(tmp_path / "data")
-    records = [catalog.register(name, folder)[0] for name in ("a", "b")]
-    catalog.register("gone", other_folder)
+    records = [catalog.register(Registration(name), folder)[0] for name in ("a", "b")]
+    catalog.register(Registration("gone"), other_folder)
     catalog.delete("gone")
     catalog.close()
     catalog.close()
@@ -56,7 +58,7 @@ def test_everything_survives_a_restart(tmp_path, folder, other_folder):
 
 def test_a_start_sweeps_what_a_killed_process_left(tmp_path, folder):
     catalog = make_catalog(tmp_path / "data")
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     catalog.close()
     half_upload = tmp_path / "data" / "staging" / "upload-x" / "adapter"
     half_upload.mkdir(parents=True)
@@ -71,16 +73,19 @@ def test_a_start_sweeps_what_a_killed_process_left(tmp_path, folder):
 
 def test_another_base_in_the_same_folder_sees_none_of_it_and_harms_none(tmp_path, folder):
     catalog = make_catalog(tmp_path / "data")
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     catalog.close()
     other = make_catalog(tmp_path / "data", base_name="other-base")
     assert other.list() == ()
-    other.register("a", folder, check_base=False)
+    other.register(Registration("a", check_base=False), folder)
     other.delete("a")
     other.close()
     taller = ModelGeometry(**{**vars(TINY), "num_layers": 3})
     tall = AdapterCatalog(
-        data_dir=tmp_path / "data", pool_layout=PoolLayout(taller), base_name=BASE_NAME
+        data_dir=tmp_path / "data",
+        pool_layout=PoolLayout(taller),
+        base_name=BASE_NAME,
+        reader=FolderReader(tiny_base_model(), (BASE_NAME,)),
     )
     assert tall.list() == ()
     tall.close()
@@ -92,7 +97,7 @@ def test_another_base_in_the_same_folder_sees_none_of_it_and_harms_none(tmp_path
 
 def test_a_renamed_base_keeps_its_adapters_under_one_base_id(tmp_path, folder):
     catalog = make_catalog(tmp_path / "data", base_id="/models/x")
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     catalog.close()
     renamed = make_catalog(tmp_path / "data", base_name="new-name", base_id="/models/x")
     assert renamed.get("a") == record
@@ -123,13 +128,13 @@ def test_a_damaged_database_is_told_as_such(tmp_path):
 
 
 def test_a_lost_file_is_told_and_healed_by_uploading_again(catalog, folder, tmp_path):
-    record, _ = catalog.register("a", folder)
+    record, _ = catalog.register(Registration("a"), folder)
     for path in (tmp_path / "data" / "blobs").iterdir():
         path.unlink()
     with pytest.raises(StorageFailed, match="upload it again"):
         catalog.acquire("a")
     assert catalog.num_leases(record.id) == 0
-    assert catalog.register("a", folder) == (record, False)
+    assert catalog.register(Registration("a"), folder) == (record, False)
     with catalog.acquire("a") as lease:
         assert read_adapter_file(Path(lease.manifest.path))
 
@@ -145,45 +150,45 @@ def test_a_full_disk_registers_nothing_and_says_what_to_do(catalog, folder, tmp_
     target = "loraplex_server.adapters.blobs.os.fsync"
     monkeypatch.setattr(target, fail_with(OSError(28, "No space left on device")))
     with pytest.raises(StorageFailed, match="disk is full"):
-        catalog.register("a", folder)
+        catalog.register(Registration("a"), folder)
     monkeypatch.undo()
     assert catalog.list() == ()
     assert blobs(tmp_path) == set()
     assert staging(tmp_path) == []
-    assert catalog.register("a", folder)[1]
+    assert catalog.register(Registration("a"), folder)[1]
 
 
 def test_a_database_that_cannot_commit_leaves_no_half_state(
     catalog, folder, other_folder, tmp_path
 ):
-    first, _ = catalog.register("a", folder)
+    first, _ = catalog.register(Registration("a"), folder)
     blocker = sqlite3.connect(tmp_path / "data" / "catalog.sqlite3")
     blocker.execute(
         "CREATE TRIGGER full BEFORE INSERT ON names BEGIN SELECT RAISE(ABORT, 'disk full'); END"
     )
     blocker.commit()
     with pytest.raises(StorageFailed, match="disk full"):
-        catalog.register("b", other_folder)
+        catalog.register(Registration("b"), other_folder)
     assert catalog.list() == (first,)
     assert blobs(tmp_path) == {first.id}
     blocker.execute("DROP TRIGGER full")
     blocker.commit()
     blocker.close()
-    assert catalog.register("b", other_folder)[1]
+    assert catalog.register(Registration("b"), other_folder)[1]
 
 
 def test_a_file_that_cannot_be_deleted_does_not_fail_the_delete(
     catalog, folder, tmp_path, monkeypatch
 ):
-    record, _ = catalog.register("a", folder)
-    monkeypatch.setattr(catalog._blobs, "delete", fail_with(PermissionError(13, "denied")))
-    assert catalog.delete("a") == record
+    record, _ = catalog.register(Registration("a"), folder)
+    monkeypatch.setattr(catalog._store._blobs, "delete", fail_with(PermissionError(13, "denied")))
+    assert catalog.delete("a").record == record
     assert blobs(tmp_path) == {record.id}
 
 
 def test_a_base_with_the_name_of_its_adapter_does_not_start(tmp_path, folder):
     catalog = make_catalog(tmp_path / "data", base_id="x")
-    catalog.register("Team/Sql", folder)
+    catalog.register(Registration("Team/Sql"), folder)
     catalog.close()
     with pytest.raises(BaseNameTaken) as refusal:
         make_catalog(tmp_path / "data", base_id="x", base_name="team/SQL")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraplex_memory.adapter_file import read_adapter_file
 from loraplex_server.adapters.errors import AdapterNameTaken, AdapterNotFound
+from loraplex_server.adapters.registration import Registration
 from tests.support.adapters import make_catalog, make_folder
 
 
@@ -23,7 +24,7 @@ def test_of_concurrent_uploads_of_one_name_exactly_one_wins(tmp_path):
     def upload(folder: Path) -> str | None:
         barrier.wait()
         try:
-            record, is_new = catalog.register("a", folder)
+            record, is_new = catalog.register(Registration("a"), folder)
         except AdapterNameTaken:
             return None
         return f"{record.id} {is_new}"
@@ -49,7 +50,7 @@ def test_threads_registering_using_and_deleting_leave_a_consistent_catalogue(tmp
             folder = folders[(worker * 7 + step) % 3]
             try:
                 if step % 3 == 0:
-                    catalog.register(name, folder)
+                    catalog.register(Registration(name), folder)
                 elif step % 3 == 1:
                     with catalog.acquire(name) as lease:
                         catalog.delete(name)

@@ -15,6 +15,7 @@ import pytest
 
 from loraplex_server.adapters.errors import InvalidUpload, StorageFailed, UploadTooLarge
 from loraplex_server.adapters.record import AdapterLimits
+from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.upload import UploadStaging
 from tests.support.adapters import make_catalog, make_folder
 
@@ -99,11 +100,11 @@ def test_a_real_folder_goes_through_an_archive_into_the_catalogue(tmp_path):
     source = make_folder(tmp_path / "adapter")
     files = {f"sql/{path.name}": path.read_bytes() for path in source.iterdir()}
     catalog = make_catalog(tmp_path / "data")
-    plain, _ = catalog.register("plain", source)
+    plain, _ = catalog.register(Registration("plain"), source)
     for pack in PACKERS:
         with catalog.new_upload() as upload:
             upload.write_part("sql.tar.gz", [pack(files)])
-            record, _ = catalog.register(pack.__name__, upload.finish())
+            record, _ = catalog.register(Registration(pack.__name__), upload.finish())
         assert record.id == plain.id
     assert list((tmp_path / "data" / "staging").iterdir()) == []
     catalog.close()

@@ -16,21 +16,20 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from safetensors.numpy import save_file
 
-from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.api.app import create_app
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
 from loraplex_server.text.vocabulary import Vocabulary
+from tests.support.adapters import TINY, make_catalog
 from tests.support.fake_engine import FakeEngine
 from tests.support.tiny_tokenizer import make_tokenizer
 
-GEOMETRY = ModelGeometry(
-    num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128
-)
+GEOMETRY = TINY
 BASE = "tiny-base"
 MAX_UPLOAD_BYTES = 1 << 20
 
@@ -45,6 +44,8 @@ class Running:
     vocabulary: Vocabulary
     data_dir: Path
     loop: asyncio.AbstractEventLoop
+    app: FastAPI
+    clock: ShiftedClock
 
     def openai(self, **kwargs) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, **kwargs)
@@ -65,6 +66,16 @@ class Running:
         found = [row for row in text.splitlines() if row.startswith(line + " ")]
         assert found, f"{line} is not in\n{text}"
         return float(found[0].split()[-1])
+
+
+@dataclass
+class ShiftedClock:
+    """The time of day, and what a test adds to it."""
+
+    offset_s: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.offset_s
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -98,19 +109,19 @@ def make_adapter(folder: Path, *, rank: int = 4, seed: int = 0, base: str = BASE
 
 @contextlib.contextmanager
 def running_server(data_dir: Path, vocabulary: Vocabulary, **settings) -> Iterator[Running]:
-    engine = FakeEngine()
+    engine, clock = FakeEngine(), ShiftedClock()
     config = Config(data_dir=data_dir, max_upload_bytes=MAX_UPLOAD_BYTES, **settings)
-    catalog = AdapterCatalog(
-        data_dir=data_dir,
-        pool_layout=PoolLayout(GEOMETRY),
+    catalog = make_catalog(
+        data_dir,
         base_name=BASE,
         limits=AdapterLimits(max_upload_bytes=MAX_UPLOAD_BYTES),
         on_discard=engine.discard_adapter,
+        keep_versions=config.keep_versions,
+        clock=clock,
     )
     services = Services(config, engine, catalog, vocabulary, base_names=(BASE,))
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(services), port=0, log_level="warning", lifespan="off")
-    )
+    app = create_app(services)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
@@ -122,7 +133,9 @@ def running_server(data_dir: Path, vocabulary: Vocabulary, **settings) -> Iterat
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", engine, catalog, vocabulary, data_dir, loops[0])
+        yield Running(
+            f"http://127.0.0.1:{port}", engine, catalog, vocabulary, data_dir, loops[0], app, clock
+        )
     finally:
         server.should_exit = True
         engine.cancelled.update(request.request_id for request in engine.submitted)

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from loraplex_server.api import adapters as uploads
+from loraplex_server.api import uploads
 from loraplex_server.engine.messages import EngineStats
 from tests.server.api.conftest import BASE, MAX_UPLOAD_BYTES, make_adapter, wait_until
 
@@ -234,6 +234,7 @@ def test_an_adapter_is_deleted_by_name_and_its_pages_discarded(server, adapter):
         "name": adapter,
         "id": record["id"],
         "deleted": True,
+        "freed": {"pool_bytes": 0, "host_bytes": 0, "disk_bytes": record["size_bytes"]},
     }
     assert server.engine.discarded == [record["id"]]
     again = httpx.delete(path)
@@ -291,7 +292,7 @@ def open_upload(server):
 
 
 def test_only_so_many_uploads_are_open_at_once(server, folder, monkeypatch):
-    monkeypatch.setattr(uploads, "_MAX_OPEN_UPLOADS", 2)
+    monkeypatch.setattr(uploads, "_MAX_OPEN", 2)
     staging = server.data_dir / "staging"
     with open_upload(server), open_upload(server):
         wait_until(lambda: len([*staging.iterdir()]) == 2)

@@ -72,7 +72,9 @@ def test_a_deleted_adapter_finishes_what_runs_on_it(server, adapter):
         pieces = answer.iter_text()
         next(pieces)
         with server.http() as other:
-            assert other.delete(f"/v1/adapters/{adapter}").json()["deleted"] is True
+            gone = other.delete(f"/v1/adapters/{adapter}", params={"timeout_s": 0})
+            assert (gone.status_code, gone.json()["error"]["code"]) == (504, "adapter_draining")
+            assert gone.json()["error"]["running"] == 1
         assert server.post("/v1/completions", body).status_code == 404
         assert server.engine.discarded == []
         text = "".join(pieces)

@@ -7,20 +7,19 @@ import threading
 import httpx
 import pytest
 
-from loraplex_memory.layout import PoolLayout
 from loraplex_server.__main__ import main
-from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.api.server import Server
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
-from tests.server.api.conftest import BASE, GEOMETRY, wait_until
+from tests.server.api.conftest import BASE, wait_until
+from tests.support.adapters import make_catalog
 from tests.support.fake_engine import FakeEngine
 
 
 @pytest.fixture
 def stoppable(tmp_path, vocabulary):
     """Return a function that starts a `Server` with a grace period: (url, engine, stop, thread)."""
-    catalog = AdapterCatalog(data_dir=tmp_path, pool_layout=PoolLayout(GEOMETRY), base_name=BASE)
+    catalog = make_catalog(tmp_path, base_name=BASE)
 
     def start(shutdown_grace_s: int):
         engine = FakeEngine()

@@ -1,0 +1,43 @@
+"""`file:` sources: regular files below one folder, wherever links point."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Generator
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from loraplex_server.adapters.errors import SourceFailed, SourceForbidden
+
+CHUNK_BYTES: Final = 1 << 20
+
+
+def read_local(url: str, root: Path) -> Generator[bytes]:
+    """Yield the file's content.
+
+    `file:name` is relative to `root`, `file:///folder/name` absolute and must lie below it.
+
+    Raises:
+        SourceForbidden: it is not below `root` once every link is followed, or no regular file.
+        SourceFailed: it cannot be read.
+    """
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise SourceForbidden("a file: source names no host: file:name or file:///folder/name")
+    try:
+        folder = root.resolve(strict=True)
+        path = (folder / unquote(parts.path)).resolve(strict=True)
+        if not path.is_relative_to(folder):
+            raise SourceForbidden(f"{unquote(parts.path)!r} is not below the server's adapter_root")
+        # A link put there since may not lead out, and a pipe may not hold the server up.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SourceForbidden(f"{unquote(parts.path)!r} is not a regular file")
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise SourceFailed(f"cannot read {unquote(parts.path)!r}: {reason}") from error
