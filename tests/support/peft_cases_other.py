@@ -49,10 +49,12 @@ class OtherCase(PeftCase):
     """A case whose artifact may hold several tasks.
 
     Attributes:
+        config: makes the configuration, without its task type.
         misread: the naive reading where no edit of the folder shows it.
         task_id: what PEFT's forward takes; an uploader says it in the configuration.
     """
 
+    config: Callable[[], peft.PeftConfig] = peft.LoraConfig
     misread: Misread | None = None
     task_id: int | None = None
 
@@ -101,7 +103,9 @@ def case(
             prepare(tuned)
         return tuned
 
-    return lambda name: OtherCase(name, make, naive, base, misread=misread, task_id=task_id)
+    return lambda name: OtherCase(
+        name, make, naive, base, config=config, misread=misread, task_id=task_id
+    )
 
 
 def _replace_parameters(model: Any, strength: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loraplex_memory.adapter_weights import AdapterWeights
 from tests.support.adapters import read_folder
@@ -20,6 +22,7 @@ from tests.support.served import ServedModel
 from tests.support.tiny_models import transformer_of
 
 TOLERANCE = 1e-4
+KINDS = ("field", "tensor")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Results]:
     for cases in by_base.values():
         found |= serve_together(cases, tmp_path_factory.mktemp("adapters"))
     return found
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_the_report_tells_of_every_field_and_tensor(tmp_path: Path, case: OtherCase) -> None:
+    case.write(tmp_path)
+    report = read_folder(tmp_path, reference=case.base(), check_base=False).report
+    told = {kind: {e.subject for e in report.entries if e.kind == kind} for kind in KINDS}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert told["field"] == config.keys()
+    assert told["tensor"] == load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "refused" not in {entry.verdict for entry in report.entries}
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ FIELDS: Final = linear_fields(
     "init_r",
     "lora_alpha",
     "init_lora_weights",
+    without=("init_weights",),
     no_effect={
         "r": "AdaLoRA begins with init_r",
         "use_rslora": "AdaLoRA has its own scale",

@@ -52,10 +52,12 @@ def linear_fields(
         no_effect: its own fields that cannot change an output.
     """
     shared = {*_TARGETS, "bias", "modules_to_save"} - set(without)
+    has_init = "init_weights" not in {*applied, *without}
+    init = {"init_weights": "initialisation only"} if has_init else {}
     off = {"fan_in_fan_out": _CONV1D} if "fan_in_fan_out" not in without else {}
     return FieldTable(
         applied=frozenset(shared | set(applied)),
-        without_effect={"init_weights": "initialisation only", **(no_effect or {})},
+        without_effect={**init, **(no_effect or {})},
         unsupported={**off, **(unsupported or {})},
     )
 

@@ -8,20 +8,16 @@ from typing import Final
 from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.folds.miss import fold_miss
-from loraplex_server.adapters.formats.field_table import FieldTable, dropout, linear_fields
+from loraplex_server.adapters.formats.field_table import dropout, linear_fields
 from loraplex_server.adapters.formats.folded import FoldedReading, PlannedFold
 from loraplex_server.adapters.formats.folder import PeftFolder
 
-_TABLE: Final = linear_fields(
+FIELDS: Final = linear_fields(
     "r",
     "mini_r",
     "init_weights",
     without=("fan_in_fan_out",),
     no_effect=dropout("miss_dropout"),
-)
-FIELDS: Final = FieldTable(
-    _TABLE.applied,
-    {k: v for k, v in _TABLE.without_effect.items() if k != "init_weights"},
 )
 _BAT: Final = (
     "changes the weight in proportion to itself, so its folded rank would be min(in, out); retrain "

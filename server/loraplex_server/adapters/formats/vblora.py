@@ -26,6 +26,7 @@ FIELDS: Final = linear_fields(
     "vector_length",
     "topk",
     "save_only_topk_weights",
+    without=("init_weights",),
     no_effect={
         "init_vector_bank_bound": "initialisation only",
         "init_logits_std": "initialisation only",
