@@ -216,6 +216,15 @@ def test_serve_becomes_the_server_with_every_argument(args, monkeypatch):
     assert seen == [(sys.executable, [sys.executable, "-m", "loraplex_server", *args])]
 
 
+def test_checking_an_adapter_becomes_the_servers_own_check(monkeypatch):
+    seen: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: seen.append((path, argv)))
+    args = ["a/folder", "--model", "m", "--json", "--help"]
+    assert CliRunner().invoke(app, ["adapters", "check", *args]).exit_code == 0
+    module = "loraplex_server.check_adapter"
+    assert seen == [(sys.executable, [sys.executable, "-m", module, *args])]
+
+
 def test_every_status_error_has_advice_in_one_line():
     detail = ErrorDetail("it\nfailed", code="x")
     for status in (400, 401, 403, 404, 409, 413, 418, 422, 429, 500):

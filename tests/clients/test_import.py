@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # Makes modules fail to import as if they were not installed.
 BLOCK = """
 import sys
@@ -63,8 +65,10 @@ def test_the_cli_without_its_extra_says_what_to_install():
     assert done.stderr == "error: the command line needs typer: pip install 'loraplex[cli]'\n"
 
 
-def test_serve_without_the_server_says_what_to_install():
-    code = "sys.argv = ['loraplex', 'serve', '--help']\nfrom loraplex.cli.main import main; main()"
+@pytest.mark.parametrize("command", [("serve",), ("adapters", "check")], ids=" ".join)
+def test_commands_without_the_server_say_what_to_install(command):
+    code = f"sys.argv = ['loraplex', *{command!r}, '--help']\n"
+    code += "from loraplex.cli.main import main; main()"
     hide = (
         "import importlib.util as u\n"
         "real = u.find_spec\n"
