@@ -13,7 +13,10 @@ import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 
+from loraplex_memory.adapter_file import read_adapter_file, write_adapter_file
+from loraplex_memory.adapter_weights import AdapterWeights
 from loraplex_server.adapters.errors import AdapterRefused
+from loraplex_server.adapters.identity import adapter_id
 from loraplex_server.adapters.reader import ReadAdapter
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.report import ReadingReport, ReportEntry
@@ -33,6 +36,13 @@ from tests.support.served_cases import assert_is_served_exactly, largest_error, 
 def test_a_saved_adapter_is_served_as_peft_computes_it(tmp_path: Path, case: PeftCase):
     case.write(tmp_path)
     assert_is_served_exactly(case, tmp_path)
+    assert_is_kept(read_case(case, tmp_path).weights, tmp_path / "kept.safetensors")
+
+
+def assert_is_kept(weights: AdapterWeights, path: Path) -> None:
+    """The canonical file gives back what was read, to the bit."""
+    write_adapter_file(path, weights)
+    assert adapter_id(read_adapter_file(path)) == adapter_id(weights)
 
 
 @pytest.mark.parametrize("case", [case for case in LORA_CASES if case.naive], ids=str)
