@@ -23,7 +23,8 @@ from tests.support.peft_cases import (
     edit_folder,
     fields,
 )
-from tests.support.peft_cases_other import CASES, OtherCase, case, tensors
+from tests.support.peft_cases_other import CASES
+from tests.support.peft_other_case import OtherCase, case, tensors
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from loraplex_memory.adapter_weights import AdapterWeights
 from tests.support.adapters import read_folder
 from tests.support.peft_cases import edit_folder
-from tests.support.peft_cases_other import CASES, OtherCase
+from tests.support.peft_cases_other import CASES
+from tests.support.peft_other_case import OtherCase
 from tests.support.served import ServedModel
 from tests.support.tiny_models import transformer_of
 
