@@ -30,6 +30,7 @@ class PagedAdapter:
         scale_chunks: first chunk of a module's output scale, a vector as long as its output;
             -1 for none. A module of rank 0 may have one.
         bias_chunks: the same for its bias.
+        weight: factor on `B A x`, for the rows of this segment.
     """
 
     pages: npt.ArrayLike
@@ -38,11 +39,12 @@ class PagedAdapter:
     b_chunks: npt.ArrayLike
     scale_chunks: npt.ArrayLike | None = None
     bias_chunks: npt.ArrayLike | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class LoRABatch:
-    """Token rows grouped by adapter; segment `g` is adapter `g` of this step.
+    """Token rows grouped by adapter; segment `g` is adapter `g` of this step. No row is in two.
 
     Attributes:
         row_ids: int32 `[N]`, the token rows that have an adapter, segment by segment. Rows of the
@@ -56,6 +58,7 @@ class LoRABatch:
         scale_chunks: int32 `[L, G, 7]`, first chunk of each module's output scale, -1 for none.
             None, as is `bias_chunks`, when no adapter of the step has a scale or a bias.
         bias_chunks: the same for the biases.
+        weights: float32 `[G]`, factors on each segment's `B A x`; None when all are 1.
     """
 
     row_ids: torch.Tensor
@@ -67,6 +70,7 @@ class LoRABatch:
     chunk_elems: int
     scale_chunks: torch.Tensor | None = None
     bias_chunks: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -79,7 +83,7 @@ def build_lora_batch(
     """Group rows by adapter; None when no row has one.
 
     Args:
-        adapters: the distinct adapters of this step.
+        adapters: the distinct adapters of this step; one of several weights comes as often.
         rows: for each adapter, the token rows that use it; at least one.
         chunk_elems: see `PoolLayout.chunk_elems`.
     """
@@ -102,7 +106,13 @@ def build_lora_batch(
         chunk_elems=chunk_elems,
         scale_chunks=scale_chunks,
         bias_chunks=bias_chunks,
+        weights=_weights(adapters),
     )
+
+
+def _weights(adapters: Sequence[PagedAdapter]) -> torch.Tensor | None:
+    weights = [adapter.weight for adapter in adapters]
+    return None if weights.count(1.0) == len(weights) else torch.tensor(weights)
 
 
 def _stack(tables: Sequence[npt.ArrayLike]) -> torch.Tensor:

@@ -154,6 +154,7 @@ typedef struct {
     const int32_t *row_ids, *seg_indptr, *page_table; /* see LoRABatch */
     const int32_t *ranks, *a_chunks, *b_chunks;       /* [G, 7], this layer */
     const int32_t *scale_chunks, *bias_chunks;        /* likewise, -1 for none; or both NULL */
+    const float *weights;                             /* [G], or NULL */
     const int32_t *projections, *out_features;        /* [num_projections] */
     int64_t T, K, N, G, page_table_width, page_elems;
     int32_t num_projections, chunk, chunks_per_page, is_bf16;
@@ -190,6 +191,11 @@ static __attribute__((noinline)) void finish_row_bf16(const paged *m, int64_t sc
                                                       int64_t bias_at, int64_t width, void *y,
                                                       int64_t to, const float *d) {
     finish_row(m, scale_at, bias_at, width, y, to, d, 1);
+}
+
+/* d *= weight; each element is multiplied alone, so their number does not matter. */
+static __attribute__((noinline)) void scale_delta(float *d, int64_t n, float weight) {
+    for (int64_t i = 0; i < n; i++) d[i] *= weight;
 }
 
 /* Whether segment g scales or shifts the output of any of the site's modules. */
@@ -244,6 +250,7 @@ INLINE void lora_rows(const lora_args *a, int64_t g, const int32_t *rows, int n,
         }
         column += width;
     }
+    if (a->weights) scale_delta(d, n * a->N, a->weights[g]);
     if (has_epilogue(a, g)) {
         finish_modules(a, g, &m, rows, n, d, is_bf16);
         return;

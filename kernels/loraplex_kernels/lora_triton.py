@@ -1,7 +1,7 @@
 """Shrink and expand over paged weights of ragged ranks (SGMV), driven by a flat work list.
 
     planes[p, t, r] = sum of A_g[r, k] x[t, k] over k in part p
-    y[t] = scale_g * (y[t] + sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g
+    y[t] = scale_g * (y[t] + w_g sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g
 
 Every program strides the list that `lora_work` builds, whose bounds are in device memory: one
 captured graph serves any adapters at any mix of ranks. Weights are read through page ids, at their
@@ -316,6 +316,8 @@ def expand_kernel(
                     e = start[:, None] + n[None, :]
                     b = _load_elements(pool_ptr, pages, e, b_mask, PAGE_ELEMS)
                 acc = dot(narrow(v, b.dtype), b, acc)
+            if epilogue >= 0:
+                acc *= tl.load(items_ptr + epilogue * _ITEM + 2).to(tl.float32, bitcast=True)
             # Read only here: held across the products, y would cost a third of the occupancy.
             y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32) + acc
             if epilogue >= 0:

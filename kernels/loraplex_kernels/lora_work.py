@@ -39,7 +39,8 @@ class LoRAWork:
     plane_start, plane_pitch, epilogue)`: the same rows by one module. Weights start at an element
     of the adapter's slice of a layer, planes at a float32 of the scratch buffer, where an item's
     rows have a block `[part, row_count, plane_pitch]`. `epilogue` is -1 or the index of a record
-    `(scale_start, bias_start)` in `items`, each of them -1 or an element of the slice.
+    `(scale_start, bias_start, weight)` in `items`: the starts -1 or an element of the slice, the
+    weight as the bits of a float32.
 
     Attributes:
         rows: `[N]`, token rows that have an adapter, segment by segment.
@@ -121,7 +122,8 @@ def build_lora_work(batch: LoRABatch, shapes: Sequence[LoRAShape]) -> LoRAWork:
     ranges = _RowRanges.of(seg_indptr, tuning.segment_rows)
     tables = _LayerTables.of(batch)
     class_of_layer, members = tables.classes()
-    builder = _ItemBuilder(ranges, page_table.shape[1], len(rows) >= tuning.serial_rows)
+    weights = None if batch.weights is None else batch.weights.numpy()
+    builder = _ItemBuilder(ranges, page_table.shape[1], len(rows) >= tuning.serial_rows, weights)
     spans = np.zeros((len(members), len(shapes), NUM_LAUNCHES, 2), dtype=np.int32)
     for index, layer in enumerate(members):
         for shape in shapes:
@@ -212,9 +214,16 @@ class _LayerTables:
 class _ItemBuilder:
     """Collects the items of all sites. A site's planes begin at 0, as sites run one by one."""
 
-    def __init__(self, ranges: _RowRanges, pages_per_adapter: int, is_serial: bool) -> None:
+    def __init__(
+        self,
+        ranges: _RowRanges,
+        pages_per_adapter: int,
+        is_serial: bool,
+        weights: npt.NDArray[np.float32] | None,
+    ) -> None:
         self._ranges = ranges
         self._pages_start = ranges.segment * np.int32(pages_per_adapter)
+        self._weights = weights
         self._blocks: list[IntArray] = []
         self._count = 0
         self.is_serial = is_serial
@@ -295,13 +304,22 @@ class _ItemBuilder:
         )
 
     def _add_epilogues(self, shape: LoRAShape, tables: _SiteTables, position: int) -> IntArray:
-        """Add a record for each adapter with a scale or a bias; return indices `[G]` or -1."""
-        index = np.full(len(tables.ranks), -1, dtype=np.int32)
-        if tables.scale_chunks is None or tables.bias_chunks is None:
-            return index
-        scale, bias = tables.scale_chunks[:, position], tables.bias_chunks[:, position]
-        at = np.flatnonzero((scale >= 0) | (bias >= 0))
+        """Add a record for each adapter with a scale, a bias or a weight; return its index or -1,
+        `[G]`.
+        """
+        absent = np.full(len(tables.ranks), -1, dtype=np.int32)
+        if tables.scale_chunks is None and self._weights is None:
+            return absent
+        scale, bias = (
+            absent if chunks is None else chunks[:, position]
+            for chunks in (tables.scale_chunks, tables.bias_chunks)
+        )
+        weights = np.ones_like(absent, np.float32) if self._weights is None else self._weights
+        is_weighted = (weights != 1.0) & (tables.ranks[:, position] > 0)
+        at = np.flatnonzero((scale >= 0) | (bias >= 0) | is_weighted)
+        index = absent.copy()
         records = np.zeros((len(at), ITEM_FIELDS), dtype=np.int32)
+        records[:, 2] = weights[at].view(np.int32)
         for field, chunks in enumerate((scale, bias)):
             records[:, field] = np.where(chunks[at] >= 0, chunks[at] * shape.chunk_elems, -1)
         index[at] = self._count + np.arange(len(at), dtype=np.int32)

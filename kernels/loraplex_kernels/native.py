@@ -43,7 +43,7 @@ def _fields(pointers: str, longs: str, others: list[tuple[str, Any]]) -> list[tu
 class _LoRAArgs(ctypes.Structure):
     _fields_ = _fields(
         "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
-        "scale_chunks bias_chunks projections out_features",
+        "scale_chunks bias_chunks weights projections out_features",
         "T K N G page_table_width page_elems",
         [
             (name, ctypes.c_int32)
@@ -100,6 +100,7 @@ class NativeKernels:
             b_chunks=batch.b_chunks[layer].data_ptr(),
             scale_chunks=_address(batch.scale_chunks, layer),
             bias_chunks=_address(batch.bias_chunks, layer),
+            weights=None if batch.weights is None else batch.weights.data_ptr(),
             projections=ctypes.addressof(_int32s(projections)),
             out_features=ctypes.addressof(_int32s(out_features)),
             T=y.shape[0],

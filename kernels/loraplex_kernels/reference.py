@@ -48,8 +48,8 @@ def add_lora(
 ) -> None:
     """Add LoRA to one site in place, module by module.
 
-    `y_t = scale_g * (y_t + B_g (A_g x_t)) + bias_g` for each row `t` of segment `g`, in float32 and
-    rounded once; scale and bias only where the adapter has them.
+    `y_t = scale_g * (y_t + w_g B_g (A_g x_t)) + bias_g` for each row `t` of segment `g`, in float32
+    and rounded once; scale and bias only where the adapter has them.
 
     Args:
         y: `[T, sum(out_features)]`, the base outputs of the site; changed in place.
@@ -63,6 +63,7 @@ def add_lora(
     indptr = batch.seg_indptr.tolist()
     for g in range(batch.num_segments):
         rows = batch.row_ids[indptr[g] : indptr[g + 1]].long()
+        weight = 1.0 if batch.weights is None else float(batch.weights[g])
         pages, elems = batch.page_table[g], batch.chunk_elems
         column = 0
         for projection, width in zip(projections, out_features, strict=True):
@@ -74,7 +75,7 @@ def add_lora(
                 b_at = int(batch.b_chunks[layer, g, projection])
                 a = read_rows(pool_layer, pages, a_at, (rank, x.shape[1]), elems).float()
                 b = read_rows(pool_layer, pages, b_at, (rank, width), elems).float()
-                total += (x[rows].float() @ a.T) @ b
+                total += weight * ((x[rows].float() @ a.T) @ b)
             if (at := _chunk(batch.scale_chunks, layer, g, projection)) >= 0:
                 total *= read_rows(pool_layer, pages, at, (1, width), elems).float()
             if (at := _chunk(batch.bias_chunks, layer, g, projection)) >= 0:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from loraplex_kernels import cpu
 from loraplex_kernels.batch import PagedAdapter, build_lora_batch
 from loraplex_kernels.lora_shape import LoRAShape, LoRATuning
 from loraplex_kernels.lora_work import (
@@ -281,6 +282,33 @@ def scale_and_bias_apply_to_their_module_only(device: torch.device) -> None:
         assert_agrees(out, expected, y)
 
 
+def weights_scale_the_delta_alone(device: torch.device) -> None:
+    """One adapter at three weights, one with a scale and a bias, and one that has nothing."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layout = PoolLayout(SMALL)
+        shape = site_shapes(layout)[0]
+        pool = torch.full((80, layout.page_elems), torch.nan, dtype=dtype)
+        free = random.Random(0).sample(range(80), 80)
+        plain, scaled, empty = (
+            _epilogue_adapter(layout, pool, free, *kind)
+            for kind in ((5, (), ()), (3, (0, 2), (1,)), (0, (), ()))
+        )
+        chosen = [(plain, 0.25), (plain, -2.0), (plain, 1.0), (scaled, 0.5), (empty, 3.0)]
+        adapters = [replace(adapter, weight=weight) for adapter, weight in chosen]
+        rows: Rows = [[0, 2], [3], [5, 4], [7, 6, 8], [9]]
+        batch = build_lora_batch(adapters, rows, layout.chunk_elems)
+        assert batch is not None
+        y, x = make_activations(shape, rows, dtype)
+        expected = y.clone()
+        reference_site(expected, x, pool, batch, shape)
+        out = Launcher(device).run(y, x, pool, build_lora_work(batch, [shape]), shape)
+        assert_agrees(out, expected, y)
+        on_host = y.clone()
+        modules, widths = shape.modules, shape.out_features
+        cpu.add_lora(on_host, x, pool, batch, layer=0, projections=modules, out_features=widths)
+        assert_agrees(on_host, expected, y)
+
+
 def _epilogue_adapter(
     layout: PoolLayout,
     pool: torch.Tensor,
@@ -427,6 +455,7 @@ LORA_CHECKS: list[tuple[str, Callable[[torch.device], None]]] = [
     ("pages beyond 2^31 elements", pages_lie_beyond_2_to_the_31_elements),
     ("tables at fixed addresses", tables_at_fixed_addresses_serve_any_step),
     ("scale and bias", scale_and_bias_apply_to_their_module_only),
+    ("weights", weights_scale_the_delta_alone),
     ("output head", the_output_head_takes_lora_by_the_same_kernels),
     ("embedding", embeddings_take_lora_by_token),
 ]
