@@ -266,6 +266,25 @@ VOCABULARY = [
     ),
 ]
 
+
+def other_embedding(name: str, base: Callable[[], Any]) -> PeftCase:
+    """Return a LoRA on an embedding that is not the base's own, but saved with it."""
+
+    def make(model: Any) -> Any:
+        config = LoraConfig(target_modules=["q_proj", "embed_tokens"])
+        tuned = trained(model, config)
+        weight = tuned.get_input_embeddings().weight
+        weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        return tuned
+
+    return PeftCase(name, make, dropped("base_layer"), base)
+
+
+OTHER_EMBEDDINGS = [
+    other_embedding("embedding of another base", make_base),
+    other_embedding("tied embedding of another base", tied_base),
+]
+
 ACTIVATED = PeftCase(
     "alora",
     lambda base: trained(
@@ -341,4 +360,4 @@ CONVERTED = [
     converted("lora_ga", _lora_ga),
 ]
 
-LORA_CASES = [*PLAIN, *SCALED, *CHANGED_BASE, *VOCABULARY, ACTIVATED, *CONVERTED]
+LORA_CASES = [*PLAIN, *SCALED, *CHANGED_BASE, *VOCABULARY, *OTHER_EMBEDDINGS, ACTIVATED, *CONVERTED]

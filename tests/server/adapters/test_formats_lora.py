@@ -21,6 +21,7 @@ from loraplex_server.adapters.reader import ReadAdapter
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.report import ReadingReport, ReportEntry
 from tests.support.adapters import (
+    cast_weights,
     make_config,
     make_folder,
     make_tensors,
@@ -43,6 +44,14 @@ def assert_is_kept(weights: AdapterWeights, path: Path) -> None:
     """The canonical file gives back what was read, to the bit."""
     write_adapter_file(path, weights)
     assert adapter_id(read_adapter_file(path)) == adapter_id(weights)
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "kasa", "embedding and head", "saved norms"])
+def test_sixteen_bits_are_served_as_peft_widens_them(tmp_path: Path, name: str):
+    case = next(case for case in LORA_CASES if case.name == name)
+    case.write(tmp_path)
+    cast_weights(tmp_path, torch.bfloat16)
+    assert_is_served_exactly(case, tmp_path)
 
 
 @pytest.mark.parametrize("case", [case for case in LORA_CASES if case.naive], ids=str)
@@ -117,6 +126,17 @@ REFUSED_TOGETHER = [
         "expected": "changes linears only",
     },
     {
+        "target_modules": "all-linear",
+        "head": True,
+        "expected": "has tensors, but target_modules leaves it out",
+    },
+    {
+        "target_modules": ["q_proj", "lm_head"],
+        "init_lora_weights": "OLoRA",
+        "head": True,
+        "expected": "is read on linears of the layers only",
+    },
+    {
         "target_modules": ["q_proj", "embed_tokens"],
         "trainable_token_indices": [5],
         "expected": "PEFT does not train rows of a module that is adapted or saved as a whole",
@@ -127,10 +147,14 @@ REFUSED_TOGETHER = [
 @pytest.mark.parametrize("fields", REFUSED_TOGETHER, ids=lambda fields: fields["expected"])
 def test_what_peft_does_not_combine_is_refused(tmp_path: Path, fields: dict[str, Any]):
     expected = fields["expected"]
-    config = make_config(**{key: value for key, value in fields.items() if key != "expected"})
+    own = ("expected", "head")
+    config = make_config(**{key: value for key, value in fields.items() if key not in own})
     tensors = make_tensors({"q": 4})
     if "modules_to_save" in fields:
         tensors["base_model.model.lm_head.weight"] = torch.zeros(101, 64)
+    if "head" in fields:
+        tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+        tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(101, 4)
     if "trainable_token_indices" in fields:
         stem = "base_model.model.model.embed_tokens"
         tensors[f"{stem}.token_adapter.trainable_tokens_delta"] = torch.zeros(1, 64)
@@ -146,14 +170,16 @@ def test_a_copy_of_the_base_changes_nothing_and_another_replaces_it(tmp_path: Pa
     tensors = make_tensors({"q": 4})
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     own = make_tiny_base().model.embed_tokens.weight.detach()
-    tensors[name] = own.to(torch.bfloat16)
+    tensors[name] = own
     make_folder(tmp_path, tensors=tensors)
     adapter = read_folder(tmp_path)
     assert not adapter.weights.parts
     assert entry_of(adapter.report, name).verdict == "no effect"
-    tensors[name] = own + 1
+    tensors[name] = own.to(torch.bfloat16)
     make_folder(tmp_path, tensors=tensors)
-    assert torch.equal(read_folder(tmp_path).weights.parts["embedding", None], own + 1)
+    assert torch.equal(read_folder(tmp_path).weights.parts["embedding", None], tensors[name])
+    with pytest.raises(AdapterRefused, match="save_embedding_layers=False"):
+        read_folder(tmp_path, limits=AdapterLimits(max_dense_bytes=9999))
 
 
 def test_a_folded_rank_above_the_limit_is_refused_with_its_size(tmp_path: Path):

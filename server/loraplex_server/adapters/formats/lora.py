@@ -33,7 +33,13 @@ def read_lora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
     biases = read_biases(folder, base, fields.bias)
     whole = read_whole_modules(folder, base)
     rows = read_token_rows(folder, base)
-    parts = {**read_vocabulary_lora(folder, base, fields), **whole}
+    vocabulary = read_vocabulary_lora(folder, base, fields)
+    if doubled := sorted(name for name, _ in vocabulary.keys() & whole.keys()):
+        folder.ledger.refuse(
+            f"DoRA on the {' and the '.join(doubled)} of another base; save it without that copy "
+            "(save_embedding_layers=False), or train on the base served here"
+        )
+    parts = {**vocabulary, **whole}
     _check_rows(folder, rows, parts)
     parts |= rows.parts
     if fields.invocation_token_ids and (parts or biases):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.formats.biases import BiasMode, read_bias_mode
@@ -175,7 +175,7 @@ def _check_variants(fields: ConfigFields) -> None:
     chosen = [field for field in _VARIANTS if fields.peek(field) not in (None, False, [])]
     for field in chosen[1:]:
         fields.refuse(field, f"PEFT does not combine it with {chosen[0]}")
-    init = fields.peek("init_lora_weights")
+    init = _lower(fields.peek("init_lora_weights"))
     for field in chosen:
         if field != "use_dora" and init in _FOLDED_INITS:
             fields.refuse(field, f"cannot be combined with init_lora_weights={init!r}, {_RETRAIN}")
@@ -183,13 +183,19 @@ def _check_variants(fields: ConfigFields) -> None:
         fields.refuse("lora_bias", "PEFT does not combine it with use_dora")
 
 
+def _lower(init: object) -> object:
+    """Return the initialisation without capitals where PEFT does not mind them."""
+    ignores_case = isinstance(init, str) and init.lower() in ("olora", "gaussian", "mica")
+    return init.lower() if ignores_case and isinstance(init, str) else init
+
+
 def _read_init(fields: ConfigFields) -> Init:
-    init: Any = fields.raw("init_lora_weights", True)
+    init = _lower(fields.raw("init_lora_weights", True))
     if isinstance(init, bool | str) and init in _PLAIN_INITS:
         return "plain"
     if init == "pissa":
         return "pissa"
-    if isinstance(init, str) and init.lower() == "olora":
+    if init == "olora":
         return "olora"
     name = init if isinstance(init, str) else ""
     if name.startswith(_LOST_INITS):

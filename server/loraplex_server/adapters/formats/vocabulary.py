@@ -53,9 +53,11 @@ def read_vocabulary_lora(folder: PeftFolder, base: BaseModel, fields: LoraFields
 
 def _fault(module: str, base: BaseModel, fields: LoraFields) -> str | None:
     """Return why a pair of this module cannot be served, or would not be loaded by PEFT."""
-    is_covered = fields.targets.covers(module, None)
-    if module == _HEAD and fields.is_tied_with_embedding and base.tie_word_embeddings:
-        is_covered = is_covered or fields.targets.covers(_EMBEDDING, None)
+    is_tied = module == _HEAD and fields.is_tied_with_embedding and base.tie_word_embeddings
+    # "Every linear" is none of these to PEFT.
+    is_covered = fields.targets.targets is not None and (
+        fields.targets.covers(module, None) or (is_tied and fields.targets.covers(_EMBEDDING, None))
+    )
     if not is_covered:
         return "has tensors, but target_modules leaves it out, so PEFT would not load them"
     if fields.init != "plain":

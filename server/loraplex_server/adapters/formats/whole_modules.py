@@ -124,9 +124,29 @@ def _take_matrix(
     tensor = folder.take(key, shape)
     if is_trained:
         return {(_PARTS[module], None): tensor}
-    if folder.ledger or torch.equal(base.tensor(f"{module}.weight").to(tensor.dtype), tensor):
+    return _overwritten(folder, base, key, module, tensor)
+
+
+def _overwritten(
+    folder: PeftFolder, base: BaseModel, key: str, module: str, tensor: torch.Tensor
+) -> Parts:
+    """Return what a copy changes that PEFT loads into the base itself, as the file has it.
+
+    It differs where the adapter was trained on another base, and where that base was rounded, or
+    the one served is quantised: PEFT computes with the copy then.
+    """
+    if folder.ledger or torch.equal(base.tensor(f"{module}.weight"), tensor.to(torch.float32)):
         folder.ignore(key, "a copy of the base's")
         return {}
-    # PEFT loads it into the base itself, so that a tied pair stays tied.
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes > folder.limits.max_dense_bytes:
+        folder.refuse(
+            key,
+            f"replaces the base's by another of {num_bytes >> 20} MiB, which is above the limit; "
+            "if it is meant to be the base's own, save the adapter without it: "
+            "model.save_pretrained(path, save_embedding_layers=False)",
+        )
+        return {}
+    # It is loaded into the one tensor of a tied pair, so that the pair stays tied.
     modules = _PARTS if base.tie_word_embeddings else (module,)
     return {(_PARTS[m], None): tensor if m == module else tensor.clone() for m in modules}
