@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,7 @@ __all__ = ["AdapterCatalog", "AdapterLease"]
 
 DEFAULT_KEEP_VERSIONS: Final = 5
 _EXPIRED_AT_ONCE: Final = 100
+_SPEC_CACHE: Final = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +106,9 @@ class AdapterCatalog:
             StorageFailed: the folder cannot be used, or another process uses it.
             BaseNameTaken: an adapter of this base has its name, which was free before.
         """
-        self._pool_layout = pool_layout
+        self._num_pages = lru_cache(_SPEC_CACHE)(
+            lambda spec: AdapterLayout(pool_layout, spec).num_pages
+        )
         self._base_names = (base_name, *base_aliases)
         self._limits = limits or AdapterLimits()
         self._clock = clock
@@ -443,7 +447,7 @@ class AdapterCatalog:
         return int(self._clock())
 
     def _pages(self, row: VersionRow) -> int:
-        return AdapterLayout(self._pool_layout, row.adapter.spec).num_pages
+        return self._num_pages(row.adapter.spec)
 
     def _record(self, row: VersionRow) -> AdapterRecord:
         spec = row.adapter.spec

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Final
 
 from sqlalchemy import (
     Connection,
@@ -27,6 +28,8 @@ from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.adapters.registration import NameSettings
 from loraplex_server.adapters.registry_tables import adapters, names, versions
 from loraplex_server.adapters.spec_json import decode_spec, encode_spec
+
+_SPEC_CACHE: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Registry:
 
     def __init__(self, scope: str, num_layers: int) -> None:
         self._scope = scope
-        self._num_layers = num_layers
+        # Thousands of adapters of one shape have one spec, which is costly to decode.
+        self._decode_spec = lru_cache(_SPEC_CACHE)(partial(decode_spec, num_layers=num_layers))
 
     # ---- looking up ------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class Registry:
             is_current=bool(row.is_current),
             adapter=StoredAdapter(
                 adapter_id=row.adapter_id,
-                spec=decode_spec(row.spec, self._num_layers),
+                spec=self._decode_spec(row.spec),
                 size_bytes=row.size_bytes,
                 native_bytes=row.native_bytes,
                 self_test_error=row.self_test_error,
