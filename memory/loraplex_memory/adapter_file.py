@@ -22,7 +22,7 @@ from loraplex_memory.adapter_layout import AdapterRanks
 from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, Projection
 from loraplex_memory.scratch import Scratch
-from loraplex_memory.tensor_file import read_tensor_file
+from loraplex_memory.tensor_file import parse_tensors, read_tensor_file
 
 FORMAT = "loraplex-adapter-1"
 
@@ -69,22 +69,57 @@ def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
     save_file(tensors, path, metadata={"format": FORMAT, "scales": json.dumps(scales)})
 
 
-def read_adapter_file(path: Path, scratch: Scratch | None = None) -> dict[ModuleKey, LoRAPair]:
-    """Read a canonical adapter file into host memory.
+@dataclass(frozen=True)
+class RawAdapterFile:
+    """What a canonical file holds: files with one header differ in the values of weights alone.
+
+    Attributes:
+        path: for messages.
+        header: says where in the data each matrix lies.
+        data: uint8, contiguous.
+    """
+
+    path: Path
+    header: bytes
+    data: torch.Tensor
+
+    def weights(self) -> dict[ModuleKey, LoRAPair]:
+        """Return the matrices, views of `data`.
+
+        Raises:
+            AdapterFileError: the header is of another format, incomplete, or not of this data.
+        """
+        try:
+            tensors, metadata = parse_tensors(self.header, self.data)
+            return _pairs(tensors, _read_scales(metadata))
+        except ValueError as error:
+            raise AdapterFileError(str(self.path), str(error)) from error
+
+
+def read_raw_adapter(path: Path, scratch: Scratch) -> RawAdapterFile:
+    """Read a canonical adapter file into host memory, whatever it says.
 
     Args:
         path: the file.
         scratch: what to read it into: the weights are gone when it is used again.
 
     Raises:
+        AdapterFileError: the file is missing or truncated, or the disk does not give it.
+    """
+    try:
+        return RawAdapterFile(path, *read_tensor_file(path, scratch))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(str(path), str(error)) from error
+
+
+def read_adapter_file(path: Path) -> dict[ModuleKey, LoRAPair]:
+    """Read a canonical adapter file into host memory.
+
+    Raises:
         AdapterFileError: the file is missing, truncated, of another format or incomplete, or the
             disk does not give it.
     """
-    try:
-        tensors, metadata = read_tensor_file(path, scratch or Scratch())
-        return _pairs(tensors, _read_scales(metadata))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(str(path), str(error)) from error
+    return read_raw_adapter(path, Scratch()).weights()
 
 
 def _pairs(

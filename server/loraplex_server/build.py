@@ -219,11 +219,13 @@ def assemble_core(
         dtype=str(pool.dtype).removeprefix("torch."),
         device=str(pool.device),
     )
+    native = load_native()
+    pack = native.pack if native is not None else None
     return EngineCore(
         info=info,
         scheduler=Scheduler(limits, accounts, policies),
         runner=runner or Runner(model, pool),
-        loader=AdapterLoader(pool, wake, writer, arena),
+        loader=AdapterLoader(pool, wake, writer, arena, pack=pack),
         accounts=accounts,
         overlap=overlap,
     )

@@ -16,6 +16,7 @@ from loraplex_memory.adapter_file import (
     LoRAPair,
     ranks_of,
     read_adapter_file,
+    read_raw_adapter,
     write_adapter_file,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -80,7 +81,10 @@ def test_weights_that_lie_side_by_side_are_packed_alike(
     file_memory, pack_memory = Scratch(), Scratch()
     pack_memory.take((12, layout.num_pages, POOL.page_elems), dtype).fill_(float("nan"))
     packed = pack_adapter(
-        read_adapter_file(tmp_path / "a", file_memory), layout, dtype=dtype, scratch=pack_memory
+        read_raw_adapter(tmp_path / "a", file_memory).weights(),
+        layout,
+        dtype=dtype,
+        scratch=pack_memory,
     )
     expected = torch.zeros_like(packed).view(12, -1)
     for (layer, projection), pair in apart.items():
