@@ -88,11 +88,10 @@ class PoolAccounts:
 
         Adapters leave whole, so more may come free than was asked for.
         """
+        if num_pages <= 0:
+            return 0
         before = self.allocator.num_free
-        while self.allocator.num_free - before < num_pages:
-            item = self._evictor.pop(spared)
-            if item is None:
-                break
+        for item in self._evictor.in_order(spared):
             if isinstance(item, PooledAdapter):
                 self.residency.evict(item)
                 self.num_adapter_evictions += 1
@@ -100,6 +99,8 @@ class PoolAccounts:
                 assert isinstance(item, PrefixNode), "nothing else can leave"
                 self.prefixes.evict(item)
                 self.num_prefix_evictions += 1
+            if self.allocator.num_free - before >= num_pages:
+                break
         return self.allocator.num_free - before
 
     def drop_unused(self, spared: AbstractSet[str] = frozenset()) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from typing import Final
 
 from loraplex_memory.clock import GivenClock
 from loraplex_memory.eviction import EvictionPolicy
 from loraplex_memory.lazy_heap import Evictable, LazyHeap
+
+#: Prefix pages have no names to be spared by.
+_NOBODY: Final[frozenset[str]] = frozenset()
 
 
 class Evictor:
@@ -24,16 +28,24 @@ class Evictor:
         self.adapters = LazyHeap(policy)
         self.prefixes = LazyHeap(policy)
 
-    def pop(self, spared: AbstractSet[str]) -> Evictable | None:
-        """Take out what is worth least and not spared; None: there is nothing."""
-        adapter, prefix = self.adapters.top(spared), self.prefixes.top(spared)
-        if adapter is None and prefix is None:
-            return None
-        if prefix is None or (adapter is not None and self._is_less(adapter, prefix)):
-            self.adapters.take()
-            return adapter
-        self.prefixes.take()
-        return prefix
+    def in_order(self, spared: AbstractSet[str]) -> Iterator[Evictable]:
+        """Take out and yield what is worth least and not spared, until there is nothing left.
+
+        What was yielded must have left the pool before the next is asked for, and nothing else may
+        change meanwhile.
+        """
+        adapter, prefix = self.adapters.top(spared), self.prefixes.top(_NOBODY)
+        while True:
+            if adapter is not None and (prefix is None or self._is_less(adapter, prefix)):
+                self.adapters.take()
+                yield adapter
+                adapter = self.adapters.top(spared)
+            elif prefix is not None:
+                self.prefixes.take()
+                yield prefix
+            else:
+                return
+            prefix = self.prefixes.top(_NOBODY)
 
     def check(self, adapters: Iterable[Evictable], prefixes: Iterable[Evictable]) -> None:
         """Raise AssertionError unless exactly these can be evicted."""

@@ -29,8 +29,12 @@ class PageTable:
         [0, num_shared)             nodes of the prefix cache, which the table holds references on
         [num_shared, len(pages))    private
 
-    Grows by whole pages through the allocator and gives everything back at once. Page ids are an
-    array of C integers: numpy takes thousands of them at once where it would convert one by one.
+    Grows by whole pages through the allocator and gives everything back at once.
+
+    Attributes:
+        pages: never changed, but replaced: plans keep the array that they found, and most steps of
+            a sequence find the same one. An array of C integers: numpy takes thousands of them at
+            once where it would convert one by one.
     """
 
     __slots__ = ("_adapter_id", "_allocator", "_page_tokens", "_path", "_prefixes", "pages")
@@ -71,7 +75,7 @@ class PageTable:
         """
         missing = self.pages_missing(num_tokens)
         if missing:
-            self.pages.extend(self._allocator.alloc(missing, PageUse.KV))
+            self.pages = self.pages + array("i", self._allocator.alloc(missing, PageUse.KV))
 
     def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
         """Look up the longest cached run of whole pages of at most `max_tokens` tokens."""
@@ -89,7 +93,7 @@ class PageTable:
         assert not self.pages, "only an empty table can start with cached pages"
         self._path = self._prefixes.find(self._adapter_id, token_ids, max_tokens)
         self._prefixes.take(self._path)
-        self.pages.extend([node.page for node in self._path])
+        self.pages = array("i", [node.page for node in self._path])
         return len(self._path) * self._page_tokens
 
     def publish(self, token_ids: Sequence[int], num_tokens: int, *, may_replace: bool) -> None:
@@ -106,6 +110,8 @@ class PageTable:
         """
         assert num_tokens <= self.capacity, "tokens without a page"
         if num_tokens >= (len(self._path) + 1) * self._page_tokens and self._prefixes.is_enabled:
+            if may_replace:
+                self.pages = self.pages[:]
             self._prefixes.publish(
                 self._adapter_id,
                 self._path,
