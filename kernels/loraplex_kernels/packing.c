@@ -17,7 +17,6 @@ INLINE int64_t size_of(int type) { return type == FLOAT32 ? 4 : 2; }
 /* A copy of constant size is one instruction, any other a call. */
 INLINE void copy(void *to, const void *from, int64_t n, int64_t size) {
     if (n == LANES) memcpy(to, from, LANES * size);
-    else if (n == LANES / 2) memcpy(to, from, LANES / 2 * size); /* of rank 8 */
     else memcpy(to, from, n * size);
 }
 
@@ -127,9 +126,12 @@ INLINE void put_transposed(const pack_args *p, const module *m, float scale, int
             int64_t width = m->out - c0 < TILE ? m->out - c0 : TILE;
             for (int64_t c = 0; c < width; c += LANES) {
                 vf v[LANES];
-                for (int64_t i = 0; i < LANES; i++)
-                    v[i] = c + i < width ? load(b, (c0 + c + i) * m->rank + r0, num_rows, type) * scale
-                                         : (vf){0};
+                for (int64_t i = 0; i < LANES; i++) {
+                    int64_t at = (c0 + c + i) * m->rank + r0;
+                    /* Lanes of the next row are not written; only the last rows have none. */
+                    int64_t n = at + LANES <= m->rank * m->out ? LANES : num_rows;
+                    v[i] = c + i < width ? load(b, at, n, type) * scale : (vf){0};
+                }
                 transpose(v);
                 for (int64_t r = 0; r < LANES; r++) store(tile[r], c, LANES, v[r], is_bf16);
             }
