@@ -91,14 +91,14 @@ class PoolAccounts:
         if num_pages <= 0:
             return 0
         before = self.allocator.num_free
-        for item in self._evictor.in_order(spared):
+        for item, bound in self._evictor.in_order(spared):
             if isinstance(item, PooledAdapter):
                 self.residency.evict(item)
                 self.num_adapter_evictions += 1
             else:
                 assert isinstance(item, PrefixNode), "nothing else can leave"
-                self.prefixes.evict(item)
-                self.num_prefix_evictions += 1
+                num_left = num_pages - (self.allocator.num_free - before)
+                self.num_prefix_evictions += self.prefixes.evict(item, bound, num_left)
             if self.allocator.num_free - before >= num_pages:
                 break
         return self.allocator.num_free - before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from math import inf
 from typing import Final
 
 from loraplex_memory.clock import GivenClock
@@ -28,21 +29,23 @@ class Evictor:
         self.adapters = LazyHeap(policy)
         self.prefixes = LazyHeap(policy)
 
-    def in_order(self, spared: AbstractSet[str]) -> Iterator[Evictable]:
+    def in_order(self, spared: AbstractSet[str]) -> Iterator[tuple[Evictable, float]]:
         """Take out and yield what is worth least and not spared, until there is nothing left.
 
-        What was yielded must have left the pool before the next is asked for, and nothing else may
-        change meanwhile.
+        With each comes a bound: prefix pages with smaller keys are worth less than all the rest, so
+        those that the leaving of this one makes evictable may leave with it. All that was yielded
+        must have left before the next is asked for, and nothing else may change meanwhile.
         """
         adapter, prefix = self.adapters.top(spared), self.prefixes.top(_NOBODY)
         while True:
             if adapter is not None and (prefix is None or self._is_less(adapter, prefix)):
                 self.adapters.take()
-                yield adapter
+                yield adapter, -inf
                 adapter = self.adapters.top(spared)
             elif prefix is not None:
                 self.prefixes.take()
-                yield prefix
+                bound = inf if adapter is None else self._as_prefix_key(adapter)
+                yield prefix, min(bound, self.prefixes.least_key())
             else:
                 return
             prefix = self.prefixes.top(_NOBODY)
@@ -56,3 +59,9 @@ class Evictor:
         now_s, policy = self._clock.now_s, self.policy
         adapter_value = adapter.entry_key - now_s / policy.adapter_half_life_s
         return adapter_value < prefix.entry_key - now_s / policy.prefix_half_life_s
+
+    def _as_prefix_key(self, adapter: Evictable) -> float:
+        """Return the key of a prefix page that is now worth as much as the adapter."""
+        now_s, policy = self._clock.now_s, self.policy
+        adapter_value = adapter.entry_key - now_s / policy.adapter_half_life_s
+        return adapter_value + now_s / policy.prefix_half_life_s

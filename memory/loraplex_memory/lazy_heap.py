@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, heappushpop
+from math import inf
 
 from loraplex_memory.eviction import EvictionPolicy
 
@@ -112,6 +113,10 @@ class LazyHeap:
                 self._at_hand = least
                 return item
         return None
+
+    def least_key(self) -> float:
+        """Return a key that none here is under, but for the one that `top` returned."""
+        return self._entries[0][0] if self._entries else inf
 
     def take(self) -> None:
         """Take out what `top` has just returned."""

@@ -1,8 +1,8 @@
 """Python's collector of cyclic garbage, kept out of the steps.
 
-Steps leave no cycles: what they drop is freed at once, by its reference count. But a pool that fills
-up makes thousands of small objects that stay, and the collector, left to itself, looks at all new
-ones every so often, which takes several times as long as deciding a step. And a full collection
+Steps leave no cycles: what they drop is freed at once, by its reference count. But a pool that
+fills up makes thousands of small objects that stay, and the collector, left to itself, looks at all
+new ones every so often, which takes several times as long as deciding a step. And a full collection
 walks through all that start-up left, hundreds of thousands of objects of torch and its like.
 """
 
