@@ -116,13 +116,19 @@ class PrefixCache:
             return
         size = self.page_tokens
         made: list[int] = []
+        used_now = self._clock.now_s / self._half_life_s
+        maybe_used = used_now + log2(self._odds.odds)
         parent: PrefixNode | PrefixRoot = path[-1] if path else root
         for end in range((len(path) + 1) * size, num_tokens + 1, size):
             content = tuple(token_ids[end - size : end])
             node = parent.children.get(content)
             if node is None:
-                node = self._make(root, parent, content, pages[len(path)])
-                made.append(node.page)
+                chain, page = hash((parent.chain, content)), pages[len(path)]
+                was_hit = self._odds.made(chain)
+                score = used_now if was_hit else maybe_used
+                node = PrefixNode(root, parent, content, page, chain, score, was_hit=was_hit)
+                parent.children[content] = node
+                made.append(page)
             elif may_replace:
                 self._allocator.free((pages[len(path)],))
                 pages[len(path)] = node.page
@@ -247,22 +253,6 @@ class PrefixCache:
             is_orphan = adapter_id is not None and adapter_id not in self._resident
             root = self._roots[adapter_id] = PrefixRoot(adapter_id, is_orphan=is_orphan)
         return root
-
-    def _make(
-        self,
-        root: PrefixRoot,
-        parent: PrefixNode | PrefixRoot,
-        content: tuple[int, ...],
-        page: int,
-    ) -> PrefixNode:
-        chain, use_score = hash((parent.chain, content)), self._clock.now_s / self._half_life_s
-        is_return = self._odds.made(chain)
-        if not is_return:
-            use_score += log2(self._odds.odds)
-        node = PrefixNode(root, parent, content, page, chain, use_score)
-        node.was_hit = is_return
-        parent.children[content] = node
-        return node
 
     def _offer(self, leaf: PrefixNode) -> None:
         leaf.root.idle_leaves[leaf] = None

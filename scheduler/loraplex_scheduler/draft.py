@@ -66,6 +66,6 @@ class StepDraft:
             num_tokens,
             len(steps),
             kv_tokens=num_tokens + sum([step.start for step in steps]),
-            adapter_pages=sum([len(planned.pages) for planned in adapters.values()]),
+            adapter_pages=sum([planned.layout.num_pages for planned in adapters.values()]),
         )
         return Flight(Plan(steps, tuple(loads), adapters, tuple(prefetches)), sequences, load)

@@ -36,7 +36,6 @@ from loraplex_scheduler.plan import (
     FinishReason,
     Plan,
     Request,
-    SampledToken,
     StepResult,
     TokenEvent,
 )
@@ -275,7 +274,7 @@ class Scheduler:
             self._policies.times.observe_step(flight.load, took_s)
         events: list[Event] = []
         sampled: list[Sequence] = []
-        tokens, failures = result.tokens, result.failures
+        tokens, failures, page_tokens = result.tokens, result.failures, self._page_tokens
         for step, sequence in zip(plan.sequences, flight.sequences, strict=True):
             if not sequence.is_live:
                 continue
@@ -286,7 +285,16 @@ class Scheduler:
                 self.accounts.prefixes.drop_adapter(sequence.adapter_id)
             elif step.is_sampled:
                 sampled.append(sequence)
-                events.append(self._append(sequence, tokens[request_id]))
+                token = tokens[request_id]
+                reason = sequence.append(token.token_id)
+                if reason is not None:
+                    self._policies.admission.ended(sequence)
+                    self._end(sequence)
+                elif sequence.num_computed % page_tokens == 0 and sequence.table.pages:
+                    sequence.publish_computed()
+                is_first = len(sequence.token_ids) == sequence.num_prompt + 1
+                num_cached = (sequence.num_cached or 0) if is_first else 0
+                events.append(TokenEvent(request_id, token, reason, num_cached))
         self._roster.waiting.charge_outputs(sampled)
         return events
 
@@ -365,16 +373,6 @@ class Scheduler:
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layout, max_len, eos_token_ids)
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        reason = sequence.append(token.token_id)
-        if reason is not None:
-            self._policies.admission.ended(sequence)
-            self._end(sequence)
-        elif sequence.num_computed % self._page_tokens == 0 and sequence.table.pages:
-            sequence.publish_computed()
-        num_cached = (sequence.num_cached or 0) if sequence.has_first_token else 0
-        return TokenEvent(sequence.request_id, token, reason, num_cached)
 
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)

@@ -146,8 +146,3 @@ class Sequence:
         if token_id in self.end_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_known >= self.last_len else None
-
-    @property
-    def has_first_token(self) -> bool:
-        """The id of exactly the first token of the answer is known."""
-        return len(self.token_ids) == self.num_prompt + 1
