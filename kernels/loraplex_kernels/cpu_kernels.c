@@ -12,16 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16
+#include "vectors.h"
+
 #define ROWS 4  /* token rows that share one pass over the weights */
 #define RANKS 4 /* rank rows that share one pass over the activations */
-
-typedef float vf __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t vi __attribute__((vector_size(LANES * sizeof(int32_t))));
-typedef uint32_t vu __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef uint16_t vh __attribute__((vector_size(LANES * sizeof(uint16_t))));
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* ---- elements: float32 or bfloat16 --------------------------------------------------------- */
 
@@ -314,12 +308,6 @@ int loraplex_add_lora(const lora_args *a) {
 
 #define SHARED_ROWS 16 /* query rows (queries x heads of a group) that share a pass over K and V */
 #define MAX_ROWS 64    /* of one query, if its group has more heads than that */
-
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-#endif
 
 /* e^x for x <= 0: 2^n * p(r) with the Cephes expf polynomial; 0 below -87, NaN for NaN. */
 INLINE vf exp16(vf x) {

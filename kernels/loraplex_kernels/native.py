@@ -1,6 +1,6 @@
-"""Compiling and calling `cpu_kernels.c`.
+"""Compiling and calling `cpu_kernels.c` and `packing.c`.
 
-The file is compiled once per machine (about a second) with the C compiler found there, for that
+They are compiled once per machine (about a second) with the C compiler found there, for that
 machine's own instruction set, and kept in the user's cache folder. OpenMP symbols resolve to the
 runtime that torch has already loaded. Without a compiler `load_native` returns None and `cpu` takes
 torch's own operations: slower, same results within rounding.
@@ -26,9 +26,14 @@ from loraplex_kernels.batch import AttentionBatch, LoRABatch
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("cpu_kernels.c", "packing.c"))
+_HEADERS = (_FOLDER / "vectors.h",)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = (torch.float32, torch.bfloat16)
+
+#: Of weights to be packed, in the order in which `packing.c` numbers them.
+PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Query heads per KV head that the attention kernel has room for (MAX_ROWS).
 MAX_GROUPS = 64
@@ -60,6 +65,14 @@ class _AttentionArgs(ctypes.Structure):
     )
 
 
+class _PackArgs(ctypes.Structure):
+    _fields_ = _fields(
+        "data modules scales ends slab pages",
+        "num_modules num_layers num_pages page_elems",
+        [("is_bf16", ctypes.c_int32)],
+    )
+
+
 class NativeKernels:
     """The compiled kernels. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
@@ -68,6 +81,9 @@ class NativeKernels:
         self._add_lora.argtypes = [ctypes.POINTER(_LoRAArgs)]
         self._attention = library.loraplex_attention
         self._attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
+        self._pack = library.loraplex_pack
+        self._pack.argtypes = [ctypes.POINTER(_PackArgs)]
+        self._pack.restype = None
 
     @staticmethod
     def takes(*tensors: torch.Tensor) -> bool:
@@ -150,6 +166,48 @@ class NativeKernels:
             raise MemoryError("no memory for the attention kernel's scratch")
         return out
 
+    def pack(
+        self,
+        data: torch.Tensor,
+        modules: torch.Tensor,
+        scales: torch.Tensor,
+        ends: torch.Tensor,
+        slab: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> None:
+        """Lay the matrices of an adapter out as pages, in one call that holds no interpreter.
+
+        Where they lie is taken as told: bounds are the caller's affair.
+
+        Args:
+            data: uint8, what an adapter's file holds.
+            modules: int64 `[M, 10]`, each `layer, rank, in, out`, then of A (`[R, in]`) and of B
+                (`[out, R]`, laid out as `[R, out]`) its dtype as an index into `PACKED_DTYPES`,
+                its first byte in `data`, and its first element in the layer's row.
+            scales: float32 `[M]`, by which B is multiplied before it is rounded.
+            ends: int64 `[L]`, the elements of each layer's row that modules cover.
+            slab: `[N, L, page_elems]`, float32 or bfloat16.
+            pages: int64 `[P]`, which pages of the slab a layer's row is cut into; what is behind
+                its end becomes 0.
+        """
+        assert all(t.is_contiguous() for t in (data, modules, scales, ends, slab, pages))
+        assert slab.dtype in _DTYPES
+        assert modules.shape[1:] == (10,)
+        args = _PackArgs(
+            data=data.data_ptr(),
+            modules=modules.data_ptr(),
+            scales=scales.data_ptr(),
+            ends=ends.data_ptr(),
+            slab=slab.data_ptr(),
+            pages=pages.data_ptr(),
+            num_modules=modules.shape[0],
+            num_layers=slab.shape[1],
+            num_pages=pages.shape[0],
+            page_elems=slab.shape[2],
+            is_bf16=slab.dtype is torch.bfloat16,
+        )
+        self._pack(ctypes.byref(args))
+
 
 def _address(table: torch.Tensor | None, layer: int) -> int | None:
     return None if table is None else table[layer].data_ptr()
@@ -189,7 +247,9 @@ def _load(compiler: str) -> NativeKernels:
 
 def _compiled(compiler: str, cache: Path) -> Path:
     """Return the shared library, from the folder `cache` or freshly compiled into it."""
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256()
+    for path in _SOURCES + _HEADERS:
+        key.update(path.read_bytes())
     key.update(repr((compiler, _FLAGS, platform.machine(), _cpu_flags())).encode())
     target = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     if target.exists():
@@ -198,7 +258,7 @@ def _compiled(compiler: str, cache: Path) -> Path:
     # Two processes may compile at once; the rename makes either result whole.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / target.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         built.replace(target)
     return target

@@ -101,18 +101,19 @@ class PoolAccounts:
         return freed + self._evict(num_pages - freed, spared)
 
     def _evict(self, num_pages: int, spared: AbstractSet[str]) -> int:
+        if num_pages <= 0:
+            return 0
         before = self.allocator.num_free
-        while self.allocator.num_free - before < num_pages:
-            item = self._evictor.pop(spared)
-            if item is None:
-                break
+        for item, bound in self._evictor.in_order(spared):
             if isinstance(item, PooledAdapter):
                 self.residency.evict(item)
                 self.num_adapter_evictions += 1
             else:
                 assert isinstance(item, PrefixNode), "nothing else can leave"
-                self.prefixes.evict(item)
-                self.num_prefix_evictions += 1
+                num_left = num_pages - (self.allocator.num_free - before)
+                self.num_prefix_evictions += self.prefixes.evict(item, bound, num_left)
+            if self.allocator.num_free - before >= num_pages:
+                break
         return self.allocator.num_free - before
 
     def drop_unused(self, spared: AbstractSet[str] = frozenset()) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey,
 from loraplex_memory.errors import AdapterFileError
 from loraplex_memory.layout import PROJECTIONS, Projection
 from loraplex_memory.scratch import Scratch
-from loraplex_memory.tensor_file import read_tensor_file
+from loraplex_memory.tensor_file import parse_tensors, read_tensor_file
 
 FORMAT = "loraplex-adapter-2"
 
@@ -45,31 +46,65 @@ def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
         scales[key] = pair.scale
     for part, tensor in weights.parts.items():
         tensors[part_name(part)] = tensor.contiguous()
-    ids = {name: getattr(weights, name) for name in _ID_LISTS}
-    metadata = {"format": FORMAT, "scales": json.dumps(scales), "ids": json.dumps(ids)}
-    save_file(tensors, path, metadata=metadata)
+    facts = {"scales": scales} | {name: getattr(weights, name) for name in _ID_LISTS}
+    # One entry: several would be written in any order, and alike adapters shall have one header.
+    save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
 
 
-def read_adapter_file(path: Path, scratch: Scratch | None = None) -> AdapterWeights:
-    """Read a canonical adapter file into host memory.
+@dataclass(frozen=True)
+class RawAdapterFile:
+    """What a canonical file holds: files with one header differ in the values of weights alone.
+
+    Attributes:
+        path: for messages.
+        header: says where in the data each matrix lies.
+        data: uint8, contiguous.
+    """
+
+    path: Path
+    header: bytes
+    data: torch.Tensor
+
+    def weights(self) -> AdapterWeights:
+        """Return the matrices, views of `data`.
+
+        Raises:
+            AdapterFileError: the header is of another format, incomplete, or not of this data.
+        """
+        try:
+            tensors, metadata = parse_tensors(self.header, self.data)
+            facts = _read_facts(metadata)
+            lora = _take_pairs(tensors, _read_scales(facts))
+            parts = {_part_key(name): tensor for name, tensor in tensors.items()}
+            return AdapterWeights(lora, parts, **_read_ids(facts))
+        except ValueError as error:
+            raise AdapterFileError(str(self.path), str(error)) from error
+
+
+def read_raw_adapter(path: Path, scratch: Scratch) -> RawAdapterFile:
+    """Read a canonical adapter file into host memory, whatever it says.
 
     Args:
         path: the file.
         scratch: what to read it into: the weights are gone when it is used again.
 
     Raises:
+        AdapterFileError: the file is missing or truncated, or the disk does not give it.
+    """
+    try:
+        return RawAdapterFile(path, *read_tensor_file(path, scratch))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(str(path), str(error)) from error
+
+
+def read_adapter_file(path: Path) -> AdapterWeights:
+    """Read a canonical adapter file into host memory.
+
+    Raises:
         AdapterFileError: the file is missing, truncated, of another format or incomplete, or the
             disk does not give it.
     """
-    try:
-        tensors, metadata = read_tensor_file(path, scratch or Scratch())
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"not a {FORMAT} file")
-        lora = _take_pairs(tensors, _read_scales(metadata))
-        parts = {_part_key(name): tensor for name, tensor in tensors.items()}
-        return AdapterWeights(lora, parts, **_read_ids(metadata))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(str(path), str(error)) from error
+    return read_raw_adapter(path, Scratch()).weights()
 
 
 def part_name(key: PartKey) -> str:
@@ -91,18 +126,28 @@ def _take_pairs(
     }
 
 
-def _read_scales(metadata: Mapping[str, str]) -> dict[str, float]:
-    scales = json.loads(metadata.get("scales", "null"))
+def _read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise ValueError(f"not a {FORMAT} file")
+    facts = json.loads(metadata[FORMAT])
+    if not isinstance(facts, dict):
+        raise ValueError("the scales are missing")
+    return facts
+
+
+def _read_scales(facts: Mapping[str, Any]) -> dict[str, float]:
+    scales = facts.get("scales")
     if not isinstance(scales, dict) or not all(isinstance(s, int | float) for s in scales.values()):
         raise ValueError("the scales are missing")
     return scales
 
 
-def _read_ids(metadata: Mapping[str, str]) -> dict[str, Any]:
-    stored = json.loads(metadata.get("ids", "null"))
-    if not isinstance(stored, dict) or set(stored) != set(_ID_LISTS):
-        raise ValueError("the token ids are missing")
-    return {name: tuple(map(int, ids)) for name, ids in stored.items()}
+def _read_ids(facts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    lists = {name: facts.get(name) for name in _ID_LISTS}
+    for ids in lists.values():
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise ValueError("the token ids are missing")
+    return {name: tuple(ids or ()) for name, ids in lists.items()}
 
 
 def _module_key(key: str) -> ModuleKey:

@@ -6,7 +6,7 @@ up to `num_pages` (`check`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 
 from loraplex_memory.errors import OutOfPages
@@ -48,20 +48,21 @@ class PageAllocator:
         if num_pages > len(self._free):
             raise OutOfPages(requested=num_pages, available=len(self._free))
         pages = [self._free.pop() for _ in range(num_pages)]
+        uses = self._use
         for page in pages:
-            self._use[page] = use
+            uses[page] = use
         self._held[use] += num_pages
         return pages
 
-    def reassign(self, pages: Iterable[int], use: PageUse) -> None:
-        """Let held pages serve another use from now on; ValueError when one is not held."""
+    def reassign(self, pages: Collection[int], former: PageUse, use: PageUse) -> None:
+        """Let pages held for one use serve another; ValueError when one is not held for it."""
+        uses = self._use
         for page in pages:
-            former = self._use[page]
-            if former is None:
-                raise ValueError(f"page {page} is free and serves no use")
-            self._use[page] = use
-            self._held[former] -= 1
-            self._held[use] += 1
+            if uses[page] is not former:
+                raise ValueError(f"page {page} serves no {former} use")
+            uses[page] = use
+        self._held[former] -= len(pages)
+        self._held[use] += len(pages)
 
     def free(self, pages: Iterable[int]) -> None:
         """Give pages back; freeing a page that is not held is a bug and raises ValueError."""

@@ -8,6 +8,7 @@ the same, so one heap serves without being sorted again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import log2
 from typing import Protocol
 
@@ -80,14 +81,28 @@ class CostAware:
 
     def adapter_key(self, *, last_use_s: float, use_score: float, page_cost: float) -> float:
         del last_use_s
-        return use_score + page_cost - log2(self.adapter_half_life_s)
+        return use_score + page_cost - self._log_adapter_half_life
 
     def prefix_key(
         self, *, last_use_s: float, use_score: float, page_cost: float, is_orphan: bool
     ) -> float:
         del last_use_s
-        key = use_score + page_cost - log2(self.prefix_half_life_s)
-        return key + log2(self.orphan_weight) if is_orphan else key
+        key = use_score + page_cost - self._log_prefix_half_life
+        return key + self._log_orphan_weight if is_orphan else key
+
+    # Asked for with every page that leaves, so taken once.
+
+    @cached_property
+    def _log_adapter_half_life(self) -> float:
+        return log2(self.adapter_half_life_s)
+
+    @cached_property
+    def _log_prefix_half_life(self) -> float:
+        return log2(self.prefix_half_life_s)
+
+    @cached_property
+    def _log_orphan_weight(self) -> float:
+        return log2(self.orphan_weight)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heappushpop
+from math import inf
 
 from loraplex_memory.eviction import EvictionPolicy
 
@@ -54,6 +55,9 @@ class LazyHeap:
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
         self._entries: list[tuple[float, int, Evictable]] = []
+        # One entry is kept out of the heap, if there is any: the one offered last or found least.
+        # The page before one that left is mostly the next to leave, and then never enters the heap.
+        self._at_hand: tuple[float, int, Evictable] | None = None
         self._last_entry = 0
         self._num_dead = 0
         # Spared when they came to the top. They are kept out for as long as they are spared, or
@@ -62,7 +66,7 @@ class LazyHeap:
 
     def __len__(self) -> int:
         """Entries, dead ones included."""
-        return len(self._entries)
+        return len(self._entries) + (self._at_hand is not None)
 
     def offer(self, item: Evictable) -> None:
         """It became evictable, or its key may have fallen."""
@@ -74,7 +78,7 @@ class LazyHeap:
                 item.entry_key = key
                 return
             self._num_dead += 1
-        heappush(self._entries, self._new_entry(item, key))
+        self._enter(item, key)
         self._clean_up()
 
     def withdraw(self, item: Evictable) -> None:
@@ -94,37 +98,40 @@ class LazyHeap:
         if self._set_aside:
             for no_longer in [name for name in self._set_aside if name not in spared]:
                 item = self._set_aside.pop(no_longer)
-                heappush(self._entries, self._new_entry(item, item.entry_key))
-        entries = self._entries
-        while entries:
-            entry_key, entry, item = entries[0]
+                self._enter(item, item.entry_key)
+        while (least := self._pop_least()) is not None:
+            entry_key, entry, item = least
             if item.entry != entry:
-                heappop(entries)
                 self._num_dead -= 1
             elif not item.is_evictable:
-                heappop(entries)
                 item.entry = 0
             elif (name := item.spared_as) is not None and name in spared:
-                heappop(entries)
                 self._set_aside[name] = item
             elif (key := item.key(self._policy)) > entry_key:
-                heapreplace(entries, self._new_entry(item, key))
+                self._at_hand = self._new_entry(item, key)
             else:
+                self._at_hand = least
                 return item
         return None
 
+    def least_key(self) -> float:
+        """Return a key that none here is under, but for the one that `top` returned."""
+        return self._entries[0][0] if self._entries else inf
+
     def take(self) -> None:
         """Take out what `top` has just returned."""
-        _, _, item = heappop(self._entries)
-        item.entry = 0
+        assert self._at_hand is not None, "nothing was returned"
+        self._at_hand[2].entry = 0
+        self._at_hand = None
         self._clean_up()
 
     def check(self, evictable: Iterable[Evictable]) -> None:
         """Raise AssertionError unless exactly these can be found, none above its key of now."""
-        live = {id(item): key for key, entry, item in self._entries if item.entry == entry}
-        dead = len(self._entries) - len(live)
+        entries = [*self._entries, self._at_hand] if self._at_hand else self._entries
+        live = {id(item): key for key, entry, item in entries if item.entry == entry}
+        dead = len(entries) - len(live)
         assert dead == self._num_dead, "the count of dead entries is off"
-        assert dead <= max(MIN_GARBAGE, len(self._entries) // 2), "dead entries pile up"
+        assert dead <= max(MIN_GARBAGE, len(entries) // 2), "dead entries pile up"
         expected = set()
         for item in evictable:
             expected.add(id(item))
@@ -134,10 +141,24 @@ class LazyHeap:
             is_aside = item.spared_as in self._set_aside
             assert is_aside != (id(item) in live), "an idle thing is lost, or in two places"
             assert is_aside or live[id(item)] == item.entry_key, "an entry of another key"
-        for _, entry, item in self._entries:
+        for _, entry, item in entries:
             unknown = item.entry == entry and item.is_evictable and id(item) not in expected
             assert not unknown, "something else can be evicted"
         assert all(item.entry for item in self._set_aside.values()), "set aside without an entry"
+
+    def _enter(self, item: Evictable, key: float) -> None:
+        entry = self._new_entry(item, key)
+        if self._at_hand is None:
+            self._at_hand = entry
+        else:
+            heappush(self._entries, entry)
+
+    def _pop_least(self) -> tuple[float, int, Evictable] | None:
+        """Take out the least entry, dead or not."""
+        entry, self._at_hand = self._at_hand, None
+        if entry is not None:
+            return heappushpop(self._entries, entry)
+        return heappop(self._entries) if self._entries else None
 
     def _new_entry(self, item: Evictable, key: float) -> tuple[float, int, Evictable]:
         self._last_entry += 1
@@ -146,7 +167,10 @@ class LazyHeap:
         return key, self._last_entry, item
 
     def _clean_up(self) -> None:
-        if self._num_dead > MIN_GARBAGE and self._num_dead > len(self._entries) // 2:
+        if self._num_dead > MIN_GARBAGE and self._num_dead > len(self) // 2:
+            if self._at_hand is not None:
+                self._entries.append(self._at_hand)
+                self._at_hand = None
             self._entries = [e for e in self._entries if e[2].entry == e[1]]
             heapify(self._entries)
             self._num_dead = 0

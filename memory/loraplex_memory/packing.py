@@ -44,7 +44,7 @@ def pack_adapter(
         ValueError: a matrix is not of the shape that `layout` has room for, or the modules are not
             the layout's: one that is missing would be served as the base.
     """
-    _check(weights, layout)
+    check_weights(weights, layout)
     pool = layout.pool
     num_layers = pool.geometry.num_layers
     shape = (num_layers, layout.num_pages, pool.page_elems)
@@ -67,7 +67,8 @@ def pack_adapter(
     return packed
 
 
-def _check(weights: AdapterWeights, layout: AdapterLayout) -> None:
+def check_weights(weights: AdapterWeights, layout: AdapterLayout) -> None:
+    """Raise ValueError if these are not the matrices that the layout has room for."""
     geometry = layout.pool.geometry
     is_beyond = any(not 0 <= layer < geometry.num_layers for layer, _ in weights.lora)
     if is_beyond or weights.spec(geometry.num_layers) != layout.spec:
@@ -144,14 +145,19 @@ def _put(rows: torch.Tensor, layers: list[int], start: int, matrices: torch.Tens
         into.view(piece.shape).copy_(piece)
 
 
-def _clear_ends(rows: torch.Tensor, layout: AdapterLayout) -> None:
-    """Fill what no matrix covers with zeros: whatever was there may not reach the pool."""
+def layer_ends(layout: AdapterLayout) -> list[int]:
+    """Return how many elements of each layer's pages the matrices cover."""
     pool, down = layout.pool, PROJECTIONS.index("down")
     row_chunks = pool.geometry.out_features("down") // pool.chunk_elems
-    ends = [
+    return [
         (b_chunks[down] + ranks[down] * row_chunks) * pool.chunk_elems
         for b_chunks, ranks in zip(layout.b_chunks, layout.ranks, strict=True)
     ]
+
+
+def _clear_ends(rows: torch.Tensor, layout: AdapterLayout) -> None:
+    """Fill what no matrix covers with zeros: whatever was there may not reach the pool."""
+    ends = layer_ends(layout)
     if min(ends) == max(ends):
         rows[:, ends[0] :].zero_()
         return

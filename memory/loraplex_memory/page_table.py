@@ -32,8 +32,12 @@ class PageTable:
 
     Only pages of tokens below `max_shared` are ever shared: what the others hold does not follow
     from the adapter and the tokens alone. Grows by whole pages through the allocator and gives
-    everything back at once. Page ids are an array of C integers: numpy takes thousands of them at
-    once where it would convert one by one.
+    everything back at once.
+
+    Attributes:
+        pages: never changed, but replaced: plans keep the array that they found, and most steps of
+            a sequence find the same one. An array of C integers: numpy takes thousands of them at
+            once where it would convert one by one.
     """
 
     __slots__ = (
@@ -84,7 +88,7 @@ class PageTable:
         """
         missing = self.pages_missing(num_tokens)
         if missing:
-            self.pages.extend(self._allocator.alloc(missing, PageUse.KV))
+            self.pages = self.pages + array("i", self._allocator.alloc(missing, PageUse.KV))
 
     def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
         """Look up the longest cached run of whole pages of at most `max_tokens` tokens."""
@@ -102,7 +106,7 @@ class PageTable:
         assert not self.pages, "only an empty table can start with cached pages"
         self._path = self._find(token_ids, max_tokens)
         self._prefixes.take(self._path)
-        self.pages.extend([node.page for node in self._path])
+        self.pages = array("i", [node.page for node in self._path])
         return len(self._path) * self._page_tokens
 
     def publish(self, token_ids: Sequence[int], num_tokens: int, *, may_replace: bool) -> None:
@@ -120,6 +124,8 @@ class PageTable:
         assert num_tokens <= self.capacity, "tokens without a page"
         num_tokens = min(num_tokens, self._max_shared)
         if num_tokens >= (len(self._path) + 1) * self._page_tokens and self._prefixes.is_enabled:
+            if may_replace:
+                self.pages = self.pages[:]
             self._prefixes.publish(
                 self._adapter_id,
                 self._path,

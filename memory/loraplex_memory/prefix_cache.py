@@ -116,13 +116,19 @@ class PrefixCache:
             return
         size = self.page_tokens
         made: list[int] = []
+        used_now = self._clock.now_s / self._half_life_s
+        maybe_used = used_now + log2(self._odds.odds)
         parent: PrefixNode | PrefixRoot = path[-1] if path else root
         for end in range((len(path) + 1) * size, num_tokens + 1, size):
             content = tuple(token_ids[end - size : end])
             node = parent.children.get(content)
             if node is None:
-                node = self._make(root, parent, content, pages[len(path)])
-                made.append(node.page)
+                chain, page = hash((parent.chain, content)), pages[len(path)]
+                was_hit = self._odds.made(chain)
+                score = used_now if was_hit else maybe_used
+                node = PrefixNode(root, parent, content, page, chain, score, was_hit=was_hit)
+                parent.children[content] = node
+                made.append(page)
             elif may_replace:
                 self._allocator.free((pages[len(path)],))
                 pages[len(path)] = node.page
@@ -131,7 +137,8 @@ class PrefixCache:
                 break
             path.append(node)
             parent = node
-        self._allocator.reassign(made, PageUse.PREFIX)
+        if made:
+            self._allocator.reassign(made, PageUse.KV, PageUse.PREFIX)
         root.num_nodes += len(made)
         self.num_nodes += len(made)
         if not root.num_nodes:
@@ -156,12 +163,30 @@ class PrefixCache:
         else:
             self._offer(last)
 
-    def evict(self, node: PrefixNode) -> None:
-        """Free the page of an idle leaf."""
-        self._odds.evicted(node.chain, was_hit=node.was_hit)
-        self._remove(node)
-        if isinstance(node.parent, PrefixNode) and node.parent.is_evictable:
-            self._offer(node.parent)
+    def evict(self, leaf: PrefixNode, bound: float, max_pages: int) -> int:
+        """Free the page of an idle leaf that the evictor gave out, and return how many were freed.
+
+        With it leave those before it that become idle leaves by that and whose key is under the
+        `bound`, up to `max_pages` in all: what a request leaves behind mostly goes as a whole.
+        """
+        policy, evicted = self._evictor.policy, self._odds.evicted
+        pages: list[int] = []
+        node: PrefixNode = leaf
+        root = leaf.root
+        root.idle_leaves.pop(leaf, None)
+        while True:
+            parent = node.parent
+            del parent.children[node.token_ids]
+            pages.append(node.page)
+            evicted(node.chain, was_hit=node.was_hit)
+            if not isinstance(parent, PrefixNode) or not parent.is_evictable:
+                break
+            node = parent
+            if len(pages) == max_pages or node.entry or node.key(policy) >= bound:
+                self._offer(node)
+                break
+        self._free(root, pages)
+        return len(pages)
 
     def drop_adapter(self, adapter_id: str | None) -> None:
         """Let nobody find the adapter's pages any more; those in use go when they are released."""
@@ -229,34 +254,22 @@ class PrefixCache:
             root = self._roots[adapter_id] = PrefixRoot(adapter_id, is_orphan=is_orphan)
         return root
 
-    def _make(
-        self,
-        root: PrefixRoot,
-        parent: PrefixNode | PrefixRoot,
-        content: tuple[int, ...],
-        page: int,
-    ) -> PrefixNode:
-        chain, now = hash((parent.chain, content)), self._clock.now_s / self._half_life_s
-        is_return = self._odds.made(chain)
-        use_score = now if is_return else now + log2(self._odds.odds)
-        node = PrefixNode(root, parent, content, page, chain, use_score)
-        node.was_hit = is_return
-        parent.children[content] = node
-        return node
-
     def _offer(self, leaf: PrefixNode) -> None:
         leaf.root.idle_leaves[leaf] = None
         self._evictor.prefixes.offer(leaf)
 
     def _remove(self, leaf: PrefixNode) -> None:
-        root = leaf.root
         del leaf.parent.children[leaf.token_ids]
-        root.idle_leaves.pop(leaf, None)
-        root.num_nodes -= 1
-        self.num_nodes -= 1
-        self.num_idle -= 1
-        self._allocator.free((leaf.page,))
+        leaf.root.idle_leaves.pop(leaf, None)
         self._evictor.prefixes.withdraw(leaf)
+        self._free(leaf.root, (leaf.page,))
+
+    def _free(self, root: PrefixRoot, pages: Sequence[int]) -> None:
+        """Free the pages of idle nodes that were taken out of a tree."""
+        root.num_nodes -= len(pages)
+        self.num_nodes -= len(pages)
+        self.num_idle -= len(pages)
+        self._allocator.free(pages)
         if not root.num_nodes:
             if root.is_dropped:
                 del self._dropped[root]

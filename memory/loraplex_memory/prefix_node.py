@@ -77,6 +77,8 @@ class PrefixNode(Evictable):
         page: int,
         chain: int,
         use_score: float,
+        *,
+        was_hit: bool,
     ) -> None:
         super().__init__()
         self.root = root
@@ -87,7 +89,7 @@ class PrefixNode(Evictable):
         self.num_refs = 1
         self.chain = chain
         self.use_score = use_score
-        self.was_hit = False
+        self.was_hit = was_hit
         self.last_use_s = 0.0
         self.page_cost = 0.0
 

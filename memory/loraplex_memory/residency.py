@@ -11,7 +11,7 @@ or pinned adapter is never evicted; everything stays resident until the space is
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
 
@@ -109,6 +109,11 @@ class AdapterResidency:
         if entry is None:
             return None
         return ResidencyState.RESIDENT if entry.is_resident else ResidencyState.LOADING
+
+    def absent(self, adapter_ids: Iterable[str]) -> list[str]:
+        """Return those of the adapters that hold no pages."""
+        entries = self._entries
+        return [i for i in adapter_ids if i not in entries]
 
     def is_resident(self, adapter_id: str) -> bool:
         entry = self._entries.get(adapter_id)

@@ -33,14 +33,12 @@ _LENGTH_BYTES: Final = 8
 _MAX_SIZE: Final = 1 << 31
 
 
-def read_tensor_file(
-    path: Path, scratch: Scratch
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file; the tensors are views of `scratch`.
+def read_tensor_file(path: Path, scratch: Scratch) -> tuple[bytes, torch.Tensor]:
+    """Return the header of a file, and its data as bytes: a view of `scratch`.
 
     Raises:
         OSError: the file cannot be opened or read.
-        ValueError: it is truncated, or not such a file.
+        ValueError: it is truncated.
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -48,9 +46,21 @@ def read_tensor_file(
         data_bytes = size - _LENGTH_BYTES - header_bytes
         if data_bytes < 0:
             raise ValueError(f"truncated: {size} bytes, and a header of {header_bytes}")
-        header = json.loads(_read(file, header_bytes))
+        header = bytes(_read(file, header_bytes))
         data = scratch.take((data_bytes,), torch.uint8)
         _read_into(file, memoryview(data.numpy()))  # type: ignore[arg-type]
+    return header, data
+
+
+def parse_tensors(
+    header_json: bytes, data: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata that a header describes; the tensors are views of `data`.
+
+    Raises:
+        ValueError: it is no such header, or not of this data.
+    """
+    header = json.loads(header_json)
     if not isinstance(header, dict):
         raise ValueError("the header is not an object")
     metadata = header.pop("__metadata__", {})

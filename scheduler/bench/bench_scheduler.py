@@ -15,7 +15,6 @@ Usage: python scheduler/bench/bench_scheduler.py [--steps N]
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import statistics
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import ModelGeometry, PoolLayout
+from loraplex_scheduler.collector import CycleCollector
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.plan import Plan, Request, SampledToken, StepResult
 from loraplex_scheduler.policies import PolicyChoice, make_eviction, make_policies
@@ -150,9 +150,9 @@ def measure(arm: Arm, choice: PolicyChoice, num_steps: int) -> dict[str, float]:
     """Return milliseconds per step, and what was running meanwhile."""
     load = Load(arm, choice)
     load.warm_up()
-    gc.collect()
-    gc.freeze()  # as the engine process does, see `GC_THRESHOLDS` there
-    gc.set_threshold(20_000, 20, 20)
+    CycleCollector(
+        time.monotonic()
+    )  # as in the engine process; nothing falls due in so short a time
     took = sorted(1e3 * load.step() for _ in range(num_steps))
     return {
         "p50_ms": statistics.median(took),

@@ -17,10 +17,10 @@ class AdmissionPolicy(Protocol):
     def begin(self, running: Collection[Sequence]) -> None:
         """A step's admissions start; these run already."""
 
-    def pages_to_leave(self, newcomer: Sequence) -> int:
-        """Return how many pages must still be free or evictable once the newcomer has its own.
+    def is_enough(self, num_pages: int, newcomer: Sequence) -> bool:
+        """Whether a newcomer may run if so many pages are still free or evictable then.
 
-        Its own are those for all its tokens so far; its adapter's are counted by the scheduler.
+        It has its own by then: those for all its tokens so far, and its adapter's.
         """
 
     def admitted(self, newcomer: Sequence) -> None:
@@ -44,7 +44,11 @@ class Greedy:
         self._num_running = len(running)
 
     def pages_to_leave(self, newcomer: Sequence) -> int:
+        """Return how many pages are just enough."""
         return self._num_running
+
+    def is_enough(self, num_pages: int, newcomer: Sequence) -> bool:
+        return num_pages >= self._num_running
 
     def admitted(self, newcomer: Sequence) -> None:
         self._num_running += 1
@@ -81,6 +85,8 @@ class _Reserving(ABC):
         self._running: list[Sequence] = []
         self._num_old = 0  # of those, how many ran before this step
         self._peak: PagePeak | None = None  # of those who run; made when first asked for
+        # Tokens that those who run may have, and have to compute; summed up when first asked for.
+        self._sums: tuple[int, int] | None = None
         self._lag = 0
         self._num_to_catch_up = 0
         self._num_held = 0
@@ -89,8 +95,10 @@ class _Reserving(ABC):
         self._running = list(running)
         self._num_old = len(self._running)
         self._peak = None
+        self._sums = None
 
     def pages_to_leave(self, newcomer: Sequence) -> int:
+        """Return how many pages are just enough."""
         page_tokens, num_tokens = self._page_tokens, newcomer.num_tokens
         num_pages = -(-num_tokens // page_tokens)
         rest = self._rests((newcomer,))[0]
@@ -109,8 +117,14 @@ class _Reserving(ABC):
         peak = self._peak.with_one_more((rest - 1 + lag, own_tokens))
         return max(0, peak - self._num_held - (num_pages - num_kept))
 
+    def is_enough(self, num_pages: int, newcomer: Sequence) -> bool:
+        return num_pages >= self._most_pages(newcomer) or num_pages >= self.pages_to_leave(newcomer)
+
     def admitted(self, newcomer: Sequence) -> None:
         self._running.append(newcomer)
+        if self._sums is not None:
+            most_tokens, num_to_compute = self._sums
+            self._sums = most_tokens + newcomer.last_len, num_to_compute + newcomer.num_pending
         if self._peak is None:
             return
         num_kept = self._num_to_keep(newcomer)
@@ -122,6 +136,20 @@ class _Reserving(ABC):
 
     def ended(self, sequence: Sequence) -> None:
         self._lengths.observe(sequence)
+
+    def _most_pages(self, newcomer: Sequence) -> int:
+        """Return as many pages as `pages_to_leave` or more, at a fraction of the cost: what all
+        would hold together if each answer became as long as it may, and none ended before another.
+        """
+        if self._sums is None:
+            running = self._running
+            most_tokens = sum([s.last_len for s in running])
+            self._sums = most_tokens, sum([s.num_tokens - s.num_computed for s in running])
+        most_tokens, num_to_compute = self._sums
+        lag = self._lag_of(num_to_compute + newcomer.num_tokens)
+        num = len(self._running) + 1
+        most_tokens += newcomer.last_len + num * (lag + self._page_tokens)
+        return most_tokens // self._page_tokens
 
     def _survey(self) -> PagePeak:
         """Account for those who run."""

@@ -132,8 +132,7 @@ class Admitter:
         # its own pages are counted in what it leaves: those who run use them in the meantime.
         num_own = sequence.table.pages_missing(sequence.num_tokens)
         num_pages = layout.num_pages + num_own + self._num_set_aside
-        num_left = self._admission.pages_to_leave(sequence)
-        if self._num_obtainable() < num_pages + num_left:
+        if not self._admission.is_enough(self._num_obtainable() - num_pages, sequence):
             return False
         self._accounts.try_make_free(layout.num_pages, self._spared)
         pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
@@ -150,8 +149,8 @@ class Admitter:
         # The last token is computed in any case: the next one is drawn from it.
         found = table.match(sequence.token_ids, sequence.num_tokens - 1)
         num_own = table.pages_missing(sequence.num_tokens) - self._pages_of(found.num_tokens)
-        num_needed = num_own + self._num_set_aside + self._admission.pages_to_leave(sequence)
-        if self._num_obtainable() - found.num_idle_pages < num_needed:
+        num_left = self._num_obtainable() - found.num_idle_pages - num_own - self._num_set_aside
+        if not self._admission.is_enough(num_left, sequence):
             return False
         sequence.num_computed = table.adopt(sequence.token_ids, sequence.num_tokens - 1)
         self._accounts.try_make_free(num_own, self._spared)

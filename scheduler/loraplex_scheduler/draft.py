@@ -39,6 +39,13 @@ class StepDraft:
         steps[sequence] = step
         self.budget -= step.num_tokens
 
+    def put_decodes(self, sequences: Iterable[Sequence]) -> None:
+        """Let each of these compute its one pending token; none of them is in the draft yet."""
+        num_before = len(self._single)
+        self._single |= {sequence: sequence.step(1) for sequence in sequences}
+        self.budget -= len(self._single) - num_before
+        assert self.budget >= 0, "the step has no room for so many decodes"
+
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, if it is in."""
         step = self._single.pop(sequence, None) or self._longer.pop(sequence, None)
@@ -53,12 +60,12 @@ class StepDraft:
         """Return the decision as a plan, with whose it is and what it costs."""
         sequences = *self._single, *self._longer
         steps = *self._single.values(), *self._longer.values()
-        adapters = {s.adapter_id: s.planned for s in sequences if s.adapter_id and s.planned}
+        adapters = {s.adapter_id: s.planned for s in sequences if s.planned and s.adapter_id}
         num_tokens = self._max_step_tokens - self.budget
         load = StepLoad(
             num_tokens,
             len(steps),
             kv_tokens=num_tokens + sum([step.start for step in steps]),
-            adapter_pages=sum([len(planned.pages) for planned in adapters.values()]),
+            adapter_pages=sum([planned.layout.num_pages for planned in adapters.values()]),
         )
         return Flight(Plan(steps, tuple(loads), adapters, tuple(prefetches)), sequences, load)

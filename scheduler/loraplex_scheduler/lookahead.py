@@ -98,11 +98,14 @@ class Lookahead:
         if residency.num_loading:
             return None
         self._for_pool |= self._popular()
-        room = self._room(running) if self._for_pool else 0
+        room: int | None = None  # takes a look at all who run, so only if it comes to that
         while self._for_pool:
             adapter_id, manifest = self._for_pool.popitem(last=False)
+            if residency.state(adapter_id) is not None:
+                continue
+            room = self._room(running) if room is None else room
             layout = self._layouts.of(manifest)
-            if layout.num_pages <= room and residency.state(adapter_id) is None:
+            if layout.num_pages <= room:
                 pages = residency.begin_load(adapter_id, layout.num_pages)
                 return AdapterLoad(manifest, layout, pages)
         return None
@@ -121,10 +124,9 @@ class Lookahead:
         self._history_due_s = now + _HISTORY_EVERY_S
         residency = self._accounts.residency
         scored = [
-            (score, manifest.adapter_id)
-            for manifest in self._recent.values()
-            if residency.state(manifest.adapter_id) is None
-            and (score := residency.popularity(manifest.adapter_id)) >= _MIN_POPULARITY
+            (score, adapter_id)
+            for adapter_id in residency.absent(self._recent)
+            if (score := residency.popularity(adapter_id)) >= _MIN_POPULARITY
         ]
         first = heapq.nlargest(_MAX_POPULAR, scored)
         return {adapter_id: self._recent[adapter_id] for _, adapter_id in first}

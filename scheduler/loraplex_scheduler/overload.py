@@ -66,9 +66,11 @@ _WATCHED_PART: Final = 0.5
 #: Promises that were kept are not worth looking for when there are no more of them than this.
 _MIN_FORGOTTEN: Final = 64
 
-#: A deadline is distant when it is so many times the forecast away; looked at again after a while.
+#: A deadline is distant when it is so many times the forecast away; looked at again after a while,
+#: which is a small part of the time that is left until such a deadline.
 _DISTANT: Final = 8.0
 _FORGET_DISTANT_S: Final = 1.0
+_FORGET_DISTANT_PART: Final = 1 / 64
 
 
 class KeepPromises:
@@ -139,7 +141,9 @@ class KeepPromises:
             if first_s + (answer_s if answer_s <= left_s else 0.0) > left_s:
                 return _too_late("last token", first_s + answer_s, left_s)
             if _DISTANT * (first_s + answer_s) < left_s:
-                self._distant_s, self._distant_until_s = left_s, now + _FORGET_DISTANT_S
+                self._distant_s = left_s
+                holds_s = max(_FORGET_DISTANT_S, _FORGET_DISTANT_PART * left_s)
+                self._distant_until_s = now + holds_s
                 self._distant_len = 2 * len(situation.waiting) + situation.limits.max_running
         if by_s is not None:
             self._watch(newcomer, forecast.first_token_s, by_s, now)

@@ -68,7 +68,7 @@ class AdapterLoad:
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedAdapter:
     """Where an adapter of this step lies; valid for this step only."""
 

@@ -36,7 +36,6 @@ from loraplex_scheduler.plan import (
     FinishReason,
     Plan,
     Request,
-    SampledToken,
     StepResult,
     TokenEvent,
 )
@@ -64,6 +63,7 @@ class Scheduler:
         self.limits = limits
         self.accounts = accounts
         self._policies = policies
+        self._page_tokens = accounts.layout.page_tokens
         self._roster = Roster(accounts.residency, policies.queue)
         self._layouts = AdapterLayouts(accounts.layout)
         self._admitter = Admitter(
@@ -278,18 +278,27 @@ class Scheduler:
             self._policies.times.observe_step(flight.load, took_s)
         events: list[Event] = []
         sampled: list[Sequence] = []
-        tokens, failures = result.tokens, result.failures
+        tokens, failures, page_tokens = result.tokens, result.failures, self._page_tokens
         for step, sequence in zip(plan.sequences, flight.sequences, strict=True):
             if not sequence.is_live:
                 continue
-            if failures and sequence.request_id in failures:
-                message = failures[sequence.request_id]
-                events += self.abort(sequence.request_id, FinishReason.FAILED, message)
+            request_id = sequence.request_id
+            if failures and request_id in failures:
+                events += self.abort(request_id, FinishReason.FAILED, failures[request_id])
                 # What made it fail may lie in pages that others would find.
                 self.accounts.prefixes.drop_adapter(sequence.adapter_id)
             elif step.is_sampled:
                 sampled.append(sequence)
-                events.append(self._append(sequence, tokens[sequence.request_id]))
+                token = tokens[request_id]
+                reason = sequence.append(token.token_id)
+                if reason is not None:
+                    self._policies.admission.ended(sequence)
+                    self._end(sequence)
+                elif sequence.num_computed % page_tokens == 0 and sequence.table.pages:
+                    sequence.publish_computed()
+                is_first = len(sequence.token_ids) == sequence.num_prompt + 1
+                num_cached = sequence.num_cached_text if is_first else 0
+                events.append(TokenEvent(request_id, token, reason, num_cached))
         self._roster.waiting.charge_outputs(sampled)
         return events
 
@@ -307,16 +316,10 @@ class Scheduler:
 
     def _continue_running(self, draft: StepDraft) -> None:
         """Plan the running sequences, decodes before longer catch-ups, each by age."""
-        page_tokens = self.accounts.layout.page_tokens
-        catching_up = []
-        for sequence in self._roster.running.copy():
-            num_tokens = sequence.num_tokens
-            if num_tokens - sequence.num_computed > 1:
-                catching_up.append(sequence)
-            elif num_tokens <= len(sequence.table.pages) * page_tokens or self._grow(
-                sequence, num_tokens, draft
-            ):
-                draft.put(sequence, sequence.step(1))
+        running = self._roster.running
+        decoding = [s for s in running if s.num_tokens - s.num_computed == 1]
+        catching_up = [s for s in running if s.num_tokens - s.num_computed > 1]
+        draft.put_decodes(self._grow_decoding(decoding, draft))
         for sequence in catching_up:
             num_tokens = min(sequence.num_pending, draft.budget)
             stop = sequence.num_computed + num_tokens
@@ -324,6 +327,19 @@ class Scheduler:
                 draft.put(sequence, sequence.step(num_tokens))
         for sequence, step in draft.longer():
             sequence.publish_drafted(step)
+
+    def _grow_decoding(self, decoding: list[Sequence], draft: StepDraft) -> list[Sequence]:
+        """Find a page for each that needs one for its next token; return who has room for it."""
+        page_tokens = self._page_tokens
+        short = [s for s in decoding if s.num_tokens > len(s.table.pages) * page_tokens]
+        spared = self._admitter.claims.keys() | self.accounts.residency.kept
+        if self.accounts.try_make_free(len(short), spared):
+            for sequence in short:
+                sequence.table.grow(sequence.num_tokens)
+            return decoding
+        for sequence in short:
+            self._grow(sequence, sequence.num_tokens, draft)
+        return [s for s in decoding if s.num_tokens <= s.table.capacity]
 
     def _grow(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
         """Find pages for a running sequence: idle ones first, then younger sequences'.
@@ -364,17 +380,6 @@ class Scheduler:
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layout, max_len, eos_token_ids)
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        reason = sequence.append(token.token_id)
-        if reason is not None:
-            self._policies.admission.ended(sequence)
-            self._end(sequence)
-        elif sequence.num_computed % self.accounts.layout.page_tokens == 0 and sequence.table.pages:
-            sequence.publish_computed()
-        is_first = len(sequence.token_ids) == sequence.num_prompt + 1
-        num_cached = sequence.num_cached_text if is_first else 0
-        return TokenEvent(sequence.request_id, token, reason, num_cached)
 
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)

@@ -28,6 +28,7 @@ class Sequence:
         service_key: orders sequences by priority, then age; the last of the running gives way.
         max_len: tokens of prompt and answer that it may have at most, by model and pool.
         last_len: so many tokens complete it: `max_len`, or earlier by its own `max_tokens`.
+        min_len: with fewer tokens, none of `end_token_ids` may be drawn.
         num_tokens: tokens of prompt and answer, awaited ones included.
         end_token_ids: each ends it; never empty of the model's own unless it ignores those.
         planned: where its adapter lies, while it runs with one.
@@ -59,6 +60,7 @@ class Sequence:
         self.num_tokens = self.num_prompt
         self.num_computed = 0
         sampling = request.sampling
+        self.min_len = self.num_prompt + sampling.min_tokens
         eos = _NO_TOKENS if sampling.ignore_eos else eos_token_ids
         self.end_token_ids = sampling.stop_token_ids | eos
         self.planned: PlannedAdapter | None = None
@@ -113,14 +115,14 @@ class Sequence:
             start,
             num_tokens,
             tuple(token_ids[start:stop]),
-            self.table.pages[:],
+            self.table.pages,
             is_sampled,
             stop > num_known,
         )
         if is_sampled and self.has_penalties:
             assert stop == num_known, "the last step must be booked first"
             step.history = tuple(token_ids[self.request.num_virtual :])
-        if self.num_tokens - self.num_prompt < self.request.sampling.min_tokens:
+        if self.num_tokens < self.min_len:
             step.banned_token_ids = self.end_token_ids
         return step
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import count
 from typing import Final
 
@@ -212,14 +213,14 @@ class FairQueue:
         self._num_prompts = 0.99 * self._num_prompts + 1.0
         self._num_outputs *= 0.99
 
-    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+    def charge_outputs(self, sequences: Collection[Sequence]) -> None:
         """Charge one token to each that has got more than it paid for."""
-        paid, cost, num = self._paid, self._output_weight, 0
-        for sequence in sequences:
-            if sequence.num_tokens - sequence.num_prompt > paid.get(sequence, 0):
-                self._client(sequence).charge(cost)
-            num += 1
-        self._num_outputs += num
+        paid = self._paid
+        owing = [s for s in sequences if s.num_tokens - s.num_prompt > paid.get(s, 0)]
+        for name, num in Counter(map(self._client_of, owing)).items():
+            client = self._clients.get(name) or self._meet(name)
+            client.charge(num * self._output_weight)
+        self._num_outputs += len(sequences)
 
     def settle(self, sequence: Sequence) -> None:
         """Credit what an ended sequence paid for and did not get."""

@@ -7,7 +7,7 @@ starvation within a priority.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -69,7 +69,7 @@ class WaitingQueue(Protocol):
     def charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
         """A sequence was admitted and `num_tokens` of its tokens are to be computed for it."""
 
-    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+    def charge_outputs(self, sequences: Collection[Sequence]) -> None:
         """Each of these got one token more; called once per step."""
 
     def settle(self, sequence: Sequence) -> None:
@@ -182,7 +182,7 @@ class OrderedQueue:
     def charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens change nothing here."""
 
-    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+    def charge_outputs(self, sequences: Collection[Sequence]) -> None:
         """Tokens change nothing here."""
 
     def settle(self, sequence: Sequence) -> None:

@@ -1,16 +1,21 @@
 """What loading adapters does to the requests that run meanwhile: their inter-token times.
 
-A step takes both cores of a small machine, so a load takes its time from somebody: 2 ms of a core
-at rank 8 and 8 ms at rank 64 to read, pack and copy an adapter of SmolLM2 (from the disk's cache),
-or 0.1 to 0.9 ms to copy it from host memory. What is measured is how much of that shows in the
+A step takes both cores of a small machine, so a load takes its time from somebody: 1 ms of a core
+at rank 8 and 5 ms at rank 64 to read, pack and copy an adapter of SmolLM2 (from the disk's cache),
+or 0.1 to 1 ms to copy it from host memory. What is measured is how much of that shows in the
 inter-token times, of which the slowest count.
+
+A shared machine is now fast, now half as fast, for seconds at a time, which is far more than a load
+costs. So phases are short, and every time is relative to the median of the quiet phase next to it;
+intervals are of 95 %, by drawing repeats again (bootstrap). A percentile of a few hundred steps is
+still wide; what a load adds to the step that it begins in is the sharpest figure here.
 
 N requests decode, each with an adapter of its own. Meanwhile others ask for adapters that are not
 there and give up at once, so that loads are all that happens: nobody's prompt is computed. Phases
 with and without loads take turns on one engine that reads each adapter from disk and on one that
 has all of them in host memory.
 
-    python server/bench/bench_loads.py [--running 16] [--rate 5] [--repeats 8] [--steps 60]
+    python server/bench/bench_loads.py [--running 8] [--rate 5] [--repeats 30] [--steps 20]
 """
 
 from __future__ import annotations
@@ -18,11 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import cycle
@@ -50,6 +57,8 @@ RANKS = (8, 16, 32, 64)
 #: Adapters that are loaded again and again; distinct files, 180 MB of pages in bfloat16.
 NUM_COLD = 32
 PROMPT_TOKENS = 64
+PERCENTS = (50, 95, 99)
+NUM_DRAWS = 1000
 
 
 @dataclass
@@ -61,6 +70,8 @@ class Arm:
     cold: cycle[AdapterManifest]
     quiet: list[list[float]] = field(default_factory=list)
     loading: list[list[float]] = field(default_factory=list)
+    is_asked: list[list[bool]] = field(default_factory=list)
+    """Of each step of the phases with loads: whether one began in it."""
     num_loads: int = 0
     num_asked: int = 0
     phase_s: float = 0.0
@@ -87,9 +98,14 @@ def main() -> None:
             run_phase(arm, options.steps, options.rate)
         reset(arms)
         for repeat in range(options.repeats):
-            for arm in arms:
-                arm.quiet.append(run_phase(arm, options.steps, 0.0))
-                arm.loading.append(run_phase(arm, options.steps, options.rate))
+            for arm in arms[:: 1 if repeat % 2 else -1]:
+                for rate in (0.0, options.rate)[:: 1 if repeat % 4 < 2 else -1]:
+                    times, is_asked = run_phase(arm, options.steps, rate)
+                    if rate:
+                        arm.loading.append(times)
+                        arm.is_asked.append(is_asked)
+                    else:
+                        arm.quiet.append(times)
             print(f"  repeat {repeat + 1} of {options.repeats}")
         for arm in arms:
             arm.core.close()
@@ -98,10 +114,10 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--running", type=int, default=16, help="requests that decode")
+    parser.add_argument("--running", type=int, default=8, help="requests that decode")
     parser.add_argument("--rate", type=float, default=5.0, help="loads per second")
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60, help="of one phase")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="of one phase")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--switch-interval-ms", type=float, help="default: Python's, 5 ms")
@@ -158,9 +174,12 @@ def ask(arm: Arm) -> None:
     assert adapter.adapter_id in arm.core.stats().loading, "nothing was loaded"
 
 
-def run_phase(arm: Arm, num_steps: int, rate: float) -> list[float]:
-    """Run steps and return the time each took, which is every request's inter-token time."""
-    core, times = arm.core, list[float]()
+def run_phase(arm: Arm, num_steps: int, rate: float) -> tuple[list[float], list[bool]]:
+    """Run steps and return the time each took, which is every request's inter-token time.
+
+    And of each, whether a load began in it.
+    """
+    core, times, is_asked = arm.core, list[float](), list[bool]()
     before = core.stats()
     started = last = time.perf_counter()
     num_asked = 0
@@ -169,7 +188,9 @@ def run_phase(arm: Arm, num_steps: int, rate: float) -> list[float]:
             ask(arm)  # one step, too
             num_asked += 1
             num_tokens = 1
+            is_asked.append(True)
         else:
+            is_asked.append(False)
             num_tokens = sum(isinstance(event, TokenEvent) for event in core.step())
         assert num_tokens, "nothing ran"
         now = time.perf_counter()
@@ -182,7 +203,7 @@ def run_phase(arm: Arm, num_steps: int, rate: float) -> list[float]:
         arm.num_loads += after.num_loads - before.num_loads
         arm.load_s += after.load_s - before.load_s
         arm.phase_s += last - started
-    return times
+    return times, is_asked
 
 
 def reset(arms: list[Arm]) -> None:
@@ -190,35 +211,70 @@ def reset(arms: list[Arm]) -> None:
         arm.num_loads, arm.load_s, arm.phase_s = 0, 0.0, 0.0
 
 
+def relative(arm: Arm) -> tuple[list[list[float]], list[list[float]]]:
+    """Return the times of quiet phases and of those with loads, each as a multiple of its scale."""
+    scales = [statistics.median(phase) for phase in arm.quiet]
+    quiet, loading = (
+        [[time_s / scale for time_s in phase] for phase, scale in zip(phases, scales, strict=True)]
+        for phases in (arm.quiet, arm.loading)
+    )
+    return quiet, loading
+
+
+def ratio_of(
+    quiet: list[list[float]], loading: list[list[float]], percent: int
+) -> tuple[float, float, float]:
+    """Return the ratio of a percentile with loads to that without, and its interval of 95 %."""
+
+    def ratio(repeats: Sequence[int]) -> float:
+        with_loads = percentile([x for i in repeats for x in loading[i]], percent)
+        return with_loads / percentile([x for i in repeats for x in quiet[i]], percent)
+
+    rng, everything = random.Random(0), range(len(quiet))
+    drawn = [ratio(rng.choices(everything, k=len(quiet))) for _ in range(NUM_DRAWS)]
+    return ratio(everything), percentile(drawn, 2.5), percentile(drawn, 97.5)
+
+
+def added_by_load_ms(arm: Arm) -> float:
+    """Return by how much longer than the quiet phase's median a step is in which a load begins."""
+    return 1e3 * statistics.median(
+        time_s - statistics.median(quiet)
+        for quiet, times, is_asked in zip(arm.quiet, arm.loading, arm.is_asked, strict=True)
+        for time_s, asked in zip(times, is_asked, strict=True)
+        if asked
+    )
+
+
 def report(arms: list[Arm], options: argparse.Namespace) -> None:
     """Print ratios, times and one JSON line; a percentile is over all phases of a kind."""
     rows = []
     for arm in arms:
         row: dict[str, object] = {"from": arm.name}
-        for percent in (50, 99):
-            quiet, loading = (
-                1e3 * percentile([time_s for phase in phases for time_s in phase], percent)
-                for phases in (arm.quiet, arm.loading)
+        quiet, loading = relative(arm)
+        for percent in PERCENTS:
+            row[f"p{percent}_ratio"], *interval = (
+                round(x, 3) for x in ratio_of(quiet, loading, percent)
             )
-            row[f"p{percent}_ratio"] = round(loading / quiet, 3)
-            row[f"p{percent}_quiet_ms"] = round(quiet, 2)
-            row[f"p{percent}_loading_ms"] = round(loading, 2)
-        row["p99_ratio_by_repeat"] = round(
-            statistics.median(
-                percentile(b, 99) / percentile(a, 99)
-                for a, b in zip(arm.quiet, arm.loading, strict=True)
-            ),
-            3,
-        )
+            row[f"p{percent}_interval"] = interval
+            for name, phases in (("quiet", arm.quiet), ("loading", arm.loading)):
+                times = [time_s for phase in phases for time_s in phase]
+                row[f"p{percent}_{name}_ms"] = round(1e3 * percentile(times, percent), 2)
+        row["added_by_load_ms"] = round(added_by_load_ms(arm), 2)
         row["loads_per_s"] = round(arm.num_loads / arm.phase_s, 2)
         row["load_ms"] = round(1e3 * arm.load_s / max(1, arm.num_loads), 2)
         rows.append(row)
-    print("\n| loads from | p50 ratio | p99 ratio | p50 ms | p99 ms | loads/s | one load ms |")
+    print(
+        "\n| loads from | p50 ratio | p95 ratio | p99 ratio | added to step | one load | loads/s |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|")
     for row in rows:
+        ratios = " | ".join(
+            "{:.3f} ({:.3f} to {:.3f})".format(row[f"p{p}_ratio"], *row[f"p{p}_interval"])  # type: ignore[misc]
+            for p in PERCENTS
+        )
         print(
-            "| {from} | {p50_ratio:.3f} | {p99_ratio:.3f} | {p50_quiet_ms} -> {p50_loading_ms} "
-            "| {p99_quiet_ms} -> {p99_loading_ms} | {loads_per_s} | {load_ms} |".format(**row)
+            f"| {row['from']} | {ratios} | {row['added_by_load_ms']} ms of {row['p50_quiet_ms']} "
+            f"| {row['load_ms']} ms | {row['loads_per_s']} |"
         )
     print("\n" + json.dumps(environment(options) | {"arms": rows}))
 

@@ -39,6 +39,7 @@ from loraplex_server.sizing import (
     choose_host_pages,
     choose_limits,
     choose_num_pages,
+    choose_page_tokens,
     choose_step_sizes,
 )
 
@@ -70,7 +71,8 @@ def resolve_facts(config: Config) -> ModelFacts:
         base_name=config.served_model_name or source.name,
         eos_token_ids=source.generation_eos_ids(),
     )
-    return ModelFacts(source, spec, PoolLayout(spec.geometry, config.page_tokens))
+    page_tokens = choose_page_tokens(config.page_tokens, spec.geometry)
+    return ModelFacts(source, spec, PoolLayout(spec.geometry, page_tokens))
 
 
 def build_engine_handle(config: Config) -> ProcessEngine:
@@ -106,7 +108,7 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     weights = load_weights(facts.source, facts.spec, dtype=dtype, device=device)
     pool_bytes = config.pool_bytes or auto_pool_bytes(device, _step_bytes(facts, weights, sizes))
     num_pages = choose_num_pages(pool_bytes, facts.layout, dtype.itemsize)
-    limits = choose_limits(config, facts.spec, num_pages, sizes)
+    limits = choose_limits(config, facts.spec, facts.layout, num_pages, sizes)
     warn_of_long_rope(facts.spec, limits.max_model_len)
     model = Transformer(facts.spec, weights, max_model_len=limits.max_model_len)
     pool = PagePool(facts.layout, num_pages, dtype=dtype, device=device)
@@ -219,11 +221,13 @@ def assemble_core(
         dtype=str(pool.dtype).removeprefix("torch."),
         device=str(pool.device),
     )
+    native = load_native()
+    pack = native.pack if native is not None else None
     return EngineCore(
         info=info,
         scheduler=Scheduler(limits, accounts, policies),
         runner=runner or Runner(model, pool),
-        loader=AdapterLoader(pool, wake, writer, arena),
+        loader=AdapterLoader(pool, wake, writer, arena, pack=pack),
         accounts=accounts,
         overlap=overlap,
     )

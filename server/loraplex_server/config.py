@@ -101,8 +101,11 @@ class Config:
     )
     threads: int = _setting(integer_of(0), 0, "model", "CPU threads of the engine; 0: all cores")
 
-    page_tokens: int = _setting(
-        integer_of(1, 1024), 16, "memory", "tokens whose keys and values fill one page"
+    page_tokens: int | None = _setting(
+        or_auto(integer_of(1, 1024)),
+        None,
+        "memory",
+        "tokens whose keys and values fill one page; auto: 16, fewer if adapters waste too much",
     )
     pool_bytes: int | None = _setting(
         or_auto(parse_size),

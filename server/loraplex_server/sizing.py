@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
-from loraplex_memory.layout import PoolLayout
+from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout, Projection
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError
@@ -27,6 +29,16 @@ _GPU_POOL_SHARE: Final = 0.92
 #: the disk's cache for what the adapter files are read from.
 _HOST_SHARE: Final = {"cpu": 0.1, "cuda": 0.25}
 _CPU_HOST_CAP_BYTES: Final = 2 << 30
+
+#: Tokens of a page, the best first: a page's id and its place in a block table are shared by more.
+_PAGE_TOKENS: Final = (16, 8, 4)
+
+#: Adapters that a page is chosen for: these ranks on every linear, and on those of attention.
+_USUAL_RANKS: Final = (8, 16, 32, 64)
+_USUAL_TARGETS: Final[tuple[tuple[Projection, ...], ...]] = (PROJECTIONS, ("q", "k", "v", "o"))
+
+#: The share of their pages that such adapters may leave empty, all ranks together.
+_MAX_WASTE: Final = 0.02
 
 #: Compute capability of Ampere: asynchronous copies, and bfloat16 in the tensor cores.
 _OLDEST_GPU: Final = (8, 0)
@@ -109,6 +121,31 @@ def auto_pool_bytes(device: torch.device, step_bytes: int = 0) -> int:
     return max(0, int(_GPU_POOL_SHARE * free) - step_bytes)
 
 
+def choose_page_tokens(page_tokens: int | None, geometry: ModelGeometry) -> int:
+    """Return how many tokens fill a page: as set, or the most at which adapters waste little.
+
+    An adapter leaves half a page empty on average, which matters where few tokens make a large one:
+    with multi-head attention.
+    """
+    if page_tokens is not None:
+        return page_tokens
+    few = (n for n in _PAGE_TOKENS if _adapter_waste(PoolLayout(geometry, n)) <= _MAX_WASTE)
+    return next(few, _PAGE_TOKENS[-1])
+
+
+def _adapter_waste(layout: PoolLayout) -> float:
+    """Return the share of the pages of usual adapters without weights, for the worse targets."""
+    # All layers are alike, so one tells.
+    one_layer = PoolLayout(replace(layout.geometry, num_layers=1), layout.page_tokens)
+    shares = []
+    for targets in _USUAL_TARGETS:
+        rows = [tuple(rank * (p in targets) for p in PROJECTIONS) for rank in _USUAL_RANKS]
+        adapters = [AdapterLayout(one_layer, AdapterSpec((row,))) for row in rows]
+        num_held = sum(adapter.num_pages for adapter in adapters) * layout.page_elems
+        shares.append(1.0 - sum(adapter.num_elems for adapter in adapters) / num_held)
+    return max(shares)
+
+
 def choose_num_pages(pool_bytes: int, layout: PoolLayout, elem_bytes: int) -> int:
     """Return how many pages fit into the pool's bytes.
 
@@ -140,7 +177,7 @@ def choose_host_pages(
 
 
 def choose_limits(
-    config: Config, spec: ModelSpec, num_pages: int, sizes: StepSizes
+    config: Config, spec: ModelSpec, layout: PoolLayout, num_pages: int, sizes: StepSizes
 ) -> SchedulerLimits:
     """Return the scheduler's limits.
 
@@ -150,14 +187,17 @@ def choose_limits(
     return SchedulerLimits(
         max_step_tokens=sizes.max_step_tokens,
         max_running=sizes.max_running,
-        max_model_len=_choose_max_model_len(config, spec, num_pages),
+        max_model_len=_choose_max_model_len(config, spec, num_pages * layout.page_tokens),
         eos_token_ids=spec.eos_token_ids,
     )
 
 
-def _choose_max_model_len(config: Config, spec: ModelSpec, num_pages: int) -> int:
-    """Return the longest sequence: the model's limit, unless the pool or a setting is smaller."""
-    in_pool = num_pages * config.page_tokens
+def _choose_max_model_len(config: Config, spec: ModelSpec, in_pool: int) -> int:
+    """Return the longest sequence: the model's limit, unless a setting is smaller, or the pool.
+
+    Args:
+        in_pool: tokens that the pool holds.
+    """
     most = min(spec.max_position_embeddings, in_pool)
     if config.max_model_len is None:
         return most

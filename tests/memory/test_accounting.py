@@ -16,6 +16,7 @@ from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.allocator import PageUse
 from loraplex_memory.eviction import CostAware
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout
+from loraplex_server.sizing import choose_page_tokens
 
 GEOMETRIES = {
     "SmolLM2-135M": ModelGeometry(30, 576, 9, 3, 64, 1536),
@@ -50,23 +51,11 @@ def waste(layouts: list[AdapterLayout]) -> float:
     return 1.0 - sum(a.num_elems for a in layouts) / num_held
 
 
-#: Models whose pages of 16 tokens are too large for the bound, and what would be small enough.
-SMALLER_PAGES = {"Llama-2-7B": 4}
-
-
-def expected_to_waste_more(model):
-    reason = "multi-head attention makes pages of 131,072 elements; a rank 8 fills 4.8 of them"
-    return pytest.param(model, 16, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("model", "page_tokens"),
-    [
-        *(expected_to_waste_more(m) if m in SMALLER_PAGES else (m, 16) for m in GEOMETRIES),
-        *SMALLER_PAGES.items(),
-    ],
-)
-def test_adapters_of_mixed_ranks_waste_at_most_two_percent(model, page_tokens):
+@pytest.mark.parametrize("model", GEOMETRIES)
+def test_adapters_of_mixed_ranks_waste_at_most_two_percent(model):
+    page_tokens = choose_page_tokens(None, GEOMETRIES[model])
+    # Multi-head attention makes 16 tokens a page of 131,072 elements: a rank 8 fills 4.8 of them.
+    assert page_tokens == (4 if model == "Llama-2-7B" else 16)
     pool = PoolLayout(GEOMETRIES[model], page_tokens)
     layouts = [all_linear(pool, rank) for rank in RANKS]
     together = waste(layouts)

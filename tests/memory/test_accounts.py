@@ -58,10 +58,10 @@ def test_a_page_freed_twice_is_caught():
         allocator.free(pages)
 
 
-def test_a_free_page_cannot_be_given_another_use():
+def test_only_a_page_held_for_one_use_can_be_given_another():
     allocator = PageAllocator(2)
-    with pytest.raises(ValueError, match="is free"):
-        allocator.reassign([0], PageUse.PREFIX)
+    with pytest.raises(ValueError, match="serves no kv use"):
+        allocator.reassign([0], PageUse.KV, PageUse.PREFIX)
 
 
 def test_a_refused_allocation_takes_nothing():

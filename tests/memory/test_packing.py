@@ -14,6 +14,7 @@ from loraplex_memory import packing
 from loraplex_memory.adapter_file import (
     FORMAT,
     read_adapter_file,
+    read_raw_adapter,
     write_adapter_file,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -83,7 +84,10 @@ def test_weights_that_lie_side_by_side_are_packed_alike(
     file_memory, pack_memory = Scratch(), Scratch()
     pack_memory.take((12, layout.num_pages, POOL.page_elems), dtype).fill_(float("nan"))
     packed = pack_adapter(
-        read_adapter_file(tmp_path / "a", file_memory), layout, dtype=dtype, scratch=pack_memory
+        read_raw_adapter(tmp_path / "a", file_memory).weights(),
+        layout,
+        dtype=dtype,
+        scratch=pack_memory,
     )
     expected = torch.zeros_like(packed).view(12, -1)
     for (layer, projection), pair in apart.items():
@@ -255,13 +259,15 @@ def save_with(path, metadata, pair=None):
     [
         (None, FORMAT),
         ({"format": "pt"}, FORMAT),
-        ({"format": FORMAT}, "scales are missing"),
-        ({"format": FORMAT, "scales": "[1]"}, "scales are missing"),
-        ({"format": FORMAT, "scales": '{"0.q": "1"}'}, "scales are missing"),
-        ({"format": FORMAT, "scales": "{"}, "line 1"),
-        ({"format": FORMAT, "scales": "{}"}, "do not match: 0.q.A"),
-        ({"format": FORMAT, "scales": '{"0.q": 1.0}'}, "token ids are missing"),
-        ({"format": FORMAT, "scales": '{"0.q": 1.0, "0.k": 1.0}'}, "do not match: 0.k.A, 0.k.B"),
+        ({FORMAT: "[]"}, "scales are missing"),
+        ({FORMAT: "{}"}, "scales are missing"),
+        ({FORMAT: '{"scales": [1]}'}, "scales are missing"),
+        ({FORMAT: '{"scales": {"0.q": "1"}}'}, "scales are missing"),
+        ({FORMAT: "{"}, "line 1"),
+        ({FORMAT: '{"scales": {}}'}, "do not match: 0.q.A"),
+        ({FORMAT: '{"scales": {"0.q": 1.0}}'}, "token ids are missing"),
+        ({FORMAT: '{"scales": {"0.q": 1.0}, "token_ids": ["1"]}'}, "token ids are missing"),
+        ({FORMAT: '{"scales": {"0.q": 1.0, "0.k": 1.0}}'}, "do not match: 0.k.A, 0.k.B"),
     ],
 )
 def test_a_header_that_is_wrong_is_an_adapter_file_error(tmp_path, metadata, reason):
@@ -276,7 +282,7 @@ def test_an_unknown_module_is_an_adapter_file_error(tmp_path, key):
     path = tmp_path / "a.safetensors"
     save_with(path, None)
     renamed = {name.replace("0.q", key): tensor for name, tensor in load_file(path).items()}
-    save_file(renamed, path, metadata={"format": FORMAT, "scales": json.dumps({key: 1.0})})
+    save_file(renamed, path, metadata={FORMAT: json.dumps({"scales": {key: 1.0}})})
     with pytest.raises(AdapterFileError, match="unknown module"):
         read_adapter_file(path)
 
@@ -310,7 +316,7 @@ def spoil(path, change):
 )
 def test_a_tensor_described_wrongly_is_an_adapter_file_error(tmp_path, entry):
     path = tmp_path / "a.safetensors"
-    save_with(path, {"format": FORMAT, "scales": '{"0.q": 1.0}'})
+    save_with(path, {FORMAT: '{"scales": {"0.q": 1.0}}'})
     spoil(path, lambda header: header["0.q.A"].update(entry))
     with pytest.raises(AdapterFileError, match=r"0\.q\.A is no matrix within 512 bytes"):
         read_adapter_file(path)
@@ -319,7 +325,7 @@ def test_a_tensor_described_wrongly_is_an_adapter_file_error(tmp_path, entry):
 @pytest.mark.parametrize("change", [lambda h: [1], lambda h: h.update(__metadata__=3)])
 def test_a_header_of_another_kind_is_an_adapter_file_error(tmp_path, change):
     path = tmp_path / "a.safetensors"
-    save_with(path, {"format": FORMAT, "scales": '{"0.q": 1.0}'})
+    save_with(path, {FORMAT: '{"scales": {"0.q": 1.0}}'})
     spoil(path, change)
     with pytest.raises(AdapterFileError, match="not an object"):
         read_adapter_file(path)

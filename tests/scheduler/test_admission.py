@@ -93,6 +93,27 @@ def test_each_admitted_in_a_step_is_left_room_by_the_next():
     assert needed[-1] >= 4 * (pages(8 + 39) - pages(8))
 
 
+companies = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 39)), min_size=1, max_size=8
+)
+
+
+@given(companies, st.integers(1, 8), st.sampled_from([WorstCase, Expected]))
+def test_exactly_as_many_pages_as_must_be_left_are_enough(company, budget, kind):
+    make, lengths = SequenceFactory(), AnswerLengths()
+    options = {"has_prefix_cache": True} if kind is WorstCase else {}
+    policy = kind(lengths, PAGE_TOKENS, len(company) + budget, **options)
+    running = []
+    for num_prompt, max_tokens, num_generated in company:
+        newcomer = make(num_prompt=num_prompt, max_tokens=max_tokens)
+        policy.begin(running)
+        num_left = policy.pages_to_leave(newcomer)
+        for num_pages in (num_left - 1, num_left, num_left + 1, 10_000):
+            policy.begin(running)
+            assert policy.is_enough(num_pages, newcomer) == (num_pages >= num_left)
+        running.append(run(newcomer, min(num_generated, max_tokens - 1)))
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 12),  # steps after the one before

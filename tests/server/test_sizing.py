@@ -99,3 +99,17 @@ def test_host_memory_that_is_set_is_taken_and_may_be_none(monkeypatch, device):
     assert sizing.choose_host_pages(10 * GIB, LAYOUT, 2, device) == 10 * GIB // PAGE_BYTES
     assert sizing.choose_host_pages(PAGE_BYTES - 1, LAYOUT, 2, device) == 0
     assert sizing.choose_host_pages(0, LAYOUT, 2, device) == 0
+
+
+#: Multi-head attention: pages of 16 tokens waste 3.4 % of what adapters take.
+LLAMA_2 = ModelGeometry(32, 4096, 32, 32, 128, 11008)
+
+
+@pytest.mark.parametrize(("page_tokens", "expected"), [(None, 4), (16, 16), (1, 1)])
+def test_a_number_of_tokens_that_is_set_fills_a_page(page_tokens, expected):
+    assert sizing.choose_page_tokens(page_tokens, LLAMA_2) == expected
+
+
+def test_the_fewest_tokens_are_taken_where_adapters_waste_more_with_any_number(monkeypatch):
+    monkeypatch.setattr(sizing, "_MAX_WASTE", -1.0)
+    assert sizing.choose_page_tokens(None, LLAMA_2) == 4

@@ -1,25 +1,19 @@
-"""A thread that works beside the engine's steps and gives way to them."""
+"""A thread that works beside the engine's steps."""
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
-#: On the scale from 0 to 19. A quarter of a core where the steps take all of them, and more of what
-#: they leave. Not 19: with a sixty-eighth, a load takes a second; and whenever the thread is put
-#: off while it holds the interpreter, the steps wait for its next turn (decision record 11).
-_NICENESS: Final = 5
-
 
 def start_background_thread(name: str, run: Callable[[], None]) -> threading.Thread:
-    """Start `run` in a thread of lower priority, in which torch uses no further threads.
+    """Start `run` in a thread in which torch uses no further threads.
 
-    On two cores a step takes both; a second team of torch's threads would take half of each.
+    On two cores a step takes both; a second team of torch's threads would take half of each. Its
+    priority is that of all others: a lower one makes loads longer, and steps no shorter (decision
+    record 11).
     """
     num_threads = torch.get_num_threads()  # settles the caller's own number before it is changed
     is_settled = threading.Event()
@@ -28,8 +22,6 @@ def start_background_thread(name: str, run: Callable[[], None]) -> threading.Thr
         torch.get_num_threads()  # settles this thread's; later, that would undo the next line
         torch.set_num_threads(1)
         is_settled.set()
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         run()
 
     thread = threading.Thread(target=start, name=name, daemon=True)

@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loraplex_memory.adapter_file import read_adapter_file
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.file_packer import CompiledPack, FilePacker
 from loraplex_memory.host_arena import HostArena
 from loraplex_memory.host_pages import HostPages
-from loraplex_memory.packing import pack_adapter
 from loraplex_memory.pool import PagePool
-from loraplex_memory.scratch import Scratch
 from loraplex_memory.transfers import DirectWriter, Fence, PoolWriter
 from loraplex_scheduler.plan import AdapterLoad
 from loraplex_server.engine.background import start_background_thread
@@ -74,6 +72,7 @@ class AdapterLoader:
         writer: how they get there; by default a plain copy, for a pool in host memory.
         arena: where adapters stay packed in host memory; None to read each load from disk. The
             loader owns it from here on.
+        pack: compiled code that packs adapters; None to do it with torch.
         clock: seconds.
     """
 
@@ -84,16 +83,15 @@ class AdapterLoader:
         writer: PoolWriter | None = None,
         arena: HostArena | None = None,
         *,
+        pack: CompiledPack | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout = pool.layout
-        self._dtype = pool.dtype
         self._on_done = on_done
         self._writer = writer or DirectWriter(pool)
         self._arena = arena
         self._clock = clock
-        self._file_memory = Scratch()
-        self._pack_memory = Scratch()
+        self._packer = FilePacker(pool.dtype, pack)
         # None: a prefetch has ended.
         self._results: queue.SimpleQueue[LoadResult | None] = queue.SimpleQueue()
         self._lock = threading.Condition()
@@ -287,6 +285,4 @@ class AdapterLoader:
         return self._arena.hold(adapter.adapter_id, layout.num_pages, self._clock(), fill)
 
     def _fill(self, pages: HostPages, adapter: AdapterManifest, layout: AdapterLayout) -> None:
-        weights = read_adapter_file(Path(adapter.path), self._file_memory)
-        packed = pack_adapter(weights, layout, dtype=self._dtype, scratch=self._pack_memory)
-        pages.fill(packed)
+        self._packer.fill(pages, Path(adapter.path), layout)

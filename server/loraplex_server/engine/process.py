@@ -7,7 +7,6 @@ API process decides, by `Shutdown` or, should it die, by the pipe that closes wi
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import queue
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from loraplex_scheduler.collector import CycleCollector
 from loraplex_scheduler.plan import Event
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.discards import PendingDiscards
@@ -48,10 +48,6 @@ IDLE_S = 0.25
 STATS_EVERY_S = 0.1
 
 
-#: Of Python's collector, in the engine process; the defaults cost a tenth of a step's decisions.
-GC_THRESHOLDS = (20_000, 20, 20)
-
-
 class CoreFactory(Protocol):
     """Builds the core inside the engine process; `wake` is for the loader's thread."""
 
@@ -67,15 +63,10 @@ def run_engine(connection: Connection, build_core: CoreFactory) -> None:
     core = _try_build(connection, build_core, lambda: inbox.put(None))
     if core is None:
         return
-    # What start-up left stays for good. A full collection would walk through all of it, hundreds of
-    # thousands of objects of torch and its like, in the middle of a step. Steps make little garbage
-    # that needs a collection at all, so young objects are looked at less often than by default.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    collector = CycleCollector(time.monotonic())
     try:
         connection.send(Ready(core.info))
-        _serve(core, connection, inbox)
+        _serve(core, connection, inbox, collector)
     except (BrokenPipeError, ConnectionResetError):
         log.warning("the API process is gone")
     finally:
@@ -98,7 +89,10 @@ def _try_build(
 
 
 def _serve(
-    core: EngineCore, connection: Connection, inbox: queue.SimpleQueue[Command | None]
+    core: EngineCore,
+    connection: Connection,
+    inbox: queue.SimpleQueue[Command | None],
+    collector: CycleCollector,
 ) -> None:
     stats_due = 0.0
     discards = PendingDiscards(core)
@@ -118,6 +112,7 @@ def _serve(
             stats_due = now + STATS_EVERY_S
         if events or is_due:
             connection.send(StepOutput(tuple(events), core.stats() if is_due else None))
+        collector.collect_if_due(now, is_idle=not core.has_work)
 
 
 def _drain(core: EngineCore, inbox: queue.SimpleQueue[Command | None]) -> list[Command]:

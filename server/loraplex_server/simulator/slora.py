@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from loraplex_scheduler.admission import AdmissionPolicy
@@ -77,10 +77,10 @@ class _Watched:
         self.asked.clear()
         self._admission.begin(running)
 
-    def pages_to_leave(self, newcomer: Sequence) -> int:
+    def is_enough(self, num_pages: int, newcomer: Sequence) -> bool:
         if newcomer.adapter_id is not None:
             self.asked.add(newcomer.adapter_id)
-        return self._admission.pages_to_leave(newcomer)
+        return self._admission.is_enough(num_pages, newcomer)
 
     def admitted(self, newcomer: Sequence) -> None:
         self._admission.admitted(newcomer)
@@ -131,7 +131,7 @@ class EarlyAbort:
     def charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
         self._num_admitted += 1
 
-    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+    def charge_outputs(self, sequences: Collection[Sequence]) -> None:
         """Tokens change nothing here."""
 
     def settle(self, sequence: Sequence) -> None:

@@ -40,7 +40,7 @@ def test_only_adapters_that_a_look_at_the_queue_came_to_are_needed():
     gate = make_gate()
     gate.may_admit(num_running=5)
     gate.admission.begin([])
-    gate.admission.pages_to_leave(SequenceFactory()(adapter="a"))
+    gate.admission.is_enough(1, SequenceFactory()(adapter="a"))
     assert gate.is_needed("a")
     assert not gate.is_needed("b")
     gate.launched(has_admitted=False)
