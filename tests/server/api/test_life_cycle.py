@@ -219,8 +219,8 @@ def test_validate_judges_and_registers_nothing(server, folders):
     files = [("files", (p.name, p.read_bytes())) for p in sorted(folders[0].iterdir())]
     good = httpx.post(f"{server.url}/v1/adapters/validate", files=files).json()
     assert good["valid"] is True
-    assert good["id"].startswith("sha256:")
-    assert good["self_test_error"] < 1e-5
+    assert good["adapter"]["adapter_id"].startswith("sha256:")
+    assert good["adapter"]["self_test_error"] < 1e-5
     assert {entry["verdict"] for entry in good["report"]} <= {"applied", "folded", "no effect"}
     config = json.loads((folders[0] / "adapter_config.json").read_text())
     config["use_qalora"] = "perhaps"
