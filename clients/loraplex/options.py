@@ -29,8 +29,14 @@ class SamplingOptions(TypedDict, total=False):
     first) and *_special_tokens. Two are loraplex's own: deadline_s, seconds until the whole answer
     is due, and ttft_slo_s, seconds until its first token is: an answer that would come later is
     refused with a RateLimitError, which a client with `max_retries` tries again when it was told.
+
+    adapter_id names an adapter where `model` is the base model, as LoRAX's field does; lora_path is
+    SGLang's word for the same. A default of the adapter's own fills in what is not given; to ask
+    for the server's default instead, send null with `extra_body`.
     """
 
+    adapter_id: str | None
+    lora_path: str | Sequence[str] | None
     max_tokens: int | None
     min_tokens: int | None
     n: int | None

@@ -20,6 +20,7 @@ from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
 from loraplex_server.api.models import models_router
+from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
@@ -54,11 +55,10 @@ def create_app(services: Services) -> FastAPI:
     )
     front = Front(
         engine=services.engine,
-        catalog=services.catalog,
         vocabulary=services.vocabulary,
         generations=generations,
         adapter_names=names,
-        base_names=services.base_names,
+        model_names=ModelNames(services.catalog, services.base_names),
         tenant_header=TenantHeader(services.config.tenant_header),
     )
     app.include_router(completions_router(front))

@@ -80,7 +80,7 @@ class CompletionFormat:
             "id": job.job_id,
             "object": "text_completion",
             "created": unix_time(),
-            "model": body.model,
+            "model": job.model,
         }
         self._chunk_head = b"data: " + compact(self._envelope).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"

@@ -60,11 +60,11 @@ class InvalidRequest(ApiError):
 
 
 class ModelNotFound(ApiError):
-    """`model` names neither the base model nor an adapter."""
+    """`model`, or another field `param`, names neither the base model nor an adapter."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, param: str = "model") -> None:
         super().__init__(
-            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param="model"
+            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param=param
         )
 
 

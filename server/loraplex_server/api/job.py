@@ -31,9 +31,13 @@ class Job:
     """`n` samples of each prompt.
 
     Sequence `i` is sample `i % n` of prompt `i // n`.
+
+    Attributes:
+        model: what the answer calls who gave it.
     """
 
     job_id: str
+    model: str
     prompts: tuple[tuple[int, ...], ...]
     n: int
     sampling: SamplingParams
