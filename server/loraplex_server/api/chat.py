@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from loraplex_server.api.answer import Written
+from loraplex_server.api.answer import OpenAIStreamEnd, Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
@@ -61,7 +61,7 @@ def _wish(body: ChatBody) -> Wish:
     )
 
 
-class ChatFormat:
+class ChatFormat(OpenAIStreamEnd):
     """Implements `AnswerFormat` in the shapes of `chat.completion` and its chunks."""
 
     def __init__(self, job: Job, body: ChatBody, vocabulary: Vocabulary) -> None:
