@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +18,7 @@ from loraplex_server.api.context_limit import ContextLimit
 from loraplex_server.api.errors import InvalidRequest
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
-from loraplex_server.api.model_names import Answerer, ModelNames, Naming
+from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.request_defaults import default_len, fill_in
 from loraplex_server.api.sampling import base_sampling, text_options
@@ -82,12 +82,12 @@ class Front:
             ttft_slo_s=body.ttft_slo_s,
         )
         self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
-        answerer = await self._acquire(body.namings)
+        answerer = await self._acquire(body.model_wish)
         try:
             job = await self._job(body, terms, wish, job_id, answerer)
             generation = self.generations.start(job)
         except BaseException:
-            if answerer.lease is not None:
+            if answerer.adapters:
                 await asyncio.to_thread(answerer.release)
             raise
         return GenerationAnswer(
@@ -100,7 +100,7 @@ class Front:
     async def _job(
         self, body: GenerationBody, terms: Terms, wish: Wish, job_id: str, answerer: Answerer
     ) -> Job:
-        record = answerer.lease.record if answerer.lease else None
+        record = answerer.record
         limit = ContextLimit.of(self.engine.info.max_model_len, record)
         defaults = record.defaults if record else AdapterDefaults()
         prompts = await self._encode(wish, limit, defaults)
@@ -120,7 +120,7 @@ class Front:
             n=body.n or 1,
             sampling=sampling,
             text=text_options(body),
-            lease=answerer.lease,
+            adapters=answerer.adapters,
             terms=terms,
         )
 
@@ -136,19 +136,19 @@ class Front:
             raise InvalidRequest("a prompt must have at least one token", param="prompt")
         return prompts
 
-    async def _acquire(self, namings: Sequence[Naming]) -> Answerer:
+    async def _acquire(self, wish: ModelWish) -> Answerer:
         """Resolve who answers, once for the whole request."""
-        if (base := self.model_names.base(namings)) is not None:
+        if (base := self.model_names.base(wish)) is not None:
             return base
-        acquiring = asyncio.ensure_future(asyncio.to_thread(self.model_names.acquire, namings))
+        acquiring = asyncio.ensure_future(asyncio.to_thread(self.model_names.acquire, wish))
         try:
             answerer = await asyncio.shield(acquiring)
         except asyncio.CancelledError:
             # The thread goes on and takes the lease; nobody else will give it back.
             acquiring.add_done_callback(_release)
             raise
-        if answerer.lease is not None:
-            record = answerer.lease.record
+        for adapter in answerer.adapters:
+            record = adapter.lease.record
             self.adapter_names.remember(record.id, record.name)
         return answerer
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, LiteralString
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from loraplex_server.api.model_names import Naming
+from loraplex_server.api.model_names import ModelWish, Naming
 from loraplex_server.text.errors import InvalidText
 from loraplex_server.text.vocabulary import check_text
 
@@ -21,6 +21,8 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
 MAX_PROMPTS: Final = 1024
+#: Each costs another pass over the linears.
+MAX_MIXED: Final = 8
 #: Room for a Unix time, which some clients order their requests by.
 MAX_PRIORITY: Final = 2**53 - 1
 
@@ -161,6 +163,17 @@ def _check_logit_bias(value: Any) -> Any:
     return biases
 
 
+#: More would only overflow what is computed.
+Weight = Annotated[float, Field(ge=-100, le=100)]
+
+
+class WeightedName(StrictBody):
+    """One adapter of a mixture, and the factor on all that it adds."""
+
+    name: Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+    weight: Weight = 1.0
+
+
 class GenerationBody(StrictBody):
     """The fields that completions and chat completions share; None is the default of each."""
 
@@ -170,6 +183,8 @@ class GenerationBody(StrictBody):
         Annotated[str, AfterValidator(_check_unicode)] | None,
         BeforeValidator(_check_lora_path, json_schema_input_type=str | list[str | None] | None),
     ] = None
+    adapter_scale: Weight | None = None
+    adapters: Annotated[list[WeightedName], Field(min_length=1, max_length=MAX_MIXED)] | None = None
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: float | None = None
@@ -201,8 +216,8 @@ class GenerationBody(StrictBody):
     @classmethod
     def _check_model(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("model"):
-            others = (data.get("adapter_id"), data.get("lora_path"))
-            if others == (None, None):
+            others = (data.get("adapter_id"), data.get("lora_path"), data.get("adapters"))
+            if others == (None, None, None):
                 raise PydanticCustomError("missing", "Field required", {"param": "model"})
         return data
 
@@ -213,10 +228,14 @@ class GenerationBody(StrictBody):
         return self
 
     @property
-    def namings(self) -> tuple[Naming, ...]:
-        """The fields that say who shall answer."""
+    def model_wish(self) -> ModelWish:
+        """Who shall answer."""
         given = {"model": self.model, "adapter_id": self.adapter_id, "lora_path": self.lora_path}
-        return tuple(Naming(param, name) for param, name in given.items() if name is not None)
+        return ModelWish(
+            tuple(Naming(param, name) for param, name in given.items() if name is not None),
+            mixture=tuple((adapter.name, adapter.weight) for adapter in self.adapters or ()),
+            scale=self.adapter_scale,
+        )
 
     @property
     def includes_usage(self) -> bool:

@@ -132,7 +132,7 @@ def test_what_cannot_be_loaded_is_told_in_vllms_shape(server, root, tmp_path):
     assert_vllm_error(base, 400, "InvalidUserInput", "is the base model's name")
     outside = make_adapter(tmp_path / "outside")
     assert_vllm_error(load(server, "x", outside), 403, "PermissionDeniedError", "adapter_root")
-    assert_vllm_error(load(server, "x", "../x"), 404, "NotFoundError", "No adapter found")
+    assert_vllm_error(load(server, "x", "../x"), 403, "PermissionDeniedError", "adapter_root")
     assert_vllm_error(load(server, "x", "gopher:x"), 404, "NotFoundError", "No adapter found")
     threed = load(server, "x", "pirate", is_3d_lora_weight=True)
     assert_vllm_error(threed, 400, "InvalidUserInput", "is_3d_lora_weight")

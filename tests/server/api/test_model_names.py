@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from loraplex import Client
-from loraplex_server.api.model_names import ModelNames, Naming
+from loraplex_server.api.model_names import ModelNames, ModelWish, Naming
 from tests.server.api.conftest import BASE, make_adapter, wait_until
 
 
@@ -154,11 +154,11 @@ def test_an_adapter_that_is_called_so_wins_over_the_prefix(server, pirate, tmp_p
 def test_a_base_model_with_a_colon_in_its_name_is_one_prefix(server, pirate):
     names = ModelNames(server.catalog, ("qwen:0.5b", "qwen"))
     for text in ("qwen:0.5b:pirate", "qwen:pirate", "pirate"):
-        answerer = names.acquire([Naming("model", text)])
-        assert answerer.lease is not None
-        assert answerer.lease.record.id == pirate
+        answerer = names.acquire(ModelWish((Naming("model", text),)))
+        assert answerer.record is not None
+        assert answerer.record.id == pirate
         answerer.release()
-    assert names.acquire([Naming("model", "qwen:0.5b")]).lease is None
+    assert names.acquire(ModelWish((Naming("model", "qwen:0.5b"),))).record is None
 
 
 def test_a_version_is_named_by_its_digest(server, pirate):
