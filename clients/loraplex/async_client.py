@@ -59,7 +59,7 @@ class AsyncClient(BaseClient):
 
     @property
     def adapters(self) -> AsyncAdapters:
-        """The adapters the server keeps: push, list, get, delete, prefetch."""
+        """The adapters the server keeps: push, fetch, list, get, change, roll back, delete."""
         return AsyncAdapters(self)
 
     async def pool(self) -> Pool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from loraplex import calls
+from loraplex.adapter_options import AdapterSettings, RegisterOptions
 from loraplex.base_client import next_cursor
 from loraplex.multipart import Progress
 from loraplex.options import ChatOptions, CompletionOptions, Messages, Prompt
@@ -16,6 +17,7 @@ from loraplex.types import (
     Adapter,
     AdapterDeleted,
     AdapterPrefetch,
+    AdapterValidation,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -129,13 +131,11 @@ class AsyncAdapters:
         path: str | os.PathLike[str],
         *,
         name: str | None = None,
-        check_base: bool = True,
         on_progress: Progress | None = None,
+        **options: Unpack[RegisterOptions],
     ) -> Adapter:
         """Upload an adapter. Pushing the same content under the same name again is no error."""
-        return await self._client.send(
-            calls.push_adapter(Path(path), name, check_base, on_progress)
-        )
+        return await self._client.send(calls.push_adapter(Path(path), name, on_progress, options))
 
     async def list(self, *, page_size: int = 100) -> AsyncIterator[Adapter]:
         """Iterate over every adapter, fetching pages as they are needed."""
@@ -152,9 +152,84 @@ class AsyncAdapters:
         """Return one adapter, or raise NotFoundError."""
         return await self._client.send(calls.get_adapter(name))
 
-    async def delete(self, name: str) -> AdapterDeleted:
-        """Forget a name, or raise NotFoundError. Requests that are running finish."""
-        return await self._client.send(calls.delete_adapter(name))
+    async def delete(
+        self,
+        name: str,
+        *,
+        mode: Literal["drain", "cancel"] | None = None,
+        timeout_s: float | None = None,
+    ) -> AdapterDeleted:
+        """Delete a name with all its versions, or the one version `name@sha256:...`.
+
+        Returns when nobody uses it any more and what it took is free.
+
+        Args:
+            name: Unknown to requests from the start.
+            mode: Wait for the requests that run ("drain", the server's default), or end them.
+            timeout_s: How long the server waits for them.
+
+        Raises:
+            NotFoundError: No adapter has this name.
+            InternalServerError: 504; requests still run. The name is gone all the same.
+        """
+        return await self._client.send(calls.delete_adapter(name, mode, timeout_s))
+
+    async def fetch(
+        self,
+        name: str,
+        source: str,
+        *,
+        sha256: str | None = None,
+        **options: Unpack[RegisterOptions],
+    ) -> Adapter:
+        """Have the server fetch an adapter and register it.
+
+        Args:
+            name: What requests will call it.
+            source: `https:`, `s3:`, `gs:`, `hf:` or `file:`; an archive or a folder.
+            sha256: Of the archive, or of the safetensors file; other content is refused.
+            options: The fields of `RegisterOptions`.
+        """
+        return await self._client.send(calls.fetch_adapter(name, source, sha256, options))
+
+    async def validate(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        check_base: bool = True,
+        on_progress: Progress | None = None,
+    ) -> AdapterValidation:
+        """Return what the server would make of an adapter; it registers nothing."""
+        return await self._client.send(calls.validate_adapter(Path(path), check_base, on_progress))
+
+    async def versions(self, name: str, *, page_size: int = 100) -> AsyncIterator[Adapter]:
+        """Iterate over the versions of a name, newest first."""
+        after: int | None = None
+        while True:
+            page = await self._client.send(calls.list_versions(name, page_size, after))
+            for adapter in page.data:
+                yield adapter
+            if not page.has_more or page.last is None or page.last == after:
+                return
+            after = page.last
+
+    async def rollback(
+        self, name: str, *, version: int | None = None, adapter_id: str | None = None
+    ) -> Adapter:
+        """Let a name stand for another of its versions, by its number or its id."""
+        return await self._client.send(calls.roll_back_adapter(name, version, adapter_id))
+
+    async def change(self, name: str, **settings: Unpack[AdapterSettings]) -> Adapter:
+        """Change the given fields of `AdapterSettings`; the others stay as they are."""
+        return await self._client.send(calls.change_adapter(name, settings))
+
+    async def pin(self, name: str) -> Adapter:
+        """Keep an adapter in the pool once it is there; ConflictError if there is no room."""
+        return await self.change(name, pinned=True)
+
+    async def unpin(self, name: str) -> Adapter:
+        """Let an adapter leave the pool again."""
+        return await self.change(name, pinned=False)
 
     async def prefetch(self, name: str) -> AdapterPrefetch:
         """Tell the server that requests for an adapter will come soon, or raise NotFoundError."""

@@ -71,7 +71,7 @@ class Client(BaseClient):
 
     @property
     def adapters(self) -> Adapters:
-        """The adapters the server keeps: push, list, get, delete, prefetch."""
+        """The adapters the server keeps: push, fetch, list, get, change, roll back, delete."""
         return Adapters(self)
 
     def pool(self) -> Pool:

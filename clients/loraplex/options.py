@@ -7,7 +7,7 @@ None means "not given": the server's default holds. The server refuses unknown f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Required, TypeAlias, TypedDict
 
 from loraplex.types import ChatMessage
 
@@ -21,6 +21,13 @@ class StreamOptions(TypedDict, total=False):
     include_usage: bool
 
 
+class WeightedAdapter(TypedDict, total=False):
+    """One adapter of a mixture; `weight` is a factor on all that it adds, 1 by default."""
+
+    name: Required[str]
+    weight: float
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields that completions and chat share.
 
@@ -29,8 +36,17 @@ class SamplingOptions(TypedDict, total=False):
     first) and *_special_tokens. Two are loraplex's own: deadline_s, seconds until the whole answer
     is due, and ttft_slo_s, seconds until its first token is: an answer that would come later is
     refused with a RateLimitError, which a client with `max_retries` tries again when it was told.
+
+    adapter_id names an adapter where `model` is the base model, as LoRAX's field does; lora_path is
+    SGLang's word for the same. adapter_scale is a factor on all that the adapter adds; adapters
+    mixes several: what they add, times their weights, is added up. What is not given may have a
+    default of the adapter's own; for the server's instead, send null with `extra_body`.
     """
 
+    adapter_id: str | None
+    lora_path: str | Sequence[str] | None
+    adapter_scale: float | None
+    adapters: Sequence[WeightedAdapter] | None
     max_tokens: int | None
     min_tokens: int | None
     n: int | None

@@ -8,6 +8,7 @@ plain strings for the same reason.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -191,6 +192,21 @@ class ModelList(ApiModel):
     data: list[Model]
 
 
+class ReportEntry(ApiModel):
+    """What became of one field or tensor of an adapter.
+
+    Attributes:
+        subject: Its name.
+        verdict: "applied", "folded" (converted exactly), "no effect" or "refused".
+        detail: How, or why.
+    """
+
+    subject: str
+    verdict: str
+    detail: str = ""
+    kind: str = "adapter"
+
+
 class Adapter(ApiModel):
     """One registered adapter.
 
@@ -203,6 +219,16 @@ class Adapter(ApiModel):
         created: Unix time in seconds.
         state: "registered" (on disk), "host" (in host memory), "loading" or "resident" (in the
             pool).
+        version: Counts the versions of its name from 1.
+        current: Whether the name alone stands for this version.
+        native_bytes: Of the uploaded files, where the weights had to be computed from them.
+        self_test_error: The largest relative difference from dense arithmetic, None if not tested.
+        source: "upload", or where the server fetched it.
+        last_used: Unix time in seconds, up to a minute late; None if it was never used.
+        pinned: It stays in the pool once it is there, and does not expire.
+        ttl_s: It is deleted so long after its last use; None for never.
+        defaults: What its requests get where they do not say otherwise.
+        report: What became of each field and tensor of the upload; of `get` only.
     """
 
     object: str = "adapter"
@@ -215,6 +241,40 @@ class Adapter(ApiModel):
     pool_pages: int
     created: int
     state: str
+    version: int = 1
+    current: bool = True
+    native_bytes: int = 0
+    self_test_error: float | None = None
+    source: str = "upload"
+    last_used: int | None = None
+    pinned: bool = False
+    ttl_s: int | None = None
+    defaults: dict[str, Any] = {}
+    report: list[ReportEntry] = []
+
+
+class AdapterVersions(ApiModel):
+    """One page of GET /v1/adapters/{name}/versions, newest first; `last` is the next's cursor."""
+
+    data: list[Adapter]
+    has_more: bool = False
+    last: int | None = None
+
+
+class AdapterValidation(ApiModel):
+    """The answer of POST /v1/adapters/validate.
+
+    Attributes:
+        valid: The server would register it.
+        reasons: Why it would not.
+        adapter: What would be kept of it.
+        report: What would become of each of its fields and tensors.
+    """
+
+    valid: bool
+    reasons: list[str] = []
+    adapter: dict[str, Any] | None = None
+    report: list[ReportEntry] = []
 
 
 class AdapterPage(ApiModel):
@@ -225,12 +285,26 @@ class AdapterPage(ApiModel):
     last: str | None = None
 
 
+class FreedBytes(ApiModel):
+    """What an adapter took of the memory pool (prefixes included), host memory and disk."""
+
+    pool_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+
 class AdapterDeleted(ApiModel):
-    """The answer of DELETE /v1/adapters/{name}. `id` is the content that the name held."""
+    """The answer of DELETE /v1/adapters/{name}.
+
+    Attributes:
+        id: The content that the name, or the version, stood for.
+        freed: What came free by it.
+    """
 
     name: str
     id: str
     deleted: bool
+    freed: FreedBytes = FreedBytes()
 
 
 class AdapterPrefetch(ApiModel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -14,14 +16,19 @@ from loraplex_kernels.native import MAX_GROUPS, load_native
 class CpuBackend:
     """Batches are host tensors already: there is nothing to bring anywhere."""
 
-    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> CpuOps:
-        return CpuOps(attention, lora)
+    def prepare(
+        self,
+        attention: AttentionBatch,
+        lora: LoRABatch | None,
+        more_lora: Sequence[LoRABatch] = (),
+    ) -> CpuOps:
+        return CpuOps(attention, (*((lora,) if lora else ()), *more_lora))
 
 
 class CpuOps:
     """Implements `ops.StepOps`."""
 
-    def __init__(self, attention: AttentionBatch, lora: LoRABatch | None) -> None:
+    def __init__(self, attention: AttentionBatch, lora: Sequence[LoRABatch]) -> None:
         self._attention = attention
         self._lora = lora
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -78,12 +85,12 @@ class CpuOps:
         layer: int,
         site: LoRASite,
     ) -> None:
-        if self._lora is not None:
+        for batch in self._lora:
             add_lora(
                 y,
                 x,
                 pool_layer,
-                self._lora,
+                batch,
                 layer=layer,
                 projections=site.projections,
                 out_features=site.out_features,

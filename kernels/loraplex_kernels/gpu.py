@@ -9,7 +9,8 @@ outgrows them gets tables of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import torch
@@ -89,8 +90,20 @@ class GpuBackend:
         in_pages = self._capacity.max_pages * self._model.page_tokens // self._tiling.split_tokens
         return self._capacity.max_sequences + in_pages
 
-    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> GpuOps:
+    def prepare(
+        self,
+        attention: AttentionBatch,
+        lora: LoRABatch | None,
+        more_lora: Sequence[LoRABatch] = (),
+    ) -> GpuOps:
         """Bring a step of any size to the device; its operations are good for this step alone."""
+        ops = self._prepare(attention, lora)
+        if not more_lora:
+            return ops
+        works = (build_lora_work(batch, self._lora_shapes) for batch in more_lora)
+        return replace(ops, more_lora=tuple(work.to(self._device) for work in works))
+
+    def _prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> GpuOps:
         num_rows = len(attention.positions)
         attention_work, lora_work = self._lay_out(attention, lora, num_rows)
         if self._try_upload(attention_work, lora_work):
@@ -229,6 +242,7 @@ class GpuOps:
     lora_shapes: list[LoRAShape]
     lora_programs: int
     attention_programs: int
+    more_lora: tuple[LoRATables, ...] = ()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise_triton.rms_norm(x, weight, eps)
@@ -289,12 +303,14 @@ class GpuOps:
         layer: int,
         site: LoRASite,
     ) -> None:
-        if self.lora is not None:
+        for tables in (self.lora, *self.more_lora):
+            if tables is None:
+                continue
             lora_launch.add_lora(
                 y,
                 x,
                 pool_layer,
-                self.lora,
+                tables,
                 layer=layer,
                 shape=self.lora_shapes[site.index],
                 num_programs=self.lora_programs,

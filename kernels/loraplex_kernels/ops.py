@@ -7,6 +7,7 @@ through Triton; `reference.py` defines what both compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -85,8 +86,18 @@ class StepOps(Protocol):
 class KernelBackend(Protocol):
     """Owned by the runner; one per engine."""
 
-    def prepare(self, attention: AttentionBatch, lora: LoRABatch | None) -> StepOps:
-        """Bring a step's batches to where its operations read them; good for this step alone."""
+    def prepare(
+        self,
+        attention: AttentionBatch,
+        lora: LoRABatch | None,
+        more_lora: Sequence[LoRABatch] = (),
+    ) -> StepOps:
+        """Bring a step's batches to where its operations read them; good for this step alone.
+
+        Args:
+            more_lora: batches added one after the other behind `lora`, for rows that have several
+                adapters: a row is in each batch once at most.
+        """
         ...
 
 

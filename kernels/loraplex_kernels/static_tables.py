@@ -38,7 +38,11 @@ def copy_tables(
     flat = np.zeros(starts[-1], dtype=np.int32)
     for start, array in zip(starts, arrays, strict=False):
         flat[start : start + array.size] = array.reshape(-1)
-    data = torch.from_numpy(flat).to(device)
+    host = torch.from_numpy(flat)
+    if device.type == "cuda":
+        # From pageable memory the copy would wait for everything enqueued before it.
+        host = host.pin_memory()
+    data = host.to(device, non_blocking=True)
     return [
         data[start : start + array.size].view(array.shape)
         for start, array in zip(starts, arrays, strict=False)

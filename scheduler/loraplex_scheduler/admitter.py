@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Final
 
 from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.residency import ResidencyState
 from loraplex_scheduler.admission import AdmissionPolicy
@@ -106,28 +107,34 @@ class Admitter:
         return loads, self._behind(queue) if is_idle else []
 
     def _is_passed_over(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
-        """Whether others may go before it, as it waits for its adapter or for better company."""
-        adapter_id = sequence.adapter_id
-        if adapter_id is None:
+        """Whether others may go before it, as it waits for its adapters or for better company."""
+        residency = self._accounts.residency
+        is_complete = True
+        for manifest, layout in sequence.adapters:
+            state = residency.state(manifest.adapter_id)
+            self._spared.add(manifest.adapter_id)  # whoever comes later may not evict it
+            if state is ResidencyState.RESIDENT:
+                continue
+            is_complete = False
+            if state is None:
+                if residency.num_loading >= self._limits.max_loading:
+                    return True
+                if not self._try_load(sequence, manifest, layout, loads):
+                    return False
+        if is_complete:
             return not self._clustering.may_join(sequence)
-        state = self._accounts.residency.state(adapter_id)
-        self._spared.add(adapter_id)  # whoever comes later may not evict it
-        if state is ResidencyState.RESIDENT:
-            return not self._clustering.may_join(sequence)
-        if state is None:
-            if self._accounts.residency.num_loading >= self._limits.max_loading:
-                return True
-            if not self._try_load(sequence, loads):
-                return False
         self._num_set_aside += sequence.table.pages_missing(sequence.num_tokens)
         return sequence not in self._undone
 
-    def _try_load(self, sequence: Sequence, loads: list[AdapterLoad]) -> bool:
-        """Start the load it needs; False, and nothing has changed, when there is no room for it."""
-        residency, layout = self._accounts.residency, sequence.adapter_layout
-        manifest = sequence.request.adapter
-        assert manifest is not None
-        assert layout is not None
+    def _try_load(
+        self,
+        sequence: Sequence,
+        manifest: AdapterManifest,
+        layout: AdapterLayout,
+        loads: list[AdapterLoad],
+    ) -> bool:
+        """Start a load it needs; False, and nothing has changed, when there is no room for it."""
+        residency = self._accounts.residency
         # What will be pinned or written when it runs must be there beside what runs already. And
         # its own pages are counted in what it leaves: those who run use them in the meantime.
         num_own = sequence.table.pages_missing(sequence.num_tokens)
@@ -142,8 +149,8 @@ class Admitter:
 
     def _try_admit(self, sequence: Sequence, draft: StepDraft) -> bool:
         """Let it run, or change nothing and return False."""
-        adapter_id = sequence.adapter_id
-        if adapter_id is not None and not self._accounts.residency.is_resident(adapter_id):
+        residency = self._accounts.residency
+        if not all(residency.is_resident(manifest.adapter_id) for manifest, _ in sequence.adapters):
             return False
         table = sequence.table
         # The last token is computed in any case: the next one is drawn from it.
@@ -181,4 +188,4 @@ class Admitter:
 
     def _behind(self, queue: Iterator[Sequence]) -> list[AdapterManifest]:
         """Return the adapters of the next sequences in the queue, as a hint for host memory."""
-        return [s.request.adapter for s in islice(queue, _LOOKAHEAD) if s.request.adapter]
+        return [manifest for s in islice(queue, _LOOKAHEAD) for manifest, _ in s.adapters]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.flights import Flight
-from loraplex_scheduler.plan import AdapterLoad, Plan, SequenceStep
+from loraplex_scheduler.plan import AdapterLoad, Plan, PlannedAdapter, SequenceStep
 from loraplex_scheduler.sequence import Sequence
 from loraplex_scheduler.step_times import StepLoad
 
@@ -60,7 +60,9 @@ class StepDraft:
         """Return the decision as a plan, with whose it is and what it costs."""
         sequences = *self._single, *self._longer
         steps = *self._single.values(), *self._longer.values()
-        adapters = {s.adapter_id: s.planned for s in sequences if s.planned and s.adapter_id}
+        adapters: dict[str, PlannedAdapter] = {}
+        for sequence in sequences:
+            adapters |= sequence.planned
         num_tokens = self._max_step_tokens - self.budget
         load = StepLoad(
             num_tokens,

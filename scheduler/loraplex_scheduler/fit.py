@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 from loraplex_memory.adapter_layout import AdapterLayout
@@ -43,31 +45,59 @@ def prefix_of(request: Request) -> tuple[str | None, int]:
     """Return whose prefixes its prompt shares (None: the base's), and up to which token.
 
     Up to its start an activated LoRA computes what the base does. What comes of the same tokens
-    behind that depends on where it is, too.
+    behind that depends on where it is, too. So does what a mixture or a weighted adapter computes
+    on more than one adapter's id.
     """
     adapter = request.adapter
     if adapter is None:
         return None, sys.maxsize
     if adapter.spec.invocation_token_ids:
         return None, request.adapter_start
+    if request.more_adapters or request.adapter_weight != 1.0:
+        return None, 0  # nobody is likely to ask for the same mixture with the same weights
     return adapter.adapter_id, sys.maxsize
+
+
+def check_mixture(request: Request) -> None:
+    """Refuse weights and mixtures of adapters that do more than add to linears.
+
+    Raises:
+        RequestRefused: naming the adapter.
+    """
+    chosen = request.adapters
+    ids = [manifest.adapter_id for manifest, _ in chosen]
+    if request.more_adapters and not chosen:
+        raise RequestRefused(reason="the base model has no adapter to mix with", param="adapters")
+    if len(set(ids)) < len(ids):
+        raise RequestRefused(reason="the adapters of a mixture must differ", param="adapters")
+    if not request.more_adapters and request.adapter_weight == 1.0:
+        return
+    for manifest, weight in chosen:
+        if not manifest.spec.is_additive:
+            raise RequestRefused(
+                reason=f"adapter {manifest.adapter_id} does more than add to linears, so it can "
+                "be neither weighted nor mixed with others",
+                param="adapters",
+            )
+        if not math.isfinite(weight):
+            raise RequestRefused(reason=f"the weight {weight} is not finite", param="adapters")
 
 
 def fitting_len(
     request: Request,
-    adapter_layout: AdapterLayout | None,
+    adapter_layouts: Sequence[AdapterLayout],
     limits: SchedulerLimits,
     layout: PoolLayout,
     num_pages: int,
 ) -> int:
     """Return the most tokens its sequence may have: the model's limit, or what the pool of
-    `num_pages` holds beside its adapter.
+    `num_pages` holds beside its adapters.
 
     Raises:
         RequestRefused: there is no room for the prompt and one token.
     """
     num_prompt, num_virtual = len(request.prompt_token_ids), request.num_virtual
-    num_adapter = adapter_layout.num_pages if adapter_layout else 0
+    num_adapter = sum(layout.num_pages for layout in adapter_layouts)
     in_pool = (num_pages - num_adapter) * layout.page_tokens
     max_len = min(limits.max_model_len, in_pool)
     if num_prompt == num_virtual:
@@ -78,7 +108,7 @@ def fitting_len(
     if in_pool < limits.max_model_len:
         limit = (
             f"the pool of {num_pages} pages holds {max(0, in_pool)} beside "
-            f"the adapter's {num_adapter} pages: serve with a larger pool"
+            f"the {num_adapter} pages of adapters: serve with a larger pool"
         )
     tokens = f"{num_prompt - num_virtual} tokens"
     if num_virtual:

@@ -44,6 +44,9 @@ class Request:
             computed as the base computes them. Of an activated LoRA alone above 0.
         num_virtual: leading tokens of the prompt that stand for the adapter's own, with ids from
             the size of the vocabulary on. They have KV, but are nobody's text.
+        adapter_weight: factor on all that `adapter` adds; only of one that `is_additive`.
+        more_adapters: others, each with its weight, whose additions are added to the first one's;
+            all of them different, and only where all are additive.
     """
 
     request_id: str
@@ -57,6 +60,15 @@ class Request:
     priority: int = 0
     adapter_start: int = 0
     num_virtual: int = 0
+    adapter_weight: float = 1.0
+    more_adapters: tuple[tuple[AdapterManifest, float], ...] = ()
+
+    @property
+    def adapters(self) -> tuple[tuple[AdapterManifest, float], ...]:
+        """All of them with their weights, the first one first."""
+        if self.adapter is None:
+            return ()
+        return (self.adapter, self.adapter_weight), *self.more_adapters
 
 
 @dataclass(frozen=True)

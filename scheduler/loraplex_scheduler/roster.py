@@ -1,7 +1,7 @@
 """Who is being served: every live sequence.
 
     WAITING    no pages, no pin                           --admit-->   RUNNING
-    RUNNING    pages for its tokens, its adapter pinned   --preempt--> WAITING
+    RUNNING    pages for its tokens, its adapters pinned  --preempt--> WAITING
                                                           --finish-->  FINISHING
     FINISHING  no pages, no pin: its last token is on the way
 
@@ -57,11 +57,12 @@ class Roster:
         self.waiting.push(sequence)
 
     def admit(self, sequence: Sequence) -> None:
-        """Let a waiting sequence run that has pages for all its tokens; pin its adapter."""
-        if sequence.adapter_id and sequence.adapter_layout:
-            self._residency.pin(sequence.adapter_id)
-            pages = self._residency.pages(sequence.adapter_id)
-            sequence.planned = PlannedAdapter(sequence.adapter_layout, pages)
+        """Let a waiting sequence run that has pages for all its tokens; pin its adapters."""
+        for manifest, layout in sequence.adapters:
+            adapter_id = manifest.adapter_id
+            self._residency.pin(adapter_id)
+            pages = self._residency.pages(adapter_id)
+            sequence.planned[adapter_id] = PlannedAdapter(layout, pages)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_SERVICE_KEY)
         if sequence.has_penalties:
@@ -109,18 +110,18 @@ class Roster:
         assert len(private) == len(set(private)), "two sequences write to the same page"
         for sequence in self.running:
             assert sequence.table.capacity >= sequence.num_computed, "tokens without a page"
-            if sequence.adapter_id:
-                assert self._residency.is_resident(sequence.adapter_id), "adapter gone"
+            for manifest, _ in sequence.adapters:
+                assert self._residency.is_resident(manifest.adapter_id), "adapter gone"
         assert self.running == sorted(self.running, key=_SERVICE_KEY), "out of order"
         assert self.penalized == {s for s in self.running if s.has_penalties}
-        pins = [s.adapter_id for s in self.running if s.adapter_id]
-        assert self._residency.num_pins() == len(pins), "pins and running sequences disagree"
+        num_pins = sum(len(s.adapters) for s in self.running)
+        assert self._residency.num_pins() == num_pins, "pins and running sequences disagree"
 
     def _release(self, sequence: Sequence) -> None:
         sequence.publish_computed()
         sequence.table.release()
         self.running.remove(sequence)
         self.penalized.discard(sequence)
-        sequence.planned = None
-        if sequence.adapter_id:
-            self._residency.unpin(sequence.adapter_id)
+        sequence.planned = {}
+        for manifest, _ in sequence.adapters:
+            self._residency.unpin(manifest.adapter_id)

@@ -25,7 +25,7 @@ from loraplex_scheduler.admitter import Admitter
 from loraplex_scheduler.deadlines import Deadlines
 from loraplex_scheduler.draft import StepDraft
 from loraplex_scheduler.errors import RequestRefused
-from loraplex_scheduler.fit import AdapterLayouts, fitting_len, prefix_of
+from loraplex_scheduler.fit import AdapterLayouts, check_mixture, fitting_len, prefix_of
 from loraplex_scheduler.flights import Flight, Flights
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.lookahead import Lookahead
@@ -127,10 +127,10 @@ class Scheduler:
         return self.accounts.residency.is_resident(adapter_id)
 
     def running_adapters(self) -> set[str]:
-        return {s.adapter_id for s in self._roster.running if s.adapter_id}
+        return {m.adapter_id for s in self._roster.running for m, _ in s.adapters}
 
     def waiting_adapters(self) -> set[str]:
-        return {s.adapter_id for s in self._roster.waiting if s.adapter_id}
+        return {m.adapter_id for s in self._roster.waiting for m, _ in s.adapters}
 
     # ---- requests come and go --------------------------------------------------------------
 
@@ -145,16 +145,16 @@ class Scheduler:
             raise RequestRefused(reason=f"request id {request.request_id} is in use")
         sequence = self._sequence(request)
         now = self.accounts.clock.now_s
-        if request.adapter is not None:
-            self.accounts.residency.expect(request.adapter.adapter_id)
-            self._lookahead.arrive(request.adapter)
+        for manifest, _ in request.adapters:
+            self.accounts.residency.expect(manifest.adapter_id)
+            self._lookahead.arrive(manifest)
         rejection = self._policies.overload.refuse(sequence, self, now)
         if rejection is not None:
             return [self._rejected(request.request_id, rejection)]
         self._roster.add(sequence)
         self._deadlines.add(sequence)
-        if sequence.adapter_id:
-            self.accounts.residency.keep(sequence.adapter_id)
+        for manifest, _ in request.adapters:
+            self.accounts.residency.keep(manifest.adapter_id)
         return []
 
     def abort(
@@ -201,7 +201,7 @@ class Scheduler:
         """The adapter cannot be loaded: its waiting requests fail, everyone else goes on."""
         self.accounts.residency.fail_load(adapter_id)
         self._lookahead.forget(adapter_id)
-        waiting = [s.request_id for s in self._roster.waiting if s.adapter_id == adapter_id]
+        waiting = [s.request_id for s in self._roster.waiting if s.uses(adapter_id)]
         return [e for i in waiting for e in self.abort(i, FinishReason.FAILED, message)]
 
     def prefetch(self, manifest: AdapterManifest) -> None:
@@ -215,7 +215,7 @@ class Scheduler:
         Pages of an adapter that is still loading go back when the load has ended.
         """
         self._lookahead.forget(adapter_id)
-        if all(s.adapter_id != adapter_id for s in self._roster):
+        if not any(s.uses(adapter_id) for s in self._roster):
             self.accounts.discard_adapter(adapter_id)
 
     def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
@@ -372,14 +372,14 @@ class Scheduler:
     # ---- one sequence ----------------------------------------------------------------------
 
     def _sequence(self, request: Request) -> Sequence:
-        adapter = request.adapter
-        layout = self._layouts.of(adapter) if adapter else None
+        check_mixture(request)
+        layouts = tuple(self._layouts.of(manifest) for manifest, _ in request.adapters)
         num_pages = self.accounts.allocator.num_pages
-        max_len = fitting_len(request, layout, self.limits, self.accounts.layout, num_pages)
+        max_len = fitting_len(request, layouts, self.limits, self.accounts.layout, num_pages)
         table = self.accounts.new_table(*prefix_of(request))
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
-        return Sequence(request, self._next_order, table, layout, max_len, eos_token_ids)
+        return Sequence(request, self._next_order, table, layouts, max_len, eos_token_ids)
 
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)

@@ -26,12 +26,14 @@ class Sequence:
 
     Attributes:
         service_key: orders sequences by priority, then age; the last of the running gives way.
+        num_adapter_pages: pages of all of them; 0 for the base model.
         max_len: tokens of prompt and answer that it may have at most, by model and pool.
         last_len: so many tokens complete it: `max_len`, or earlier by its own `max_tokens`.
         min_len: with fewer tokens, none of `end_token_ids` may be drawn.
         num_tokens: tokens of prompt and answer, awaited ones included.
         end_token_ids: each ends it; never empty of the model's own unless it ignores those.
-        planned: where its adapter lies, while it runs with one.
+        adapters: those it runs with, and where their matrices lie inside their pages.
+        planned: where they lie in the pool, while it runs.
         num_cached: tokens of the prompt found in the prefix cache when it was first admitted; None
             before.
         is_live: its terminal event has not been written.
@@ -42,7 +44,7 @@ class Sequence:
         request: Request,
         order: int,
         table: PageTable,
-        adapter_layout: AdapterLayout | None,
+        layouts: tuple[AdapterLayout, ...],
         max_len: int,
         eos_token_ids: frozenset[int],
     ) -> None:
@@ -52,7 +54,11 @@ class Sequence:
         self.order = order
         self.service_key = (request.priority, request.arrival_s, order)
         self.table = table
-        self.adapter_layout = adapter_layout
+        self.adapters = tuple(
+            (manifest, layout)
+            for (manifest, _), layout in zip(request.adapters, layouts, strict=True)
+        )
+        self.num_adapter_pages = sum(layout.num_pages for layout in layouts)
         self.max_len = max_len
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
@@ -63,15 +69,14 @@ class Sequence:
         self.min_len = self.num_prompt + sampling.min_tokens
         eos = _NO_TOKENS if sampling.ignore_eos else eos_token_ids
         self.end_token_ids = sampling.stop_token_ids | eos
-        self.planned: PlannedAdapter | None = None
+        self.planned: dict[str, PlannedAdapter] = {}
         self.num_cached: int | None = None
         self.is_live = True
         self.has_penalties = request.sampling.has_penalties
 
-    @property
-    def num_adapter_pages(self) -> int:
-        """Pages of its adapter; 0 for the base model."""
-        return self.adapter_layout.num_pages if self.adapter_layout else 0
+    def uses(self, adapter_id: str) -> bool:
+        """Whether it runs with this adapter, first or not."""
+        return any(manifest.adapter_id == adapter_id for manifest, _ in self.adapters)
 
     @property
     def num_cached_text(self) -> int:

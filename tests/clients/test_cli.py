@@ -244,3 +244,75 @@ def test_a_connection_that_breaks_is_not_told_as_a_server_that_is_not_there():
     assert explain(broken) == (
         "the connection to http://h:1 broke (reset); look at the server's log"
     )
+
+
+def test_versions_are_listed_and_rolled_back(loraplex, tiny, server):
+    tiny.add("sql", version=2)
+    lines = loraplex("adapters", "versions", "sql").stdout.splitlines()
+    assert lines[0].split("\t") == ["version", "current", "id", "size", "created", "source"]
+    assert lines[1].split("\t")[:3] == ["2", "yes", "sha256:00"]
+    back = loraplex("adapters", "rollback", "sql", "1")
+    assert back.stdout == "sql stands for version 2, sha256:00\n"
+    assert server.requests[-1].json() == {"version": 1}
+    loraplex("adapters", "rollback", "sql", "sha256:" + "0" * 64)
+    assert server.requests[-1].json() == {"id": "sha256:" + "0" * 64}
+
+
+def test_settings_are_changed(loraplex, tiny, server, tmp_path):
+    tiny.add("sql")
+    assert loraplex("adapters", "pin", "sql").stdout == "pinned sql: 3 pages\n"
+    assert server.requests[-1].json() == {"pinned": True}
+    assert loraplex("adapters", "unpin", "sql").exit_code == 0
+    assert server.requests[-1].json() == {"pinned": False}
+    file = tmp_path / "defaults.json"
+    file.write_text('{"system_prompt": "Ahoy"}')
+    result = loraplex("adapters", "set", "sql", "--ttl", "never", "--defaults", str(file))
+    assert result.stdout == "changed sql\n"
+    assert server.requests[-1].json() == {"ttl_s": None, "defaults": {"system_prompt": "Ahoy"}}
+    loraplex("adapters", "set", "sql", "--ttl", "60")
+    assert server.requests[-1].json() == {"ttl_s": 60}
+    for options in ((), ("--ttl", "soon"), ("--defaults", str(tmp_path / "no"))):
+        assert loraplex("adapters", "set", "sql", *options).exit_code == 1
+
+
+def test_a_url_is_fetched_by_the_server(loraplex, tiny, server):
+    result = loraplex(
+        "adapters", "push", "s3://b/sql.zip", "--name", "sql", "--sha256", "0" * 64, "--replace"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert server.requests[-1].json() == {
+        "name": "sql",
+        "source": "s3://b/sql.zip",
+        "sha256": "0" * 64,
+        "check_base": True,
+        "replace": True,
+    }
+    assert "--name NAME" in loraplex("adapters", "push", "s3://b/sql.zip").stderr
+
+
+def test_a_version_is_pushed_over_the_expected_one(loraplex, server, folder):
+    result = loraplex("adapters", "upload", str(folder), "--replace", "--expected-id", "sha256:00")
+    assert result.exit_code == 0, result.stderr
+    assert b'name="replace"\r\n\r\ntrue\r\n' in server.requests[0].body
+    assert b'name="expected_id"\r\n\r\nsha256:00\r\n' in server.requests[0].body
+
+
+def test_an_adapter_is_judged_without_being_kept(loraplex, tiny, folder):
+    entry = {"subject": "r", "verdict": "applied", "detail": ""}
+    good = {"valid": True, "reasons": [], "report": [entry]}
+    tiny.failing["POST", "/v1/adapters/validate"] = Reply(good)
+    result = loraplex("adapters", "validate", str(folder))
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "it would be registered")
+    assert "applied\tr\t" in result.stdout
+    bad = {"valid": False, "reasons": ["rank 512 > 256"], "report": []}
+    tiny.failing["POST", "/v1/adapters/validate"] = Reply(bad)
+    result = loraplex("adapters", "validate", str(folder))
+    assert (result.exit_code, result.stdout.splitlines()[1]) == (1, "  - rank 512 > 256")
+
+
+def test_a_removal_can_cancel_and_says_what_it_freed(loraplex, tiny, server):
+    tiny.add("sql")
+    result = loraplex("adapters", "rm", "sql", "--yes", "--cancel", "--timeout", "5")
+    assert result.stdout == "removed sql\n"
+    assert "freed 4.1 kB of the pool" in result.stderr
+    assert server.requests[-1].path.endswith("/sql")

@@ -39,13 +39,19 @@ class TinyLoraplex:
         if key == ("GET", "/v1/pool"):
             return Reply(self.pool)
         path = received.path.removeprefix("/v1/adapters/")
-        name = unquote(path.removesuffix("/prefetch"))
+        for action in ("/prefetch", "/versions", "/rollback"):
+            path = path.removesuffix(action)
+        name = unquote(path)
         if name not in self.adapters:
             return Reply(NOT_FOUND, 404, {"x-request-id": "req-9"})
-        if received.method == "POST":
+        if received.path.endswith("/versions"):
+            return Reply({"data": [self.adapters[name]], "has_more": False, "last": 1})
+        if received.method == "POST" and received.path.endswith("/prefetch"):
             return Reply({"name": name, "id": self.adapters[name]["id"], "tier": "disk"}, 202)
         if received.method == "DELETE":
-            return Reply({**self.adapters.pop(name), "object": "adapter.deleted", "deleted": True})
+            freed = {"pool_bytes": 4096, "host_bytes": 0, "disk_bytes": 1_500_000}
+            gone = {**self.adapters.pop(name), "object": "adapter.deleted", "deleted": True}
+            return Reply({**gone, "freed": freed})
         return Reply(self.adapters[name])
 
     def add(self, name: str, **fields: object) -> None:
@@ -69,6 +75,9 @@ class TinyLoraplex:
     def _push(self, received: Received) -> Reply:
         fields: dict[str, str] = {}
         files: dict[str, int] = {}
+        if received.headers.get("content-type") == "application/json":
+            self.add(received.json()["name"])
+            return Reply(self.adapters[received.json()["name"]], 201)
 
         def on_file(file) -> None:
             files[file.file_name.decode()] = file.size

@@ -232,7 +232,7 @@ def test_only_a_span_that_reaches_an_awaited_token_takes_it(num_tokens, awaits):
     table = accounts.new_table(None)
     request = make_request("r", num_prompt=6, max_tokens=9)
     sequence = Sequence(
-        request, order=0, table=table, adapter_layout=None, max_len=20, eos_token_ids=frozenset()
+        request, order=0, table=table, layouts=(), max_len=20, eos_token_ids=frozenset()
     )
     sequence.num_tokens = 7  # gave way with a token on the way
     table.grow(sequence.num_tokens)

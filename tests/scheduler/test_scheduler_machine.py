@@ -79,6 +79,7 @@ class Life:
             extra["adapter_start"] = 7 * self.count % num_prompt
         elif manifest is not None:
             extra["num_virtual"] = min(manifest.spec.num_virtual_tokens, num_prompt - 1)
+            extra |= self.mixture(manifest)
         request = make_request(
             self.free_ids[-1] if self.free_ids else f"r{self.count}",
             num_prompt=num_prompt,
@@ -102,6 +103,17 @@ class Life:
         max_len = self.scheduler._roster.get(request.request_id).max_len
         self.open[request.request_id] = answer_of(request, max_len)
         self.tokens[request.request_id] = []
+
+    def mixture(self, manifest: AdapterManifest) -> dict[str, object]:
+        """Let some requests of plain adapters take others in, or weigh them."""
+        others = [a for a in ADAPTERS if a is not None and a.spec.is_additive and a is not manifest]
+        if not manifest.spec.is_additive or self.count % 3:
+            return {}
+        more = others[self.count % 4 : self.count % 4 + self.count % 5 % 3]
+        return {
+            "adapter_weight": 0.5 * (self.count % 4),
+            "more_adapters": tuple((other, 2.0) for other in more),
+        }
 
     def book(self, events: list[Event]) -> None:
         for event in events:

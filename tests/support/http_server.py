@@ -71,7 +71,7 @@ def _handler(answer: Callable[[Received], Reply]) -> type[BaseHTTPRequestHandler
             self.server.running.requests.append(received)
             self._write(answer(received))
 
-        do_GET = do_POST = do_DELETE = handle_any  # noqa: N815 - names that http.server calls
+        do_GET = do_POST = do_DELETE = do_PATCH = handle_any  # noqa: N815 - as http.server calls them
 
         def _write(self, reply: Reply) -> None:
             pieces = reply.pieces

@@ -145,6 +145,7 @@ def trained(base: Any, config: Any, *, strength: float = 0.15, seed: int = 1) ->
     """Return a PEFT model whose trainable parameters are far from where they started."""
     from peft import get_peft_model
 
+    torch.manual_seed(seed)  # PEFT draws initial values from the global generator
     model = get_peft_model(base, config)
     randomise(model, strength=strength, seed=seed)
     return model

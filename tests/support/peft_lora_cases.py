@@ -107,6 +107,7 @@ PLAIN = [
         lora_alpha=8,
         rank_pattern={"layers.0.mlp.up_proj": 3, "v_proj": 5},
         alpha_pattern={"(q|k)_proj": 16, "layers.1.mlp.down_proj": 24},
+        strength=0.1,
     ),
     lora("one layer", fields(lora_alpha=1), layers_to_transform=[1]),
     lora("gaussian", init_lora_weights="gaussian"),
@@ -176,7 +177,12 @@ CHANGED_BASE = [
         use_dora=True,
         target_modules=["q_proj", "down_proj"],
     ),
-    lora("kasa", dropped("lora_diag", kasa_config=None), kasa_config=KasaConfig(), strength=0.1),
+    lora(
+        "kasa",
+        dropped("lora_diag", kasa_config=None),
+        kasa_config=KasaConfig(),
+        target_modules=["q_proj", "v_proj", "down_proj"],
+    ),
     lora(
         "bdlora",
         whole_blocks,
@@ -302,6 +308,7 @@ def converted(name: str, prepare: Callable[[Any], LoraConfig]) -> PeftCase:
     """Return an adapter whose initialisation changed the base, saved so that it does not."""
 
     def make(base: Any) -> Any:
+        torch.manual_seed(1)
         model = get_peft_model(base, prepare(base))
         model.initial_folder = str(Path(tempfile.mkdtemp(), "initial"))
         config = model.peft_config["default"]

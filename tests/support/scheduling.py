@@ -49,6 +49,8 @@ def make_request(
     prompt: tuple[int, ...] | None = None,
     adapter_start: int = 0,
     num_virtual: int = 0,
+    adapter_weight: float = 1.0,
+    more_adapters: tuple[tuple[AdapterManifest, float], ...] = (),
     **sampling: object,
 ) -> Request:
     """Return a request; all prompts of a length are equal unless one is given."""
@@ -64,6 +66,8 @@ def make_request(
         priority=priority,
         adapter_start=adapter_start,
         num_virtual=num_virtual,
+        adapter_weight=adapter_weight,
+        more_adapters=more_adapters,
     )
 
 

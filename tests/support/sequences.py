@@ -42,10 +42,10 @@ class SequenceFactory:
 
     def of(self, request: Request, order: int, max_len: int = 100_000) -> Sequence:
         """Return the sequence of a request."""
+        layouts = tuple(AdapterLayout(self.accounts.layout, m.spec) for m, _ in request.adapters)
         adapter = request.adapter
-        layout = AdapterLayout(self.accounts.layout, adapter.spec) if adapter else None
         table = self.accounts.new_table(adapter.adapter_id if adapter else None)
-        return Sequence(request, order, table, layout, max_len, frozenset())
+        return Sequence(request, order, table, layouts, max_len, frozenset())
 
 
 def answer(sequence: Sequence, num_generated: int) -> Sequence:

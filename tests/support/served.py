@@ -70,7 +70,11 @@ class ServedModel:
 
     def logits(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """See `served_logits`."""
-        steps = [self._step(f"r{i}", *prompt) for i, prompt in enumerate(prompts)]
+        return self.logits_of([self._request(f"r{i}", *p) for i, p in enumerate(prompts)])
+
+    def logits_of(self, requests: Sequence[Request]) -> list[torch.Tensor]:
+        """Compute the prompts of requests; their adapters are known by the names given here."""
+        steps = [self._step(request) for request in requests]
         # Spans of one token come first in a plan.
         order = sorted(range(len(steps)), key=lambda i: steps[i].num_tokens > 1)
         plan = self.plan([steps[i] for i in order])
@@ -80,7 +84,7 @@ class ServedModel:
 
     def plan(self, steps: Sequence[SequenceStep]) -> Plan:
         """Return a plan of these steps."""
-        used = {step.adapter_id for step in steps if step.adapter_id}
+        used = {m.adapter_id for step in steps for m, _ in step.request.adapters}
         return Plan(tuple(steps), (), {name: self.adapters[name] for name in sorted(used)})
 
     def forward(self, plan: Plan) -> torch.Tensor:
@@ -88,15 +92,16 @@ class ServedModel:
         batches = BatchBuilder(self.layout)
         attention = batches.attention(plan)
         token_ids = torch.tensor([t for step in plan.sequences for t in step.token_ids])
-        ops = host_backend().prepare(attention, batches.lora(plan))
+        lora, more_lora = batches.lora(plan), batches.more_lora(plan)
+        ops = host_backend().prepare(attention, lora, more_lora)
         edited = batches.edits(plan, range(len(token_ids)))
         edits = AdapterEdits(edited, attention, self.pool) if edited else None
         return self.model.forward(token_ids, ops, self.pool, edits=edits)
 
-    def _step(self, request_id: str, adapter: str | None, prompt: Sequence[int]) -> SequenceStep:
+    def _request(self, request_id: str, adapter: str | None, prompt: Sequence[int]) -> Request:
         manifest = self.manifests[adapter] if adapter is not None else None
         adapted = adapt_prompt(manifest, prompt, self.model.spec.vocab_size)
-        request = Request(
+        return Request(
             request_id,
             adapted.token_ids,
             SamplingParams(max_tokens=1),
@@ -104,9 +109,11 @@ class ServedModel:
             num_virtual=adapted.num_virtual,
             adapter_start=adapted.adapter_start,
         )
-        num_tokens = len(adapted.token_ids)
-        pages = self._take(self.layout.pages_for_tokens(num_tokens))
-        return SequenceStep(request, 0, num_tokens, adapted.token_ids, pages, is_sampled=True)
+
+    def _step(self, request: Request) -> SequenceStep:
+        token_ids = request.prompt_token_ids
+        pages = self._take(self.layout.pages_for_tokens(len(token_ids)))
+        return SequenceStep(request, 0, len(token_ids), token_ids, pages, is_sampled=True)
 
     def _take(self, num_pages: int) -> tuple[int, ...]:
         return tuple(self._free.pop() for _ in range(num_pages))

@@ -30,7 +30,7 @@ _INSTEAD = 99
 NOT_FINITE = "not finite"
 
 #: Content of a page: the adapter, or for each of its tokens what its KV depends on.
-_Content = tuple[str | None, int, int]
+_Content = tuple[tuple[tuple[str, float], ...], int, int]
 _Page = str | list[_Content | None]
 
 
@@ -117,9 +117,10 @@ class ShadowDevice:
             page = self._pages[step.block_table[position // self._page_tokens]]
             found = page[position % self._page_tokens]
             assert found == self._content(step, position), "not the KV of this text"
-        if step.adapter_id is not None:
-            for page_id in plan.adapters[step.adapter_id].pages:
-                assert self._pages[page_id] == step.adapter_id, "these pages hold something else"
+        for manifest, _ in step.request.adapters:
+            adapter_id = manifest.adapter_id
+            for page_id in plan.adapters[adapter_id].pages:
+                assert self._pages[page_id] == adapter_id, "these pages hold something else"
         if step.is_sampled:
             assert step.position == num_tokens
         if step.is_sampled and step.sampling.has_penalties:
@@ -127,13 +128,13 @@ class ShadowDevice:
             assert step.history == tuple(self._token(step, p) for p in text)
 
     def _content(self, step: SequenceStep, position: int) -> _Content:
-        """Return what keys and values depend on: the adapter and where it begins to matter, unless
-        that is behind this token; and all tokens up to this one.
+        """Return what keys and values depend on: the adapters, their weights and where they begin
+        to matter, unless that is behind this token; and all tokens up to this one.
         """
         chain = tuple(self._token(step, p) for p in range(position + 1))
         start = step.request.adapter_start
-        is_base = step.adapter_id is None or position < start
-        return (None, 0, hash(chain)) if is_base else (step.adapter_id, start, hash(chain))
+        weighted = tuple((m.adapter_id, weight) for m, weight in step.request.adapters)
+        return ((), 0, hash(chain)) if position < start else (weighted, start, hash(chain))
 
     def _token(self, step: SequenceStep, position: int) -> int:
         if position < step.num_prompt:

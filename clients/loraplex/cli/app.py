@@ -8,7 +8,17 @@ import typer
 from typer.core import TyperGroup
 
 from loraplex.base_client import DEFAULT_BASE_URL
-from loraplex.cli import adapters, chat, check, models, pool, serve, simulate
+from loraplex.cli import (
+    adapter_settings,
+    adapter_versions,
+    adapters,
+    chat,
+    check,
+    models,
+    pool,
+    serve,
+    simulate,
+)
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
@@ -41,6 +51,11 @@ app.command("simulate", cls=serve.PassThrough, add_help_option=False)(simulate.s
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)
+adapters.app.command("versions")(adapter_versions.versions)
+adapters.app.command("rollback")(adapter_versions.rollback)
+adapters.app.command("pin")(adapter_settings.pin)
+adapters.app.command("unpin")(adapter_settings.unpin)
+adapters.app.command("set")(adapter_settings.set_adapter)
 adapters.app.command("check", cls=serve.PassThrough, add_help_option=False)(check.check)
 app.add_typer(adapters.app, name="adapters")
 

@@ -49,6 +49,7 @@ from loraplex_server.adapters.registry_database import sqlite_url
 from loraplex_server.adapters.removal import Removal
 from loraplex_server.adapters.store import AdapterStore, RemovedVersions, check_replaceable
 from loraplex_server.adapters.upload import UploadStaging
+from loraplex_server.adapters.validation import Validation, validate
 
 __all__ = ["AdapterCatalog", "AdapterLease"]
 
@@ -180,16 +181,15 @@ class AdapterCatalog:
         """Check `name` before an upload is received; raises InvalidAdapterName."""
         check_adapter_name(name, reserved=self._base_names)
 
-    def check(
-        self,
-        folder: Path,
-        *,
-        name: str | None = None,
-        check_base: bool = True,
-        max_pages: int | None = None,
-    ) -> CheckedAdapter:
-        """Do all that `register` does before it stores anything; raises as it does."""
-        return self._checks.check(folder, name=name, check_base=check_base, max_pages=max_pages)
+    def validate(
+        self, folder: Path, *, check_base: bool = True, max_pages: int | None = None
+    ) -> Validation:
+        """Judge a folder as `register` would, and keep nothing.
+
+        Raises:
+            InvalidUpload, UploadTooLarge, SelfTestFailed, StorageFailed
+        """
+        return validate(self._checks, folder, check_base=check_base, max_pages=max_pages)
 
     def register(
         self, wish: Registration, folder: Path, *, max_pages: int | None = None
@@ -209,7 +209,7 @@ class AdapterCatalog:
             VersionConflict: it is, but not the content that the name has.
         """
         self.check_name(wish.name)
-        checked = self.check(
+        checked = self._checks.check(
             folder, name=wish.name, check_base=wish.check_base, max_pages=max_pages
         )
         self._check_early(wish, checked.adapter_id)
@@ -329,6 +329,7 @@ class AdapterCatalog:
             storage_errors("change the adapter"),
             self._store.database.begin() as connection,
         ):
+            self._registry.lock(connection, name)
             row = self._registry.find(connection, name)
             if row is None:
                 raise AdapterNotFound(name)

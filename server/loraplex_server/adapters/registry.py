@@ -91,8 +91,13 @@ class Registry:
         return self._decode(row) if row else None
 
     def lock(self, connection: Connection, name: str) -> None:
-        """Let nobody else change the name in this transaction; SQLite's writers are alone."""
-        connection.execute(select(names.c.name).where(self._is(name)).with_for_update())
+        """Let nobody else add or change the name in this transaction; SQLite's writers are alone.
+
+        Not a lock of its row, which a new name does not have yet.
+        """
+        if connection.dialect.name == "postgresql":
+            key = func.hashtextextended(f"{self._scope}\n{name}", 0)
+            connection.execute(select(func.pg_advisory_xact_lock(key)))
 
     def find_by_id(
         self, connection: Connection, name: str, id_prefix: str, limit: int = 2

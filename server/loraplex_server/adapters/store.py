@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
@@ -177,10 +176,7 @@ class AdapterStore:
         """
         with self._lock, storage_errors("register the adapter"):
             try:
-                try:
-                    row, is_new, gone = self._add(new, wish, now)
-                except IntegrityError:  # another server was faster by a moment
-                    row, is_new, gone = self._add(new, wish, now)
+                row, is_new, gone = self._add(new, wish, now)
             finally:
                 self._doom_unless_named(new.adapter.adapter_id)
             self._at_stage("committed")
@@ -267,7 +263,7 @@ class AdapterStore:
                 check_replaceable(wish, current)
                 self._make_current(connection, new, now)
             self._registry.set_settings(connection, name, wish.settings)
-            old = self._surplus(connection, name)
+            old = self._surplus(connection, name, current)
             gone = self._registry.remove_versions(connection, name, old) if old else set()
             row = self._registry.find(connection, name)
         assert row is not None, "it was written in the same transaction"
@@ -280,11 +276,18 @@ class AdapterStore:
         else:
             self._registry.add_version(connection, new)
 
-    def _surplus(self, connection: Connection, name: str) -> list[VersionRow]:
-        """Return the oldest versions beyond those to keep; never the current one."""
+    def _surplus(
+        self, connection: Connection, name: str, former: VersionRow | None
+    ) -> list[VersionRow]:
+        """Return the oldest versions beyond those to keep; never the current one.
+
+        The one that was current until now counts as the newest of the others: it is what a
+        rollback most likely wants.
+        """
         rows = self._registry.versions(connection, name, None)
         others = [row for row in rows if not row.is_current]
-        return others[max(0, self._keep_versions - 1) :]
+        others.sort(key=lambda row: former is None or row.version != former.version)
+        return others[self._keep_versions - 1 :]
 
     def _has_expired(self, connection: Connection, name: str, now: int) -> bool:
         is_used = name in self._holds.names_in_use()

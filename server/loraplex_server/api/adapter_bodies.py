@@ -8,10 +8,10 @@ from typing import Annotated, Any, Final, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loraplex_server.adapters.checks import CheckedAdapter
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.pool_map import Tiers
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
@@ -144,20 +144,8 @@ def record_body(record: AdapterRecord, tiers: Tiers) -> dict[str, Any]:
     }
 
 
-def checked_body(checked: CheckedAdapter) -> dict[str, Any]:
-    """Return the JSON of an adapter that would be registered."""
-    return {
-        "object": "adapter.validation",
-        "valid": True,
-        "reasons": [],
-        "report": checked.report.to_json(),
-        "id": checked.adapter_id,
-        "rank_max": max(map(max, checked.spec.ranks)),
-        "pool_pages": checked.num_pages,
-        "self_test_error": checked.self_test_error,
-    }
-
-
-def refused_body(reasons: tuple[str, ...], report: list[dict[str, str]]) -> dict[str, Any]:
-    """Return the JSON of an adapter that would be refused."""
-    return {"object": "adapter.validation", "valid": False, "reasons": [*reasons], "report": report}
+def validation_body(validation: Validation) -> dict[str, Any]:
+    """Return the JSON of a judgement."""
+    fields = validation.to_json()
+    is_valid = fields.pop("accepted")
+    return {"object": "adapter.validation", "valid": is_valid, **fields}

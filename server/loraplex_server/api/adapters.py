@@ -12,16 +12,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from loraplex_server.adapters.catalog import AdapterCatalog
-from loraplex_server.adapters.errors import AdapterRefused, InvalidUpload
+from loraplex_server.adapters.errors import InvalidUpload
 from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.adapter_bodies import (
     RollbackBody,
     SettingsBody,
     SourceBody,
-    checked_body,
     parse_body,
     record_body,
-    refused_body,
+    validation_body,
 )
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.errors import InvalidRequest
@@ -75,15 +75,12 @@ def adapters_router(
     async def validate_adapter(request: Request) -> Response:
         """Judge uploaded files as an upload would, and register nothing."""
         try:
-            body = checked_body(await uploads.check(request))
-        except AdapterRefused as refusal:
-            report = refusal.report.to_json() if refusal.report else []
-            body = refused_body(refusal.reasons, report)
+            validation = await uploads.validate(request)
         except InvalidUpload as error:
-            body = refused_body((error.reason,), [])
+            validation = Validation((error.reason,), None, None)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
-        return JSONResponse(body)
+        return JSONResponse(validation_body(validation))
 
     @router.get("/v1/adapters")
     async def list_adapters(

@@ -35,7 +35,6 @@ from loraplex_server.text.assembler import TextDelta
 
 log = logging.getLogger(__name__)
 
-_DONE: Final = b"data: [DONE]\n\n"
 _USUAL_RETRY_S: Final = 1.0
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -80,6 +79,25 @@ class AnswerFormat(Protocol):
     def stream_tail(self, usage: Usage) -> bytes:
         """Return the events after all sequences have finished."""
         ...
+
+    def stream_error(self, error: Exception) -> bytes:
+        """Return the event of a failure in the middle of the stream."""
+        ...
+
+    @property
+    def stream_end(self) -> bytes:
+        """What follows the last event, whichever that is."""
+        ...
+
+
+class OpenAIStreamEnd:
+    """How OpenAI's streams end: part of an `AnswerFormat`."""
+
+    stream_end: Final = b"data: [DONE]\n\n"
+
+    def stream_error(self, error: Exception) -> bytes:
+        """See `AnswerFormat`."""
+        return b"data: " + compact(error_body(error)).encode() + b"\n\n"
 
 
 class GenerationAnswer(Response):
@@ -148,14 +166,14 @@ class GenerationAnswer(Response):
                 deltas = await self._generation.take()
             chunk = self._format.stream_tail(self._generation.usage)
         except _FAILURES as error:
-            chunk += _error_event(error)
+            chunk += self._format.stream_error(error)
         except _ClientGone:
             raise
         except Exception as error:
             # The status is sent already: only an event can tell.
             log.error("a stream broke off", exc_info=error)
-            chunk += _error_event(error)
-        await send({"type": "http.response.body", "body": chunk + _DONE})
+            chunk += self._format.stream_error(error)
+        await send({"type": "http.response.body", "body": chunk + self._format.stream_end})
 
     def _raise_failure(self, deltas: list[tuple[int, TextDelta]]) -> None:
         """Raise what ended a sequence other than its own end, for the whole answer."""
@@ -191,10 +209,6 @@ def _overloaded(delta: TextDelta) -> Overloaded:
     return Overloaded(
         delta.message or "the server is overloaded; try again later", retry_after_s=retry_after_s
     )
-
-
-def _error_event(error: Exception) -> bytes:
-    return b"data: " + compact(error_body(error)).encode() + b"\n\n"
 
 
 class _ClientGone(Exception):

@@ -16,18 +16,23 @@ from loraplex_server.api.completions import completions_router
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.errors import install_error_handlers
+from loraplex_server.api.foreign_adapters import ForeignAdapters
 from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
+from loraplex_server.api.lorax_generate import lorax_router
+from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.services import Services
+from loraplex_server.api.sglang_adapters import sglang_adapters_router
 from loraplex_server.api.tenant_accounts import TenantAccounts
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.api.upkeep import Upkeep
 from loraplex_server.api.uploads import AdapterUploads
+from loraplex_server.api.vllm_adapters import vllm_adapters_router
 from loraplex_server.sizing import choose_device, choose_step_sizes
 
 _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names the adapter."
@@ -54,15 +59,15 @@ def create_app(services: Services) -> FastAPI:
     )
     front = Front(
         engine=services.engine,
-        catalog=services.catalog,
         vocabulary=services.vocabulary,
         generations=generations,
         adapter_names=names,
-        base_names=services.base_names,
+        model_names=ModelNames(services.catalog, services.base_names),
         tenant_header=TenantHeader(services.config.tenant_header),
     )
     app.include_router(completions_router(front))
     app.include_router(chat_router(front))
+    app.include_router(lorax_router(front))
     app.include_router(
         models_router(
             engine=services.engine,
@@ -72,13 +77,25 @@ def create_app(services: Services) -> FastAPI:
             removals=removals,
         )
     )
+    uploads = _uploads(services)
+    foreign = ForeignAdapters(
+        services.engine,
+        services.catalog,
+        uploads,
+        removals,
+        upkeep,
+        root=services.config.adapter_root,
+        pinned_share=services.config.pinned_share,
+    )
+    app.include_router(vllm_adapters_router(foreign))
+    app.include_router(sglang_adapters_router(foreign))
     app.include_router(
         adapters_router(
             engine=services.engine,
             catalog=services.catalog,
             adapter_names=names,
             base_names=services.base_names,
-            uploads=_uploads(services),
+            uploads=uploads,
             removals=removals,
             upkeep=upkeep,
             pinned_share=services.config.pinned_share,

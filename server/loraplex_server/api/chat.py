@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from loraplex_server.api.answer import Written
+from loraplex_server.api.answer import OpenAIStreamEnd, Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
@@ -30,7 +30,7 @@ def chat_router(front: Front) -> APIRouter:
         return await front.answer(
             body,
             request.headers,
-            _wish(body, front.vocabulary),
+            _wish(body),
             job_id,
             lambda job: ChatFormat(job, body, front.vocabulary),
         )
@@ -38,13 +38,17 @@ def chat_router(front: Front) -> APIRouter:
     return router
 
 
-def _wish(body: ChatBody, vocabulary: Vocabulary) -> Wish:
+def _wish(body: ChatBody) -> Wish:
     messages = [message.for_template() for message in body.messages]
 
     def encode(encoder: PromptEncoder) -> list[list[int]]:
-        text = vocabulary.render_chat(messages, body.chat_template_kwargs)
         # The template writes the special tokens itself; the tokenizer's would be a second set.
-        return [encoder.encode(text, add_special_tokens=bool(body.add_special_tokens))]
+        add_special_tokens = bool(body.add_special_tokens)
+        return [
+            encoder.encode_chat(
+                messages, body.chat_template_kwargs, add_special_tokens=add_special_tokens
+            )
+        ]
 
     max_tokens = body.max_completion_tokens
     return Wish(
@@ -57,7 +61,7 @@ def _wish(body: ChatBody, vocabulary: Vocabulary) -> Wish:
     )
 
 
-class ChatFormat:
+class ChatFormat(OpenAIStreamEnd):
     """Implements `AnswerFormat` in the shapes of `chat.completion` and its chunks."""
 
     def __init__(self, job: Job, body: ChatBody, vocabulary: Vocabulary) -> None:
@@ -65,7 +69,7 @@ class ChatFormat:
         self._vocabulary = vocabulary
         self._has_logprobs = bool(body.logprobs)
         self._includes_usage = body.includes_usage
-        self._envelope = {"id": job.job_id, "created": unix_time(), "model": body.model}
+        self._envelope = {"id": job.job_id, "created": unix_time(), "model": job.model}
         chunk = {**self._envelope, "object": "chat.completion.chunk"}
         self._chunk_head = b"data: " + compact(chunk).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from loraplex_server.api.answer import Written
+from loraplex_server.api.answer import OpenAIStreamEnd, Written
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
@@ -33,7 +33,7 @@ def completions_router(front: Front) -> APIRouter:
         return await front.answer(
             body,
             request.headers,
-            _wish(body),
+            completion_wish(body, default_tokens=_DEFAULT_TOKENS, logprobs=body.logprobs),
             job_id,
             lambda job: CompletionFormat(job, body, front.vocabulary),
         )
@@ -41,7 +41,11 @@ def completions_router(front: Front) -> APIRouter:
     return router
 
 
-def _wish(body: CompletionBody) -> Wish:
+def completion_wish(
+    body: CompletionBody, *, default_tokens: int | None, logprobs: int | None
+) -> Wish:
+    """Return what the body asks for, with an endpoint's own default and wish of logprobs."""
+
     def encode(encoder: PromptEncoder) -> list[list[int]]:
         prompts = []
         for prompt in body.prompt:
@@ -57,12 +61,12 @@ def _wish(body: CompletionBody) -> Wish:
         num_chars=sum(len(prompt) for prompt in body.prompt),
         encode=encode,
         max_tokens=body.max_tokens,
-        default_tokens=_DEFAULT_TOKENS,
-        logprobs=body.logprobs,
+        default_tokens=default_tokens,
+        logprobs=logprobs,
     )
 
 
-class CompletionFormat:
+class CompletionFormat(OpenAIStreamEnd):
     """Implements `AnswerFormat` in the shape of `text_completion`."""
 
     def __init__(self, job: Job, body: CompletionBody, vocabulary: Vocabulary) -> None:
@@ -80,7 +84,7 @@ class CompletionFormat:
             "id": job.job_id,
             "object": "text_completion",
             "created": unix_time(),
-            "model": body.model,
+            "model": job.model,
         }
         self._chunk_head = b"data: " + compact(self._envelope).encode()[:-1]
         self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"

@@ -3,6 +3,7 @@
 ApiError
 ├── InvalidRequest           a field is unknown, missing, of a wrong type or not supported
 ├── ModelNotFound            `model` names neither the base model nor an adapter
+├── AdapterMissing           an endpoint of another server's names an adapter that is not there
 ├── ContextLengthExceeded    prompt and answer do not fit the model
 ├── InvalidApiKey            no key, or not the server's
 ├── CrossSiteRefused         a web page of another site wants to change something
@@ -39,6 +40,7 @@ from loraplex_memory.errors import MemoryAccountError
 from loraplex_scheduler.errors import InvalidSampling, RequestRefused
 from loraplex_server.adapters import errors as adapters
 from loraplex_server.api.envelope import REQUEST_ID_HEADER, REQUEST_ID_KEY
+from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.model.errors import ModelError
@@ -60,12 +62,16 @@ class InvalidRequest(ApiError):
 
 
 class ModelNotFound(ApiError):
-    """`model` names neither the base model nor an adapter."""
+    """`model`, or another field `param`, names neither the base model nor an adapter."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, param: str = "model") -> None:
         super().__init__(
-            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param="model"
+            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param=param
         )
+
+
+class AdapterMissing(ApiError):
+    """There is no such adapter, in the words of the server whose endpoint was called."""
 
 
 class ContextLengthExceeded(ApiError):
@@ -179,6 +185,7 @@ _INTERNAL: Final = ErrorShape(500, _SERVER, "internal_error", is_internal=True)
 ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     InvalidRequest: ErrorShape(400, _INVALID, "invalid_request"),
     ModelNotFound: ErrorShape(404, _INVALID, "model_not_found"),
+    AdapterMissing: ErrorShape(404, _INVALID, "adapter_not_found"),
     ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
     InvalidApiKey: ErrorShape(401, _INVALID, "invalid_api_key"),
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
@@ -278,8 +285,8 @@ def _retry_after_s(error: Exception) -> float | None:
     return retry_after_s
 
 
-def error_response(error: Exception) -> ErrorResponse:
-    """Return the complete answer to a request that failed with `error`."""
+def error_response(error: Exception, path: str = "") -> ErrorResponse:
+    """Return the complete answer to a request on `path` that failed with `error`."""
     shape = shape_of(type(error))
     headers = {}
     if (retry_after_s := _retry_after_s(error)) is not None:
@@ -290,7 +297,8 @@ def error_response(error: Exception) -> ErrorResponse:
         headers["x-should-retry"] = "false"
     if shape.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return ErrorResponse(error_body(error), status_code=shape.status, headers=headers)
+    status, body = foreign_error(path, shape.status, error_body(error)["error"])
+    return ErrorResponse(body, status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -305,12 +313,12 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _handle(request: Request, error: Exception) -> ErrorResponse:
     if shape_of(type(error)).is_internal:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _handle_unexpected(request: Request, error: Exception) -> ErrorResponse:
     """Answer outside of all middleware; the server logs the traceback."""
-    response = error_response(error)
+    response = error_response(error, request.url.path)
     response.headers[REQUEST_ID_HEADER] = str(request.scope.get(REQUEST_ID_KEY, ""))
     return response
 
@@ -318,19 +326,21 @@ async def _handle_unexpected(request: Request, error: Exception) -> ErrorRespons
 async def _handle_http(request: Request, error: Exception) -> ErrorResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = {
+    shown = {
         "message": message,
         "type": _INVALID if error.status_code < 500 else _SERVER,
         "param": None,
         "code": _HTTP_CODES.get(error.status_code, "invalid_request"),
     }
-    return ErrorResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    status, body = foreign_error(request.url.path, error.status_code, shown)
+    return ErrorResponse(body, status_code=status, headers=error.headers)
 
 
 async def _handle_validation(request: Request, error: Exception) -> ErrorResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return error_response(_explain(first, request.headers.get("content-type")))
+    problem = _explain(first, request.headers.get("content-type"))
+    return error_response(problem, request.url.path)
 
 
 def _explain(problem: Mapping[str, Any], content_type: str | None) -> InvalidRequest:

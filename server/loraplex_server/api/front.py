@@ -11,16 +11,17 @@ from typing import Final
 
 from starlette.datastructures import Headers
 
-from loraplex_server.adapters.catalog import AdapterCatalog
-from loraplex_server.adapters.errors import AdapterNotFound
-from loraplex_server.adapters.lease import AdapterLease
+from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, GenerationAnswer
-from loraplex_server.api.errors import InvalidRequest, ModelNotFound
+from loraplex_server.api.context_limit import ContextLimit
+from loraplex_server.api.errors import InvalidRequest
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
+from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
 from loraplex_server.api.prompts import PromptEncoder
-from loraplex_server.api.sampling import answer_len, base_sampling, text_options
+from loraplex_server.api.request_defaults import default_len, fill_in
+from loraplex_server.api.sampling import base_sampling, text_options
 from loraplex_server.api.schemas import GenerationBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.engine.handle import EngineHandle
@@ -55,11 +56,10 @@ class Front:
     """Shared by the generation endpoints; immutable."""
 
     engine: EngineHandle
-    catalog: AdapterCatalog
     vocabulary: Vocabulary
     generations: Generations
     adapter_names: AdapterNames
-    base_names: tuple[str, ...]
+    model_names: ModelNames
     tenant_header: TenantHeader
 
     async def answer(
@@ -82,13 +82,13 @@ class Front:
             ttft_slo_s=body.ttft_slo_s,
         )
         self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
-        lease = await self._acquire(body.model)
+        answerer = await self._acquire(body.model_wish)
         try:
-            job = await self._job(body, terms, wish, job_id, lease)
+            job = await self._job(body, terms, wish, job_id, answerer)
             generation = self.generations.start(job)
         except BaseException:
-            if lease is not None:
-                await asyncio.to_thread(lease.release)
+            if answerer.adapters:
+                await asyncio.to_thread(answerer.release)
             raise
         return GenerationAnswer(
             generation,
@@ -98,55 +98,62 @@ class Front:
         )
 
     async def _job(
-        self,
-        body: GenerationBody,
-        terms: Terms,
-        wish: Wish,
-        job_id: str,
-        lease: AdapterLease | None,
+        self, body: GenerationBody, terms: Terms, wish: Wish, job_id: str, answerer: Answerer
     ) -> Job:
-        is_long = wish.num_chars > _LONG_TEXT_CHARS
-        encoder = PromptEncoder(self.vocabulary, self.engine.info.max_model_len)
-        prompts = await asyncio.to_thread(wish.encode, encoder) if is_long else wish.encode(encoder)
-        if not all(prompts):
-            raise InvalidRequest("a prompt must have at least one token", param="prompt")
-        max_tokens = answer_len(
+        record = answerer.record
+        limit = ContextLimit.of(self.engine.info.max_model_len, record)
+        defaults = record.defaults if record else AdapterDefaults()
+        prompts = await self._encode(wish, limit, defaults)
+        max_tokens = limit.answer_len(
             requested=wish.max_tokens,
-            default=wish.default_tokens,
+            default=default_len(body, defaults.generation, wish.default_tokens),
             longest_prompt=max(len(prompt) for prompt in prompts),
-            max_model_len=self.engine.info.max_model_len,
         )
+        body = fill_in(body, defaults.generation, max_tokens=max_tokens)
         sampling = base_sampling(
             body, self.vocabulary, max_tokens=max_tokens, logprobs=wish.logprobs
         )
         return Job(
             job_id=job_id,
+            model=answerer.name,
             prompts=tuple(map(tuple, prompts)),
             n=body.n or 1,
             sampling=sampling,
             text=text_options(body),
-            lease=lease,
+            adapters=answerer.adapters,
             terms=terms,
         )
 
-    async def _acquire(self, name: str) -> AdapterLease | None:
-        """Resolve a name, once for the whole request; None is the base model."""
-        if name in self.base_names:
-            return None
-        acquiring = asyncio.ensure_future(asyncio.to_thread(self.catalog.acquire, name))
+    async def _encode(
+        self, wish: Wish, limit: ContextLimit, defaults: AdapterDefaults
+    ) -> list[list[int]]:
+        encoder = PromptEncoder(self.vocabulary, limit, defaults)
+        num_chars = wish.num_chars + len(defaults.system_prompt or "")
+        # An adapter's template is a program of whoever uploaded it.
+        is_long = num_chars > _LONG_TEXT_CHARS or defaults.chat_template is not None
+        prompts = await asyncio.to_thread(wish.encode, encoder) if is_long else wish.encode(encoder)
+        if not all(prompts):
+            raise InvalidRequest("a prompt must have at least one token", param="prompt")
+        return prompts
+
+    async def _acquire(self, wish: ModelWish) -> Answerer:
+        """Resolve who answers, once for the whole request."""
+        if (base := self.model_names.base(wish)) is not None:
+            return base
+        acquiring = asyncio.ensure_future(asyncio.to_thread(self.model_names.acquire, wish))
         try:
-            lease = await asyncio.shield(acquiring)
-        except AdapterNotFound:
-            raise ModelNotFound(name) from None
+            answerer = await asyncio.shield(acquiring)
         except asyncio.CancelledError:
             # The thread goes on and takes the lease; nobody else will give it back.
             acquiring.add_done_callback(_release)
             raise
-        self.adapter_names.remember(lease.record.id, name)
-        return lease
+        for adapter in answerer.adapters:
+            record = adapter.lease.record
+            self.adapter_names.remember(record.id, record.name)
+        return answerer
 
 
-def _release(acquiring: asyncio.Future[AdapterLease]) -> None:
+def _release(acquiring: asyncio.Future[Answerer]) -> None:
     if not acquiring.cancelled() and acquiring.exception() is None:
         acquiring.result().release()
 

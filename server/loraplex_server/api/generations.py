@@ -97,10 +97,10 @@ class Generations:
             self._tenants.check_room(tenant, num_sequences)
 
     def start(self, job: Job) -> Generation:
-        """Hand the job to the engine; from now on the generation owns the job's lease.
+        """Hand the job to the engine; from now on the generation owns the job's leases.
 
         Raises:
-            Overloaded, EngineUnavailable: and the lease is still the caller's.
+            Overloaded, EngineUnavailable: and the leases are still the caller's.
             InvalidRequest, QuotaTooSmall: it asks for more than could ever be admitted.
         """
         self.check_room(job.terms.tenant, job.num_sequences)
@@ -132,10 +132,9 @@ class Generations:
     def cancel_users(self, name: str, adapter_ids: Collection[str]) -> None:
         """End whatever runs on these adapters by this name, as it was deleted."""
         for generation, job in list(self._live.items()):
-            if job.lease is not None:
-                record = job.lease.record
-                if record.name == name and record.id in adapter_ids:
-                    generation.cancel(AdapterDeleted(name))
+            records = [adapter.lease.record for adapter in job.adapters]
+            if any(record.name == name and record.id in adapter_ids for record in records):
+                generation.cancel(AdapterDeleted(name))
 
     @contextlib.contextmanager
     def _counted_rejections(self) -> Iterator[None]:
@@ -151,13 +150,13 @@ class Generations:
         finally:
             self._num_live -= job.num_sequences
             del self._live[generation]
-            if job.lease is not None:
-                await asyncio.to_thread(job.lease.release)
+            if job.adapters:
+                await asyncio.to_thread(_release, job)
 
     def _requests(self, job: Job, now: float) -> tuple[Request, ...]:
         terms = job.terms
         ttft_slo_s = terms.ttft_slo_s or self._promises.ttft_slo_s
-        manifest = job.lease.manifest if job.lease else None
+        (manifest, weight), *more = job.weighted_manifests or ((None, 1.0),)
         vocab_size = len(self._vocabulary)
         prompts = [adapt_prompt(manifest, prompt, vocab_size) for prompt in job.prompts]
         return tuple(
@@ -173,6 +172,8 @@ class Generations:
                 priority=terms.priority,
                 adapter_start=prompts[index // job.n].adapter_start,
                 num_virtual=prompts[index // job.n].num_virtual,
+                adapter_weight=weight,
+                more_adapters=tuple(more),
             )
             for index in range(job.num_sequences)
         )
@@ -199,3 +200,8 @@ class Generations:
             )
             for index in range(job.num_sequences)
         ]
+
+
+def _release(job: Job) -> None:
+    for adapter in job.adapters:
+        adapter.lease.release()

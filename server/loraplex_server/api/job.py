@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.text.assembler import TextOptions
@@ -27,19 +28,43 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class WeightedAdapter:
+    """One of the adapters that answer a request; `weight` is a factor on all that it adds."""
+
+    lease: AdapterLease
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Job:
     """`n` samples of each prompt.
 
     Sequence `i` is sample `i % n` of prompt `i // n`.
+
+    Attributes:
+        model: what the answer calls who gave it.
+        adapters: none is the base model; what several add is added up.
     """
 
     job_id: str
+    model: str
     prompts: tuple[tuple[int, ...], ...]
     n: int
     sampling: SamplingParams
     text: TextOptions
-    lease: AdapterLease | None
+    adapters: tuple[WeightedAdapter, ...]
     terms: Terms
+
+    @property
+    def weighted_manifests(self) -> tuple[tuple[AdapterManifest, float], ...]:
+        """The adapters as the engine knows them: of one content under two names, one."""
+        manifests: dict[str, AdapterManifest] = {}
+        weights: dict[str, float] = {}
+        for adapter in self.adapters:
+            manifest = adapter.lease.manifest
+            manifests[manifest.adapter_id] = manifest
+            weights[manifest.adapter_id] = weights.get(manifest.adapter_id, 0.0) + adapter.weight
+        return tuple((manifest, weights[name]) for name, manifest in manifests.items())
 
     @property
     def num_sequences(self) -> int:

@@ -13,7 +13,8 @@ from loraplex_server.text.vocabulary import Vocabulary
 _LEAST: Final = -9999.0
 
 
-def _shown(logprob: float) -> float:
+def shown_logprob(logprob: float) -> float:
+    """Return a log probability as JSON can write it."""
     return max(logprob, _LEAST) if math.isfinite(logprob) else _LEAST
 
 
@@ -33,7 +34,7 @@ def chat_logprobs(vocabulary: Vocabulary, tokens: Iterable[SampledToken]) -> dic
 def _chat_entry(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": vocabulary.token_text(token_id),
-        "logprob": _shown(logprob),
+        "logprob": shown_logprob(logprob),
         "bytes": list(vocabulary.token_bytes(token_id)),
     }
 
@@ -54,10 +55,12 @@ class CompletionLogprobs:
         for token in tokens:
             assert token.logprobs is not None, "the engine reports what the sampling asked for"
             name, logprob = vocabulary.token_text(token.token_id), token.logprobs.logprob
-            top = {vocabulary.token_text(i): _shown(value) for i, value in token.logprobs.top}
+            top = {
+                vocabulary.token_text(i): shown_logprob(value) for i, value in token.logprobs.top
+            }
             shown.append(name)
-            logprobs.append(_shown(logprob))
-            tops.append({**top, name: _shown(logprob)})
+            logprobs.append(shown_logprob(logprob))
+            tops.append({**top, name: shown_logprob(logprob)})
             offsets.append(self._offset)
             self._offset += self._num_chars(token.token_id)
         return {

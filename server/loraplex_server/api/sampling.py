@@ -8,7 +8,6 @@ import secrets
 from typing import Final, TypeVar
 
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_server.api.errors import ContextLengthExceeded
 from loraplex_server.api.schemas import GenerationBody
 from loraplex_server.text.assembler import TextOptions
 from loraplex_server.text.vocabulary import Vocabulary
@@ -70,45 +69,6 @@ def sequence_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
     message = sampling.seed.to_bytes(8, "little") + index.to_bytes(8, "little")
     digest = hashlib.blake2b(message, digest_size=8).digest()
     return dataclasses.replace(sampling, seed=int.from_bytes(digest, "little"))
-
-
-def answer_len(
-    *, requested: int | None, default: int | None, longest_prompt: int, max_model_len: int
-) -> int:
-    """Return the most tokens to generate: as requested, or as many as fit up to the default.
-
-    Raises:
-        ContextLengthExceeded: the prompt, or the prompt and what was requested, do not fit.
-    """
-    check_prompt_len(longest_prompt, max_model_len)
-    room = max_model_len - longest_prompt
-    if requested is None:
-        return room if default is None else min(default, room)
-    if requested > room:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {max_model_len} tokens, but "
-            f"{longest_prompt + requested} were requested: {longest_prompt} in the prompt and "
-            f"{requested} for the answer.",
-            param="max_tokens",
-        )
-    return requested
-
-
-def check_prompt_len(prompt_len: int, max_model_len: int, *, is_least: bool = False) -> None:
-    """Raise ContextLengthExceeded unless a prompt leaves room for one token of the answer.
-
-    Args:
-        prompt_len: tokens.
-        is_least: it may be more; nobody has counted.
-    """
-    if prompt_len < max_model_len:
-        return
-    raise ContextLengthExceeded(
-        f"This model's maximum context length is {max_model_len} tokens, but the prompt alone "
-        f"has {'at least ' if is_least else ''}{prompt_len}; at least one more is needed for the "
-        "answer.",
-        param="prompt",
-    )
 
 
 def _or(value: _T | None, default: _T) -> _T:

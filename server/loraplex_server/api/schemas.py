@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, LiteralString
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from loraplex_server.api.model_names import ModelWish, Naming
 from loraplex_server.text.errors import InvalidText
 from loraplex_server.text.vocabulary import check_text
 
@@ -20,6 +21,8 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
 MAX_PROMPTS: Final = 1024
+#: Each costs another pass over the linears.
+MAX_MIXED: Final = 8
 #: Room for a Unix time, which some clients order their requests by.
 MAX_PRIORITY: Final = 2**53 - 1
 
@@ -83,7 +86,7 @@ def _invalid(message: LiteralString, param: str | None = None) -> PydanticCustom
     return PydanticCustomError("invalid", message, {"param": param} if param else None)
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
     """Strict types, no unknown fields, no-op values of unsupported ones."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -106,7 +109,7 @@ class _Body(BaseModel):
         return kept
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """What a stream carries besides the text."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -125,7 +128,8 @@ def _check_unicode(value: str) -> str:
     return value
 
 
-def _check_stop(value: Any) -> Any:
+def check_stop(value: Any) -> Any:
+    """Return stop strings as a list, whichever way they were given."""
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return []
@@ -136,6 +140,14 @@ def _check_stop(value: Any) -> Any:
     if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise _invalid(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
     return stops
+
+
+def _check_lora_path(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise _invalid("must be one name, or a list of one: all prompts have the same adapter")
+    return value[0]
 
 
 def _check_logit_bias(value: Any) -> Any:
@@ -151,10 +163,28 @@ def _check_logit_bias(value: Any) -> Any:
     return biases
 
 
-class GenerationBody(_Body):
+#: More would only overflow what is computed.
+Weight = Annotated[float, Field(ge=-100, le=100)]
+
+
+class WeightedName(StrictBody):
+    """One adapter of a mixture, and the factor on all that it adds."""
+
+    name: Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+    weight: Weight = 1.0
+
+
+class GenerationBody(StrictBody):
     """The fields that completions and chat completions share; None is the default of each."""
 
-    model: Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+    model: Annotated[str, AfterValidator(_check_unicode)] | None = None
+    adapter_id: Annotated[str, AfterValidator(_check_unicode)] | None = None
+    lora_path: Annotated[
+        Annotated[str, AfterValidator(_check_unicode)] | None,
+        BeforeValidator(_check_lora_path, json_schema_input_type=str | list[str | None] | None),
+    ] = None
+    adapter_scale: Weight | None = None
+    adapters: Annotated[list[WeightedName], Field(min_length=1, max_length=MAX_MIXED)] | None = None
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: float | None = None
@@ -168,7 +198,7 @@ class GenerationBody(_Body):
         default_factory=dict
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_check_stop)] = Field(default_factory=list)
+    stop: Annotated[list[str], BeforeValidator(check_stop)] = Field(default_factory=list)
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: int | None = None
@@ -182,11 +212,30 @@ class GenerationBody(_Body):
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     ttft_slo_s: Annotated[float, Field(gt=0)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_model(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("model"):
+            others = (data.get("adapter_id"), data.get("lora_path"), data.get("adapters"))
+            if others == (None, None, None):
+                raise PydanticCustomError("missing", "Field required", {"param": "model"})
+        return data
+
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise _invalid("only allowed with `stream: true`", "stream_options")
         return self
+
+    @property
+    def model_wish(self) -> ModelWish:
+        """Who shall answer."""
+        given = {"model": self.model, "adapter_id": self.adapter_id, "lora_path": self.lora_path}
+        return ModelWish(
+            tuple(Naming(param, name) for param, name in given.items() if name is not None),
+            mixture=tuple((adapter.name, adapter.weight) for adapter in self.adapters or ()),
+            scale=self.adapter_scale,
+        )
 
     @property
     def includes_usage(self) -> bool:
@@ -231,7 +280,7 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class TextPart(_Body):
+class TextPart(StrictBody):
     """One part of a message; this server reads text only."""
 
     type: Literal["text"]
@@ -244,7 +293,7 @@ def _check_content(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class ChatMessage(_Body):
+class ChatMessage(StrictBody):
     """One turn of a conversation."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_MESSAGE

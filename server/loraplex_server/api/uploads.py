@@ -14,12 +14,12 @@ import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from loraplex_server.adapters.catalog import AdapterCatalog
-from loraplex_server.adapters.checks import CheckedAdapter
 from loraplex_server.adapters.errors import AdapterError, UploadTooLarge
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.sources.fetch import FetchCancelled, fetch
 from loraplex_server.adapters.sources.source import SourcePolicy, parse_source
 from loraplex_server.adapters.upload import UploadStaging
+from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.adapter_bodies import SourceBody
 from loraplex_server.api.errors import InvalidRequest, TooManyUploads, UploadStalled
 from loraplex_server.api.upload import UploadForm, UploadReceiver, boundary_of
@@ -74,13 +74,12 @@ class AdapterUploads:
                 )
             )
 
-    async def check(self, request: Request) -> CheckedAdapter:
+    async def validate(self, request: Request) -> Validation:
         """Receive one adapter and judge it as `accept` does, but register nothing."""
         async with self._received(request, needs_name=False) as (form, staging):
             return await self._in_thread(
-                lambda: self._catalog.check(
+                lambda: self._catalog.validate(
                     staging.finish(),
-                    name=form.name or None,
                     check_base=form.options.check_base,
                     max_pages=self._max_pages(),
                 )

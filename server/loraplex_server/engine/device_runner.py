@@ -1,8 +1,8 @@
 """Computing plans on a device that works while the host goes on.
 
 Everything is enqueued on the current stream, and nothing waits but `DeviceFlight.result`. A step
-of decodes alone replays a graph (`step_graphs`), unless an adapter edits more than linears in it;
-any other step runs the same kernels one by one.
+of decodes alone replays a graph (`step_graphs`), unless it has a mixture of adapters or one that
+edits more than linears; any other step runs the same kernels one by one.
 Sampled tokens stay on the device, where the next step finds those it awaits.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
-from loraplex_kernels.ops import DeviceBackend
+from loraplex_kernels.ops import DeviceBackend, StepOps
 from loraplex_kernels.static_tables import StaticTables
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
@@ -93,13 +93,17 @@ class DeviceRunner:
     def launch(self, plan: Plan) -> DeviceFlight:
         """Enqueue a plan; returns before the device has computed it."""
         attention, lora = self._batches.attention(plan), self._batches.lora(plan)
+        more_lora = self._batches.more_lora(plan)
         ends = attention.query_indptr.numpy()[1:]
         logit_rows = ends[[step.is_sampled for step in plan.sequences]] - 1
         edited = self._batches.edits(plan, logit_rows.tolist())
-        sampled = None if edited else self._try_replay(plan.sequences, attention, lora)
+        sampled = None
+        if not edited and not more_lora:
+            sampled = self._try_replay(plan.sequences, attention, lora)
         if sampled is None:
             edits = AdapterEdits(edited, attention, self._pool) if edited else None
-            sampled = self._run(plan.sequences, attention, lora, logit_rows, edits)
+            ops = self._backend.prepare(attention, lora, more_lora)
+            sampled = self._run(plan.sequences, ops, logit_rows, edits)
         self._row_of = {row.request_id: i for i, row in enumerate(sampled.rows)}
         on_host = sampled.to_host()
         arrival = None
@@ -127,8 +131,7 @@ class DeviceRunner:
     def _run(
         self,
         steps: Sequence[SequenceStep],
-        attention: AttentionBatch,
-        lora: LoRABatch | None,
+        ops: StepOps,
         logit_rows: npt.NDArray[np.int32],
         edits: AdapterEdits | None,
     ) -> SampledTokens:
@@ -137,8 +140,8 @@ class DeviceRunner:
         self._inputs.upload({"logit_rows": logit_rows})
         logits = self._logits[: len(rows)]
         self._model.forward(
-            self._token_ids(len(attention.positions)),
-            self._backend.prepare(attention, lora),
+            self._token_ids(sum(step.num_tokens for step in steps)),
+            ops,
             self._pool,
             self._inputs.views["logit_rows"][: len(rows)],
             out=logits,

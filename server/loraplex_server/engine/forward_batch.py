@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,6 +22,9 @@ from loraplex_memory.layout import PROJECTIONS, PoolLayout, Projection
 from loraplex_scheduler.plan import Plan, SequenceStep
 from loraplex_server.model.adapter_edits import EditedRows
 
+#: The id of an adapter and its weight: what the rows of a segment have in common.
+Weighted = tuple[str, float]
+
 
 class BatchBuilder:
     """Owned by a runner; builds both batches anew for each plan."""
@@ -38,22 +41,37 @@ class BatchBuilder:
         )
 
     def lora(self, plan: Plan) -> LoRABatch | None:
-        """Return which rows use which adapter; None when none does."""
-        rows = {
-            adapter_id: own
-            for adapter_id, own in rows_by_adapter(plan.sequences).items()
-            if changes_linears(plan.adapters[adapter_id].layout)
-        }
+        """Return which rows use which adapter; None when none does.
+
+        Of a mixture it is the first adapter; `more_lora` has the others.
+        """
         # Only what this plan names is kept: an adapter that left is forgotten at once.
         self._tables = {
-            adapter_id: self._tables_of(adapter_id, plan.adapters[adapter_id].layout)
-            for adapter_id in rows
+            adapter_id: self._tables_of(adapter_id, adapter.layout)
+            for adapter_id, adapter in plan.adapters.items()
+            if changes_linears(adapter.layout)
         }
+        return self._batch(plan, rows_by_adapter(plan.sequences))
+
+    def more_lora(self, plan: Plan) -> list[LoRABatch]:
+        """Return the batches of the other adapters of mixtures; to be called after `lora`.
+
+        The first one has the second adapter of each mixture, and so on.
+        """
+        longest = max((len(step.request.more_adapters) for step in plan.sequences), default=0)
+        batches = (
+            self._batch(plan, rows_by_adapter(plan.sequences, index))
+            for index in range(1, longest + 1)
+        )
+        return [batch for batch in batches if batch is not None]
+
+    def _batch(self, plan: Plan, rows: Mapping[Weighted, Sequence[int]]) -> LoRABatch | None:
+        own = {key: rows[key] for key in rows if key[0] in self._tables}
         adapters = [
-            tables.paged(plan.adapters[adapter_id].pages)
-            for adapter_id, tables in self._tables.items()
+            self._tables[adapter_id].paged(plan.adapters[adapter_id].pages, weight)
+            for adapter_id, weight in own
         ]
-        return build_lora_batch(adapters, list(rows.values()), self._layout.chunk_elems)
+        return build_lora_batch(adapters, list(own.values()), self._layout.chunk_elems)
 
     def edits(self, plan: Plan, logit_rows: Sequence[int]) -> list[EditedRows]:
         """Return what adapters of the plan change besides linears, for rows that it concerns.
@@ -66,7 +84,7 @@ class BatchBuilder:
         place = {row: at for at, row in enumerate(logit_rows)}
         virtual = _virtual_tokens(plan.sequences)
         edited = []
-        for adapter_id, rows in rows_by_adapter(plan.sequences).items():
+        for (adapter_id, _), rows in rows_by_adapter(plan.sequences).items():
             adapter = plan.adapters[adapter_id]
             own = virtual.get(adapter_id, [])
             if not own and not _edits_text(adapter.layout):
@@ -110,7 +128,7 @@ class _LayoutTables:
             bias_chunks=_part_chunks(layout, bias),
         )
 
-    def paged(self, pages: Sequence[int]) -> PagedAdapter:
+    def paged(self, pages: Sequence[int], weight: float) -> PagedAdapter:
         """Return the adapter as it lies in these pages, without the parts of the whole model."""
         return PagedAdapter(
             pages[: self.layout.num_layer_pages],
@@ -119,6 +137,7 @@ class _LayoutTables:
             self.b_chunks,
             self.scale_chunks,
             self.bias_chunks,
+            weight,
         )
 
 
@@ -161,18 +180,26 @@ def _virtual_tokens(steps: Sequence[SequenceStep]) -> dict[str, list[tuple[int, 
     return rows
 
 
-def rows_by_adapter(steps: Sequence[SequenceStep]) -> dict[str, list[int]]:
+def rows_by_adapter(steps: Sequence[SequenceStep], index: int = 0) -> dict[Weighted, list[int]]:
     """Return the token rows of each adapter, in the order the plan lays tokens out.
 
     Rows before a request's `adapter_start` are the base's.
+
+    Args:
+        index: which adapter of each request, where it has so many.
     """
-    rows: dict[str, list[int]] = {}
+    rows: dict[Weighted, list[int]] = {}
     at = 0
     for step in steps:
         stop = at + step.num_tokens
-        if step.adapter_id is not None:
-            first = at + max(0, step.request.adapter_start - step.start)
+        request = step.request
+        manifest, weight = request.adapter, request.adapter_weight
+        if index:
+            more = request.more_adapters
+            manifest, weight = more[index - 1] if index <= len(more) else (None, 1.0)
+        if manifest is not None:
+            first = at + max(0, request.adapter_start - step.start)
             if first < stop:
-                rows.setdefault(step.adapter_id, []).extend(range(first, stop))
+                rows.setdefault((manifest.adapter_id, weight), []).extend(range(first, stop))
         at = stop
     return rows

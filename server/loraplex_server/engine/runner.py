@@ -84,7 +84,9 @@ class Runner:
         edited = self._batches.edits(plan, logit_rows)
         logits = self._model.forward(
             token_ids,
-            self._backend.prepare(attention, self._batches.lora(plan)),
+            self._backend.prepare(
+                attention, self._batches.lora(plan), self._batches.more_lora(plan)
+            ),
             self._pool,
             torch.tensor(logit_rows, dtype=torch.int64),
             edits=AdapterEdits(edited, attention, self._pool) if edited else None,

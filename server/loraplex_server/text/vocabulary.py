@@ -109,16 +109,24 @@ class Vocabulary:
         )
 
     def render_chat(
-        self, messages: Sequence[Message], template_args: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        template_args: Mapping[str, Any] | None = None,
+        *,
+        template: str | None = None,
     ) -> str:
         """Return the prompt of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            template_args: variables of the template.
+            template: Jinja, instead of the tokenizer's own.
 
         Raises:
             ChatTemplateMissing, ChatTemplateFailed: as their names say.
         """
         from jinja2 import TemplateError
 
-        if not getattr(self._tokenizer, "chat_template", None):
+        if template is None and not getattr(self._tokenizer, "chat_template", None):
             raise ChatTemplateMissing(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
@@ -131,6 +139,7 @@ class Vocabulary:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
                 **extra,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from loraplex_memory.adapter_weights import AdapterWeights
 from tests.support.adapters import read_folder
-from tests.support.peft_cases import edit_folder
+from tests.support.peft_cases import edit_folder, make_base, quiet
 from tests.support.peft_cases_other import CASES
 from tests.support.peft_other_case import OtherCase
 from tests.support.served import ServedModel
@@ -111,3 +111,9 @@ def test_served_logits_are_those_of_peft(results: Mapping[str, Results], name: s
 @pytest.mark.parametrize("name", CASES)
 def test_a_naive_reading_would_be_noticed(results: Mapping[str, Results], name: str) -> None:
     assert distance(results[name].misread, results[name].expected) > 1.0
+
+
+def test_most_kinds_are_served_in_one_batch() -> None:
+    with quiet():
+        kinds = {case.config().peft_type for case in CASES.values() if case.base is make_base}
+    assert len(kinds) >= 20

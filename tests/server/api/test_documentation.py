@@ -6,7 +6,10 @@ import httpx
 import pytest
 
 from loraplex_server.api.errors import ERROR_TABLE
+from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
 from loraplex_server.api.schemas import ChatBody, ChatMessage, CompletionBody, StreamOptions
+from loraplex_server.api.sglang_adapters import SglangLoad
+from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
 
 DOCUMENT = Path(__file__).parents[3].joinpath("docs", "api.md").read_text(encoding="utf-8")
 
@@ -16,13 +19,16 @@ def test_every_error_code_is_documented():
     assert missing == set()
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody])
+FOREIGN = [LoraxBody, LoraxParameters, SglangLoad, VllmLoad, VllmUnload]
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, *FOREIGN])
 def test_every_field_is_documented(body):
     accepted = [name for name in body.model_fields if f"`{name}" not in DOCUMENT]
     assert accepted == []
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions])
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions, *FOREIGN])
 def test_every_unsupported_field_is_documented(body):
     switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
     names = {name for name in body.unsupported if not name.startswith("guided_")} - switches

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.server
 import json
+import socket
 import threading
+import time
+from dataclasses import dataclass
 from urllib.parse import quote
 
 import httpx
 import pytest
 
 from loraplex_server.engine.messages import FreedMemory
-from tests.server.api.conftest import make_adapter, wait_until
+from tests.server.api.conftest import make_adapter, running_server, wait_until
 
 NAME = "team/pirate"
 LONG = {"model": NAME, "prompt": "a b c", "max_tokens": 200, "ignore_eos": True, "stream": True}
@@ -219,8 +224,8 @@ def test_validate_judges_and_registers_nothing(server, folders):
     files = [("files", (p.name, p.read_bytes())) for p in sorted(folders[0].iterdir())]
     good = httpx.post(f"{server.url}/v1/adapters/validate", files=files).json()
     assert good["valid"] is True
-    assert good["id"].startswith("sha256:")
-    assert good["self_test_error"] < 1e-5
+    assert good["adapter"]["adapter_id"].startswith("sha256:")
+    assert good["adapter"]["self_test_error"] < 1e-5
     assert {entry["verdict"] for entry in good["report"]} <= {"applied", "folded", "no effect"}
     config = json.loads((folders[0] / "adapter_config.json").read_text())
     config["use_qalora"] = "perhaps"
@@ -269,3 +274,100 @@ def test_expired_names_go_when_nobody_uses_them(server, folders):
     tick()
     assert httpx.get(path_of(server)).status_code == 404
     wait_until(lambda: server.engine.discarded == [record["id"]])
+
+
+# ---- sources ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_fetched_from_a_source(sourcing_server):
+    server, root = sourcing_server
+    make_adapter(root / "pirate", seed=3)
+    body = {"name": NAME, "source": "file:pirate", "ttl_s": 60, "defaults": {"max_context": 9}}
+    answer = server.post("/v1/adapters", body)
+    assert answer.status_code == 201, answer.text
+    record = answer.json()
+    assert (record["source"], record["ttl_s"]) == ("file:///pirate", 60)
+    assert server.post("/v1/adapters", body).status_code == 200
+    uploaded = server.upload("uploaded", root / "pirate").json()
+    assert uploaded["id"] == record["id"]
+    wrong = server.post("/v1/adapters", {**body, "sha256": "0" * 64})
+    assert error_of(wrong) == (422, "digest_mismatch")
+    for source, expected in (
+        ("file:../x", (403, "source_forbidden")),
+        ("file:nothing", (502, "source_failed")),
+        ("ftp://x/y", (400, "source_unsupported")),
+        ("https://127.0.0.1/x", (403, "source_forbidden")),
+    ):
+        answer = server.post("/v1/adapters", {"name": "x", "source": source})
+        assert error_of(answer) == expected, answer.text
+    for bad in ({"name": "x"}, {**body, "colour": 1}, {**body, "sha256": "zz"}):
+        assert error_of(server.post("/v1/adapters", bad)) == (400, "invalid_request")
+    raw = httpx.post(
+        f"{server.url}/v1/adapters", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert error_of(raw) == (400, "invalid_request")
+    assert not any((server.data_dir / "staging").iterdir())
+
+
+def test_a_fetch_ends_with_its_client(private_server, web):
+    host = private_server.url.removeprefix("http://").partition(":")
+    body = json.dumps({"name": "slow", "source": f"{web.url}/slow.zip"}).encode()
+    head = (
+        f"POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    ).encode()
+    staging = private_server.data_dir / "staging"
+    with socket.create_connection((host[0], int(host[2]))) as connection:
+        connection.sendall(head + body)
+        wait_until(lambda: web.num_sent > 2)
+        assert len([*staging.iterdir()]) == 1
+    wait_until(lambda: not any(staging.iterdir()))
+    assert private_server.catalog.list() == ()
+
+
+@dataclass
+class SlowWeb:
+    url: str = ""
+    num_sent: int = 0
+
+
+@pytest.fixture
+def web():
+    """A site whose one file never ends."""
+    site = SlowWeb()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x" * 1024)
+                    self.wfile.flush()
+                    site.num_sent += 1
+                    time.sleep(0.01)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        site.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield site
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def sourcing_server(tmp_path, vocabulary):
+    root = tmp_path / "root"
+    root.mkdir()
+    with running_server(tmp_path / "data", vocabulary, adapter_root=root) as running:
+        yield running, root
+
+
+@pytest.fixture
+def private_server(tmp_path, vocabulary):
+    with running_server(tmp_path / "data", vocabulary, allow_private_sources=True) as running:
+        yield running

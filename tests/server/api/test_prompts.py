@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from loraplex_server.api.context_limit import ContextLimit
 from loraplex_server.api.errors import ContextLengthExceeded
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.text.errors import UnknownToken
@@ -10,7 +11,7 @@ from tests.server.api.conftest import BASE
 
 @pytest.fixture
 def encoder(vocabulary) -> PromptEncoder:
-    return PromptEncoder(vocabulary, max_model_len=10)
+    return PromptEncoder(vocabulary, ContextLimit.of(10))
 
 
 def test_a_text_that_cannot_fit_is_refused_without_encoding_it(encoder, vocabulary, monkeypatch):

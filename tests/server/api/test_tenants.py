@@ -31,7 +31,7 @@ def post(server, tenant: str | None, body: dict, path: str = "/v1/completions") 
 
 def make_job(tenant: str = "a", *, prompts=((1, 2, 3),), n: int = 1, max_tokens: int = 7) -> Job:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return Job("j", prompts, n, sampling, TextOptions(), None, Terms(tenant=tenant))
+    return Job("j", "tiny-base", prompts, n, sampling, TextOptions(), (), Terms(tenant=tenant))
 
 
 def token() -> TokenEvent:

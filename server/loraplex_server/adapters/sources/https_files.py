@@ -20,7 +20,6 @@ from loraplex_server.adapters.errors import SourceFailed, SourceForbidden
 
 _MAX_REDIRECTS: Final = 5
 _TIMEOUT: Final = httpx.Timeout(30.0)
-_CHUNK_BYTES: Final = 1 << 20
 _PORTS: Final = {"https": 443, "http": 80}
 
 
@@ -69,7 +68,8 @@ def _get(client: httpx.Client, url: httpx.URL, allow_private: bool) -> Iterator[
 def _content(response: httpx.Response) -> Iterator[bytes]:
     if response.status_code != 200:
         raise SourceFailed(f"the source answered with status {response.status_code}")
-    yield from response.iter_raw(_CHUNK_BYTES)
+    # As it comes: a sender that trickles must not keep us from giving up.
+    yield from response.iter_raw()
 
 
 def judge_host(host: str, port: int, *, allow_private: bool) -> str:

@@ -28,7 +28,8 @@ def read_local(url: str, root: Path) -> Generator[bytes]:
         raise SourceForbidden("a file: source names no host: file:name or file:///folder/name")
     try:
         folder = root.resolve(strict=True)
-        path = (folder / unquote(parts.path)).resolve(strict=True)
+        # Judged before it is looked for: what is outside is nobody's to know.
+        path = (folder / unquote(parts.path)).resolve()
         if not path.is_relative_to(folder):
             raise SourceForbidden(f"{unquote(parts.path)!r} is not below the server's adapter_root")
         # A link put there since may not lead out, and a pipe may not hold the server up.

@@ -79,6 +79,8 @@ class Source:
             return {self.archive_name: self.url}
         parts = urlsplit(self.url)
         folder = parts.path.rstrip("/")
+        if self.kind == "file" and not parts.netloc:  # where `urlunsplit` would add slashes
+            return {name: f"file:{folder}/{name}" for name in WANTED}
         return {name: urlunsplit((*parts[:2], f"{folder}/{name}", *parts[3:])) for name in WANTED}
 
 
