@@ -11,6 +11,7 @@ leaves leave.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, MutableSequence, Sequence
 from math import log2
 
@@ -72,7 +73,7 @@ class PrefixCache:
         children = root.children
         size = self.page_tokens
         for end in range(size, min(max_tokens, len(token_ids)) + 1, size):
-            node = children.get(tuple(token_ids[end - size : end]))
+            node = children.get(_content(token_ids[end - size : end]))
             if node is None:
                 break
             path.append(node)
@@ -120,7 +121,7 @@ class PrefixCache:
         maybe_used = used_now + log2(self._odds.odds)
         parent: PrefixNode | PrefixRoot = path[-1] if path else root
         for end in range((len(path) + 1) * size, num_tokens + 1, size):
-            content = tuple(token_ids[end - size : end])
+            content = _content(token_ids[end - size : end])
             node = parent.children.get(content)
             if node is None:
                 chain, page = hash((parent.chain, content)), pages[len(path)]
@@ -176,7 +177,7 @@ class PrefixCache:
         root.idle_leaves.pop(leaf, None)
         while True:
             parent = node.parent
-            del parent.children[node.token_ids]
+            del parent.children[node.content]
             pages.append(node.page)
             evicted(node.chain, was_hit=node.was_hit)
             if not isinstance(parent, PrefixNode) or not parent.is_evictable:
@@ -237,10 +238,10 @@ class PrefixCache:
         for node in nodes:
             refs = sum(child.num_refs for child in node.children.values())
             assert node.num_refs >= refs, "a page is used without the one before it"
-            for token_ids, child in node.children.items():
+            for content, child in node.children.items():
                 assert child.parent is node, "a child of two"
-                assert child.token_ids == token_ids, "a child under a wrong name"
-                assert len(token_ids) == self.page_tokens, "a node of a part of a page"
+                assert child.content == content, "a child under a wrong name"
+                assert len(array("i", content)) == self.page_tokens, "a node of a part of a page"
         assert len(nodes) == self.num_nodes, "the count of nodes is off"
         assert self.num_nodes == self._allocator.num_held(PageUse.PREFIX), "prefix pages leaked"
         assert len({node.page for node in nodes}) == len(nodes), "two nodes share a page"
@@ -259,7 +260,7 @@ class PrefixCache:
         self._evictor.prefixes.offer(leaf)
 
     def _remove(self, leaf: PrefixNode) -> None:
-        del leaf.parent.children[leaf.token_ids]
+        del leaf.parent.children[leaf.content]
         leaf.root.idle_leaves.pop(leaf, None)
         self._evictor.prefixes.withdraw(leaf)
         self._free(leaf.root, (leaf.page,))
@@ -282,3 +283,10 @@ class PrefixCache:
         while isinstance(node, PrefixNode) and node.is_evictable:
             self._remove(node)
             node = node.parent
+
+
+def _content(token_ids: Sequence[int]) -> bytes:
+    """Return what a page of these tokens is found by: bytes, which know their hash and hold on to
+    no objects, where a tuple would keep an integer alive for every token of the pool.
+    """
+    return array("i", token_ids).tobytes()

@@ -30,7 +30,7 @@ class PrefixRoot:
     def __init__(self, adapter_id: str | None, *, is_orphan: bool) -> None:
         self.adapter_id = adapter_id
         self.chain = hash(adapter_id)
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.children: dict[bytes, PrefixNode] = {}
         self.idle_leaves: dict[PrefixNode, None] = {}
         self.num_nodes = 0
         self.is_orphan = is_orphan
@@ -46,9 +46,10 @@ class PrefixRoot:
 
 
 class PrefixNode(Evictable):
-    """One page that holds the keys and values of `token_ids` after those of its ancestors.
+    """One page that holds the keys and values of its tokens after those of its ancestors.
 
     Attributes:
+        content: its tokens, as the prefix cache writes them.
         chain: hash of the adapter and all tokens up to the end of the page; of use for statistics
             only, where it does not matter that two contents may have the same.
         use_score: see `usage`.
@@ -58,13 +59,13 @@ class PrefixNode(Evictable):
     __slots__ = (
         "chain",
         "children",
+        "content",
         "last_use_s",
         "num_refs",
         "page",
         "page_cost",
         "parent",
         "root",
-        "token_ids",
         "use_score",
         "was_hit",
     )
@@ -73,7 +74,7 @@ class PrefixNode(Evictable):
         self,
         root: PrefixRoot,
         parent: PrefixNode | PrefixRoot,
-        token_ids: tuple[int, ...],
+        content: bytes,
         page: int,
         chain: int,
         use_score: float,
@@ -83,9 +84,9 @@ class PrefixNode(Evictable):
         super().__init__()
         self.root = root
         self.parent = parent
-        self.token_ids = token_ids
+        self.content = content
         self.page = page
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.children: dict[bytes, PrefixNode] = {}
         self.num_refs = 1
         self.chain = chain
         self.use_score = use_score
