@@ -129,7 +129,14 @@ def test_nothing_outside_the_root_is_read(get, folder, tmp_path):
     half = folder.parent / "half"
     half.mkdir()
     (half / "adapter_config.json").symlink_to(secret / "adapter_config.json")
-    bad = [f"file://{secret}", "file:../secret", "file:%2e%2e/secret", "file:link", "file:half", "file:///nothing"]
+    bad = [
+        f"file://{secret}",
+        "file:../secret",
+        "file:%2e%2e/secret",
+        "file:link",
+        "file:half",
+        "file:///nothing",
+    ]
     for url in [*bad, "file://elsewhere/pirate"]:
         with pytest.raises(SourceForbidden):
             get(url, policy)
