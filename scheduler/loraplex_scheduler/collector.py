@@ -3,7 +3,7 @@
 Steps leave no cycles: what they drop is freed at once, by its reference count. But a pool that
 fills up makes thousands of small objects that stay, and the collector, left to itself, looks at all
 new ones every so often, which takes several times as long as deciding a step. And a full collection
-walks through all that start-up left, hundreds of thousands of objects of torch and its like.
+would walk through all that start-up left, hundreds of thousands of objects of torch and its like.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ _BUSY_EVERY_S: Final = 600.0
 class CycleCollector:
     """Owned by the thread that steps the engine; one per process, as the collector is.
 
-    What outlives a collection is taken to stay for good, so each looks only at what came since.
+    What start-up left is taken to stay for good; a collection looks at all that came since.
     """
 
     def __init__(self, now_s: float) -> None:
         """Take over, once everything is set up; `now_s` is on any clock that never goes back."""
         gc.disable()
         self._collect(now_s)
+        gc.freeze()
 
     def collect_if_due(self, now_s: float, *, is_idle: bool) -> None:
         """Collect between two steps; `is_idle`: nobody waits for the next one."""
@@ -35,5 +36,4 @@ class CycleCollector:
 
     def _collect(self, now_s: float) -> None:
         gc.collect()
-        gc.freeze()
         self._last_s = now_s
