@@ -25,6 +25,7 @@ from loraplex_kernels.batch import (
 from loraplex_kernels.model_tables import KernelModel, LoRASite, StepCapacity
 from loraplex_kernels.ops import device_backend
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, PoolLayout
 from loraplex_memory.layout import Site as SiteName
 
@@ -144,7 +145,7 @@ class LoRABench:
             row = tuple(rank if p in site else 0 for p in range(num_projections))
             one_layer = ModelGeometry(**{**vars(self._case.geometry), "num_layers": 1})
             pool = PoolLayout(one_layer, self._layout.page_tokens)
-            layouts.append(AdapterLayout(pool, (row,)))
+            layouts.append(AdapterLayout(pool, AdapterSpec((row,))))
         num_pages = sum(layout.num_pages for layout in layouts)
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)).tolist()
         adapters = []

@@ -18,6 +18,7 @@ from loraplex_kernels.lora_shape import LoRAShape
 from loraplex_kernels.lora_traffic import launch_traffic, rival_weight_bytes, traffic_table
 from loraplex_kernels.lora_work import build_lora_work
 from loraplex_memory.adapter_layout import AdapterLayout
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import SITES, ModelGeometry, PoolLayout
 from loraplex_server.model.transformer import lora_site
 
@@ -93,7 +94,7 @@ def make_batch(layout: PoolLayout, adapters: list[list[int]], rows: list[list[in
     """Return the batch of adapters with these ranks per projection, at made-up pages."""
     paged, first_page = [], 0
     for ranks in adapters:
-        adapter = AdapterLayout(layout, (tuple(ranks),) * layout.geometry.num_layers)
+        adapter = AdapterLayout(layout, AdapterSpec((tuple(ranks),) * layout.geometry.num_layers))
         pages = list(range(first_page, first_page + adapter.num_pages))
         first_page += adapter.num_pages
         paged.append(PagedAdapter(pages, adapter.ranks, adapter.a_chunks, adapter.b_chunks))

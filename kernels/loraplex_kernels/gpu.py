@@ -108,7 +108,11 @@ class GpuBackend:
         attention_work, lora_work = self._lay_out(attention, lora, num_rows)
         if self._try_upload(attention_work, lora_work):
             items = len(attention_work.prefill_items)
-            lora_tables = self._static_lora(is_serial=lora_work.is_serial) if lora_work else None
+            lora_tables = None
+            if lora_work is not None:
+                lora_tables = self._static_lora(
+                    is_serial=lora_work.is_serial, is_weighted=lora_work.is_weighted
+                )
             return self._ops(self._static_attention(num_rows, items), self._scratch, lora_tables)
         tables = attention_work.to(self._device)
         scratch = self._new_scratch(len(tables.decode_items))
@@ -123,7 +127,7 @@ class GpuBackend:
             num_rows: token rows after padding, as given to `static_ops`.
         """
         attention_work, lora_work = self._lay_out(attention, lora, num_rows)
-        if lora_work is not None and lora_work.is_serial:
+        if lora_work is not None and (lora_work.is_serial or lora_work.is_weighted):
             return False  # computed by another kernel than the recorded one
         return self._try_upload(attention_work, lora_work)
 
@@ -179,10 +183,10 @@ class GpuBackend:
         }
         return AttentionTables(**{f.name: views[f.name] for f in fields(AttentionTables)} | cut)
 
-    def _static_lora(self, *, is_serial: bool) -> LoRATables:
+    def _static_lora(self, *, is_serial: bool, is_weighted: bool = False) -> LoRATables:
         views = (self._tables.views[f"lora_{name}"] for name in _LORA_TABLES)
         rows, pages, spans, items = views
-        return LoRATables(rows, pages, spans, items, self._planes, is_serial)
+        return LoRATables(rows, pages, spans, items, self._planes, is_serial, is_weighted)
 
     def _new_scratch(self, num_items: int) -> DecodeScratch:
         model = self._model

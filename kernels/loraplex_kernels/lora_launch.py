@@ -70,8 +70,8 @@ def expand(
         tables.spans,
         y.stride(0),
         layer * tables.spans.shape[1] + shape.index,
-        **shape.expand_constants(is_serial=tables.is_serial),
-        **shape.expand_options,
+        **shape.expand_constants(is_serial=tables.is_serial, is_weighted=tables.is_weighted),
+        **(shape.weighted_options if tables.is_weighted else shape.expand_options),
     )
 
 

@@ -160,7 +160,7 @@ class LoRAShape:
             "IS_TILED": self.is_tiled,
         }
 
-    def expand_constants(self, *, is_serial: bool) -> dict[str, int]:
+    def expand_constants(self, *, is_serial: bool, is_weighted: bool = False) -> dict[str, int]:
         """Return the compile-time arguments of the expand kernel."""
         widths = (*self.out_features, 0, 0)
         return {
@@ -172,6 +172,7 @@ class LoRAShape:
             "PAGE_ELEMS": self.page_elems,
             "BLOCK_N": self.block_n,
             "IS_TILED": self.is_tiled,
+            "IS_WEIGHTED": is_weighted,
         }
 
     @cached_property
@@ -187,6 +188,14 @@ class LoRAShape:
         tuning = self.tuning
         options = {"num_warps": tuning.expand_warps, "num_stages": tuning.expand_stages}
         return options | self._register_limit(self.block_n < tuning.block_n_cap)
+
+    @cached_property
+    def weighted_options(self) -> dict[str, int]:
+        """Compile options of the expand kernel with weights.
+
+        Left alone, the compiler spills a few registers to fit more programs.
+        """
+        return {"maxnreg": 128} | self.expand_options
 
     def _register_limit(self, is_narrow: bool) -> dict[str, int]:
         return {"maxnreg": self.tuning.narrow_registers} if is_narrow else {}

@@ -229,8 +229,9 @@ def expand_kernel(
     PAGE_ELEMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_TILED: tl.constexpr,
+    IS_WEIGHTED: tl.constexpr,
 ):
-    """`y[t] = scale_g * (y[t] + sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g`, in place.
+    """`y[t] = scale_g * (y[t] + w_g sum_r round(sum_p planes[p, t, r]) B_g[r]) + bias_g`, in place.
 
     A unit of work is one column block of an item: up to 64 rows of one adapter x one module.
     The sum over parts is rounded to the dtype of the weights, as the tensor cores take it; all else
@@ -242,6 +243,7 @@ def expand_kernel(
         WIDTH_0, WIDTH_1, WIDTH_2: output width of each module of the site; 0 for none.
         CHUNK: rows of B are this many elements, or a multiple, apart.
         NUM_PLANES: parts that the shrink kernel wrote.
+        IS_WEIGHTED: some segment has a weight that is not 1. Plain steps need no registers for it.
     """
     BLOCKS_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
     BLOCKS_1: tl.constexpr = (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
@@ -316,8 +318,9 @@ def expand_kernel(
                     e = start[:, None] + n[None, :]
                     b = _load_elements(pool_ptr, pages, e, b_mask, PAGE_ELEMS)
                 acc = dot(narrow(v, b.dtype), b, acc)
-            if epilogue >= 0:
-                acc *= tl.load(items_ptr + epilogue * _ITEM + 2).to(tl.float32, bitcast=True)
+            if IS_WEIGHTED:  # noqa: SIM102  decided when compiling, and then at run time
+                if epilogue >= 0:
+                    acc *= tl.load(items_ptr + epilogue * _ITEM + 2).to(tl.float32, bitcast=True)
             # Read only here: held across the products, y would cost a third of the occupancy.
             y = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32) + acc
             if epilogue >= 0:
@@ -358,6 +361,9 @@ def aot_cases(model: ModelShape) -> list[AotCase]:
             cases.append(
                 _case(f"lora expand {variant}", expand_kernel, constants, shape.expand_options)
             )
+            constants = shape.expand_constants(is_serial=is_serial, is_weighted=True)
+            name_of_weighted = f"lora expand weighted {variant}"
+            cases.append(_case(name_of_weighted, expand_kernel, constants, shape.weighted_options))
     return cases
 
 

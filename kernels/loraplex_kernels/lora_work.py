@@ -51,6 +51,7 @@ class LoRAWork:
         plane_elems: float32 elements of scratch that the largest site needs.
         is_serial: whether the shrink adds the K parts itself, see `LoRATuning.serial_rows`. Steps
             under that many rows are never serial.
+        is_weighted: whether some segment has a weight that is not 1.
     """
 
     rows: IntArray
@@ -59,6 +60,7 @@ class LoRAWork:
     items: IntArray
     plane_elems: int
     is_serial: bool
+    is_weighted: bool = False
 
     def to(self, device: torch.device) -> LoRATables:
         """Copy every table to `device` in one transfer, and make scratch for them."""
@@ -66,7 +68,7 @@ class LoRAWork:
             [self.rows, self.pages, self.spans, self.items], device
         )
         planes = torch.empty(self.plane_elems, dtype=torch.float32, device=device)
-        return LoRATables(rows, pages, spans, items, planes, self.is_serial)
+        return LoRATables(rows, pages, spans, items, planes, self.is_serial, self.is_weighted)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class LoRATables:
     items: torch.Tensor
     planes: torch.Tensor
     is_serial: bool
+    is_weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def build_lora_work(batch: LoRABatch, shapes: Sequence[LoRAShape]) -> LoRAWork:
         items=builder.items(),
         plane_elems=builder.plane_elems,
         is_serial=builder.is_serial,
+        is_weighted=weights is not None,
     )
 
 

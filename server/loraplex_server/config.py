@@ -7,11 +7,9 @@ first of these that names a setting decides. A name that no setting has is an er
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from loraplex_scheduler.policies import ADMISSIONS, EVICTIONS, ORDERS
+from loraplex_server.flags import FlagError, flag_parser
 from loraplex_server.setting_values import (
     Parser,
     choice_of,
@@ -353,74 +352,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return content
 
 
-class _FlagParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    parser = _flag_parser()
-    found, unknown = parser.parse_known_args(list(argv))
+    visible = {name: s for name, s in _SETTINGS.items() if name not in SECRETS}
+    parser = flag_parser({_spelling("flag", name): s for name, s in visible.items()})
+    try:
+        found, unknown = parser.parse_known_args(list(argv))
+    except FlagError as error:
+        raise ConfigError(str(error)) from None
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         _refuse_unknown("argument", unknown[0].partition("=")[0], known)
     return {name: value for name, value in vars(found).items() if value is not None}
-
-
-def _flag_parser() -> argparse.ArgumentParser:
-    parser = _FlagParser(
-        prog="loraplex serve",
-        usage="%(prog)s [--model MODEL] [--port N] [--config FILE] ...",
-        description="Serve one language model and its LoRA adapters with the OpenAI API.",
-        epilog="Each flag is also an environment variable (LORAPLEX_MAX_RUNNING) and a key of the "
-        "TOML file (max_running). Flags win over variables, variables over the file. Without "
-        "a flag: LORAPLEX_API_KEY (api_key), which every request must then bring.",
-        formatter_class=_help_format,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="help", help="show this and exit")
-    general.add_argument("--version", action="version", version=_version(), help="show the version")
-    general.add_argument("--config", metavar="FILE", help="read settings from this TOML file")
-    groups = {"general": general}
-    for name, setting in _SETTINGS.items():
-        if name in SECRETS:
-            continue
-        group = setting.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(
-            _spelling("flag", name), metavar=setting.metadata["shape"], help=_flag_help(setting)
-        )
-    return parser
-
-
-def _help_format(prog: str) -> argparse.HelpFormatter:
-    width = min(100, shutil.get_terminal_size().columns)
-    return argparse.HelpFormatter(prog, max_help_position=30, width=width)
-
-
-def _flag_help(setting: Field[Any]) -> str:
-    text = str(setting.metadata["help"])
-    if "default:" in text:
-        return text
-    if setting.default is None:
-        return f"{text} (default: auto)"
-    return f"{text} (default: {_shown(setting.default)})"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, int) and value >= 2**20 and value % 2**20 == 0:
-        return f"{value >> 20}MiB" if value % 2**30 else f"{value >> 30}GiB"
-    return str(value)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"loraplex {version('loraplex')}"

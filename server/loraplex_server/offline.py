@@ -26,6 +26,7 @@ from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.build import build_core, resolve_facts
 from loraplex_server.config import Config
+from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.messages import EngineStats
 from loraplex_server.text.assembler import TextAssembler, TextOptions
 from loraplex_server.text.vocabulary import Message, Vocabulary
@@ -152,12 +153,16 @@ class Engine:
         self.vocabulary.check(list(sampling.logit_bias), param="logit_bias")
         self.vocabulary.check(list(sampling.stop_token_ids), param="stop_token_ids")
         self._num_requests += 1
+        manifest = self._manifests[adapter] if adapter is not None else None
+        adapted = adapt_prompt(manifest, ids, len(self.vocabulary))
         return Request(
             request_id=f"offline-{self._num_requests}",
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=adapted.token_ids,
             sampling=sampling,
-            adapter=self._manifests[adapter] if adapter is not None else None,
+            adapter=adapted.adapter,
             arrival_s=time.monotonic(),
+            adapter_start=adapted.adapter_start,
+            num_virtual=adapted.num_virtual,
         )
 
     def _drive(self, pending: dict[str, _Pending]) -> None:
@@ -191,7 +196,7 @@ class _Pending:
         self._assembler = TextAssembler(
             vocabulary,
             options or TextOptions(),
-            prompt_ids=request.prompt_token_ids,
+            prompt_ids=request.prompt_token_ids[request.num_virtual :],
             stop_token_ids=request.sampling.stop_token_ids,
         )
         self._text: list[str] = []

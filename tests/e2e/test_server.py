@@ -283,7 +283,9 @@ def test_an_adapter_deleted_while_in_use_finishes_what_runs(server, sdk, client,
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    sdk.adapters.delete("leaving")
+    freed = sdk.adapters.delete("leaving", timeout_s=200).freed
+    assert freed.pool_bytes >= record.pool_pages * server.pool()["page_bytes"]
+    assert freed.disk_bytes == record.size_bytes
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="leaving", prompt="x")
     reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
@@ -292,6 +294,47 @@ def test_an_adapter_deleted_while_in_use_finishes_what_runs(server, sdk, client,
     while any(a["id"] == record.id for a in server.pool()["by_adapter"]):
         assert time.monotonic() < deadline, "the deleted adapter keeps its pages"
         time.sleep(0.1)
+
+
+def test_a_name_moves_between_versions_that_answer_each_as_themselves(sdk, client, copy_of_pirate):
+    def answer(model):
+        return (
+            client.completions.create(model=model, prompt="The sea", temperature=0).choices[0].text
+        )
+
+    old = sdk.adapters.push(copy_of_pirate("old", lora_alpha=8), name="moving")
+    as_old = answer("moving")
+    new = sdk.adapters.push(
+        copy_of_pirate("new", lora_alpha=64), name="moving", replace=True, expected_id=old.id
+    )
+    as_new = answer("moving")
+    assert as_new != as_old
+    assert answer(f"moving@{old.id[:25]}") == as_old
+    assert sdk.adapters.pin("moving").pinned
+    assert sdk.adapters.rollback("moving", version=1).id == old.id
+    assert answer("moving") == as_old
+    assert [(v.version, v.id, v.current) for v in sdk.adapters.versions("moving")] == [
+        (2, new.id, False),
+        (1, old.id, True),
+    ]
+    assert sdk.adapters.delete("moving", mode="cancel").freed.pool_bytes > 0
+
+
+def test_a_cancelling_delete_ends_what_runs(sdk, client, copy_of_pirate):
+    sdk.adapters.push(copy_of_pirate(lora_alpha=5), name="doomed")
+    stream = client.completions.create(
+        model="doomed",
+        prompt="The sea",
+        max_tokens=900,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    started = time.monotonic()
+    sdk.adapters.delete("doomed", mode="cancel")
+    assert time.monotonic() - started < 5
+    with pytest.raises(openai.APIError, match="was deleted"):
+        list(stream)
 
 
 def set_nan(tensors):
@@ -309,7 +352,7 @@ def cut_row(tensors):
     [
         (set_nan, {}, "NaN"),
         (cut_row, {}, "[12, 575]"),
-        (lambda t: t, {"use_dora": True}, "use_dora"),
+        (lambda t: t, {"use_dora": True}, "lora_magnitude_vector"),
         (lambda t: t, {"base_model_name_or_path": "meta-llama/Llama-3-8B"}, "Llama-3-8B"),
         (lambda t: t | {"extra.weight": torch.zeros(2)}, {}, "extra.weight"),
         (lambda t: t, {"a_new_field": 5}, "a_new_field"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex_memory.adapter_file import write_adapter_file
@@ -49,6 +50,14 @@ def make_request(
         adapter_start=adapted.adapter_start,
         num_virtual=adapted.num_virtual,
     )
+
+
+def make_mixture(request_id: str, manifests: Manifests, *, max_tokens: int) -> Request:
+    """Return a request of both plain adapters at weights of their own."""
+    other = manifests["other plain"]
+    assert other is not None
+    request = make_request(request_id, manifests["plain"], PROMPTS[0], max_tokens=max_tokens)
+    return replace(request, adapter_weight=0.5, more_adapters=((other, -2.0),))
 
 
 def make_requests(manifests: Manifests, *, max_tokens: int = 6) -> list[Request]:

@@ -27,11 +27,12 @@ Parts = dict[PartKey, torch.Tensor]
 
 
 def make_adapters(reference: Any) -> dict[str, AdapterWeights]:
-    """Return an adapter of each kind, half of them with LoRA as well, a plain one, and an activated
-    one, for a model of two layers and `HEAD_DIM`.
+    """Return an adapter of each kind, half of them with LoRA as well, two plain ones, and an
+    activated one, for a model of two layers and `HEAD_DIM`.
     """
     adapters = {
         "plain": AdapterWeights({(1, "up"): _pair(reference, 1, "up", 1)}),
+        "other plain": AdapterWeights({(i, "up"): _pair(reference, i, "up", 5) for i in _LAYERS}),
         "activated": AdapterWeights(
             {(i, p): _pair(reference, i, p, i) for i in _LAYERS for p in ("q", "v", "down")},
             invocation_token_ids=INVOCATION,

@@ -25,8 +25,8 @@ from loraplex_server.config import Config
 from loraplex_server.engine.gpu_engine import measure_step_bytes
 from loraplex_server.model.transformer import Transformer, kernel_model
 from tests.server.model.paged_run import PagedRun
+from tests.support.adapter_kinds import make_mixture, save_kinds
 from tests.support.adapter_kinds import make_requests as kind_requests
-from tests.support.adapter_kinds import save_kinds
 from tests.support.adapter_parts import HEAD_DIM, make_adapters
 from tests.support.engine import drive, make_core, make_device_core, save_adapter
 from tests.support.kernel_cases import make_weights
@@ -134,9 +134,10 @@ def check_kinds(device: torch.device, *, overlap: bool) -> None:
     is_cuda = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         manifests = save_kinds(Path(folder), make_adapters(reference))
-        if not is_cuda:
-            manifests = {name: manifests[name] for name in _FEW_KINDS}
-        requests = kind_requests(manifests, max_tokens=6 if is_cuda else 2)
+        max_tokens = 6 if is_cuda else 2
+        chosen = {name: manifests[name] for name in (manifests if is_cuda else _FEW_KINDS)}
+        requests = kind_requests(chosen, max_tokens=max_tokens)
+        requests.append(make_mixture("mixture", manifests, max_tokens=max_tokens))
         host_core = make_core(transformer_of(reference))
         model = transformer_of(reference, device=device)
         core = make_device_core(model, max_step_tokens=48, overlap=overlap)

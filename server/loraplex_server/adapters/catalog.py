@@ -19,37 +19,37 @@ from sqlalchemy import Connection
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_memory.layout import PROJECTIONS, PoolLayout
+from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.blobs import BlobStore
-from loraplex_server.adapters.checks import AdapterChecks, CheckedAdapter
+from loraplex_server.adapters.checks import AdapterChecks
 from loraplex_server.adapters.data_dir import DataDir, storage_errors
 from loraplex_server.adapters.errors import (
     AdapterNotFound,
     BaseNameTaken,
-    PinRefused,
     StorageFailed,
 )
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.last_uses import LastUses
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.adapters.names import check_adapter_name
+from loraplex_server.adapters.pins import change_settings
 from loraplex_server.adapters.reader import AdapterReader
 from loraplex_server.adapters.record import AdapterLimits, AdapterRecord
 from loraplex_server.adapters.references import AdapterReference, check_id_prefix, parse_reference
+from loraplex_server.adapters.registrar import AdapterRegistrar
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.registry import (
-    NewVersion,
     Registry,
-    StoredAdapter,
     VersionRow,
     scope_of,
 )
 from loraplex_server.adapters.registry_database import sqlite_url
 from loraplex_server.adapters.removal import Removal
-from loraplex_server.adapters.store import AdapterStore, RemovedVersions, check_replaceable
+from loraplex_server.adapters.store import AdapterStore, RemovedVersions
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.adapters.validation import Validation, validate
+from loraplex_server.adapters.version_record import make_record
 
 __all__ = ["AdapterCatalog", "AdapterLease"]
 
@@ -125,34 +125,30 @@ class AdapterCatalog:
             with storage_errors("open the adapters' files"):
                 url = blob_url or str(self._dir.blobs.absolute())
                 blobs = BlobStore(url, cache_dir=self._dir.root / "cache")
-            self._writer = AdapterWriter(blobs, self._dir.staging, at_stage)
+            writer = AdapterWriter(blobs, self._dir.staging, at_stage)
             self._store = AdapterStore(
                 self._registry,
                 blobs,
                 database_url=registry_url or sqlite_url(self._dir.database),
-                upgrade_blob=self._writer.upgrade,
+                upgrade_blob=writer.upgrade,
                 is_shared=registry_url is not None,
                 keep_versions=keep_versions,
                 on_discard=on_discard,
                 at_stage=at_stage,
             )
+            self._registrar = AdapterRegistrar(
+                self._checks, writer, self._registry, self._store, base_name=base_name
+            )
         except BaseException:
             self._dir.close()
             raise
         try:
-            self._check_base_name()
+            with self._reading("look the base's name up") as connection:
+                if (name := self._registry.find_like(connection, base_name)) is not None:
+                    raise BaseNameTaken(name, base_name)
         except BaseException:
             self.close()
             raise
-
-    def _check_base_name(self) -> None:
-        base_name = self._base_names[0]
-        with (
-            storage_errors("look the base's name up"),
-            self._store.database.connect() as connection,
-        ):
-            if (name := self._registry.find_like(connection, base_name)) is not None:
-                raise BaseNameTaken(name, base_name)
 
     def close(self) -> None:
         """Write what is not written yet, and let go of the data folder. Idempotent."""
@@ -170,11 +166,7 @@ class AdapterCatalog:
     # ---- registering -----------------------------------------------------------------------
 
     def new_upload(self) -> UploadStaging:
-        """Return a fresh quarantine folder for one upload; use it as a context manager.
-
-        Raises:
-            StorageFailed
-        """
+        """Return a fresh quarantine folder, a context manager; raises StorageFailed."""
         return UploadStaging(self._dir.staging, self._limits)
 
     def check_name(self, name: str) -> None:
@@ -209,43 +201,8 @@ class AdapterCatalog:
             VersionConflict: it is, but not the content that the name has.
         """
         self.check_name(wish.name)
-        checked = self._checks.check(
-            folder, name=wish.name, check_base=wish.check_base, max_pages=max_pages
-        )
-        self._check_early(wish, checked.adapter_id)
-        self._store.hold(checked.adapter_id)
-        try:
-            new = self._write(wish, checked, folder)
-            row, is_new = self._store.add(new, wish, self._now())
-        finally:
-            self._store.release(checked.adapter_id)
+        row, is_new = self._registrar.register(wish, folder, max_pages, self._now())
         return self._record(row), is_new
-
-    def _check_early(self, wish: Registration, content_id: str) -> None:
-        """Spare a hopeless upload the writing; the store decides."""
-        with self._reading("look the name up") as connection:
-            row = self._registry.find(connection, wish.name)
-        if row is None or row.adapter_id != content_id:
-            check_replaceable(wish, row)
-
-    def _write(self, wish: Registration, checked: CheckedAdapter, folder: Path) -> NewVersion:
-        content_id = checked.adapter_id
-        native_bytes = 0 if checked.is_native else self._writer.write_native(content_id, folder)
-        stored = StoredAdapter(
-            adapter_id=content_id,
-            spec=checked.spec,
-            size_bytes=self._writer.write(content_id, checked.weights),
-            native_bytes=native_bytes,
-            self_test_error=checked.self_test_error,
-        )
-        return NewVersion(
-            name=wish.name,
-            adapter=stored,
-            base_model=checked.base_model or self._base_names[0],
-            created=self._now(),
-            source=wish.source,
-            report=checked.report_json(),
-        )
 
     # ---- looking up ------------------------------------------------------------------------
 
@@ -278,11 +235,7 @@ class AdapterCatalog:
     def versions(
         self, name: str, *, limit: int = 100, before: int | None = None
     ) -> tuple[AdapterRecord, ...]:
-        """Return up to `limit` versions of a name, newest first, those older than `before`.
-
-        Raises:
-            AdapterNotFound, StorageFailed
-        """
+        """The same of a name's versions, newest first; raises AdapterNotFound, StorageFailed."""
         self._store.resolve(AdapterReference(name))
         with self._reading("list versions") as connection:
             rows = self._registry.versions(connection, name, limit, before)
@@ -329,19 +282,10 @@ class AdapterCatalog:
             storage_errors("change the adapter"),
             self._store.database.begin() as connection,
         ):
-            self._registry.lock(connection, name)
-            row = self._registry.find(connection, name)
-            if row is None:
-                raise AdapterNotFound(name)
-            if settings.get("pinned") and max_pinned_pages is not None:
-                others = [o for o in self._registry.pinned(connection) if o.name != name]
-                num_pages = sum({o.adapter_id: self._pages(o) for o in (*others, row)}.values())
-                if num_pages > max_pinned_pages:
-                    raise PinRefused(name, num_pages, max_pinned_pages)
-            self._registry.set_settings(connection, name, settings)
-            changed = self._registry.find(connection, name)
-        assert changed is not None, "it was there a moment ago, in the same transaction"
-        return self._record(changed)
+            row = change_settings(
+                self._registry, connection, name, settings, self._num_pages, max_pinned_pages
+            )
+        return self._record(row)
 
     def delete(self, name: str) -> Removal:
         """Take a name with all its versions away, or the one version `name@sha256:...`.
@@ -447,31 +391,8 @@ class AdapterCatalog:
     def _now(self) -> int:
         return int(self._clock())
 
-    def _pages(self, row: VersionRow) -> int:
-        return self._num_pages(row.adapter.spec)
-
     def _record(self, row: VersionRow) -> AdapterRecord:
-        spec = row.adapter.spec
-        ranks = zip(PROJECTIONS, zip(*spec.ranks, strict=True), strict=True)
-        unwritten = self._uses.of(row.name)
-        return AdapterRecord(
-            name=row.name,
-            id=row.adapter_id,
-            base_model=row.base_model,
-            spec=spec,
-            rank_max=max(map(max, spec.ranks)),
-            target_modules=tuple(projection for projection, own in ranks if any(own)),
-            size_bytes=row.adapter.size_bytes,
-            pool_pages=self._pages(row),
-            created=row.created,
-            version=row.version,
-            is_current=row.is_current,
-            native_bytes=row.adapter.native_bytes,
-            self_test_error=row.adapter.self_test_error,
-            source=row.source,
-            last_used=max(unwritten or 0, row.last_used or 0) or None,
-            settings=row.settings,
-        )
+        return make_record(row, self._num_pages(row.adapter.spec), self._uses.of(row.name))
 
     def _manifest(self, row: VersionRow) -> AdapterManifest:
         path = self._store.local_path(row)

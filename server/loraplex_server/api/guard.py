@@ -12,7 +12,7 @@ from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey, error_re
 
 #: For probes and scrapers, which say nothing of any tenant.
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
-_CHANGING_METHODS: Final = frozenset({"POST", "DELETE"})
+_CHANGING_METHODS: Final = frozenset({"POST", "PATCH", "DELETE"})
 
 
 class Guard:

@@ -72,26 +72,34 @@ def warm_up(
     max_running: int,
     max_model_len: int,
 ) -> None:
-    """Run a long step with an adapter, so that no request waits while its kernels are compiled.
+    """Run a long step with an adapter, so that no request waits while its kernels are compiled,
+    and a long and a short one with a weighted adapter.
 
-    Those of decodes were compiled when they were recorded. Writes rubbish into the pool's first
-    page, and reads it as an adapter.
+    Those of other decodes were compiled when they were recorded. Writes rubbish into the pool's
+    first page, and reads it as an adapter.
     """
     num_each = max(1, min(max_step_tokens, max_model_len - 1))
     plan = long_plan(layout, num_each, num_sequences=min(max_running, max_step_tokens // num_each))
+    runner.launch(_with_adapter(plan, layout, weight=1.0)).result()
+    for weighted in (plan, long_plan(layout, 1, num_sequences=1)):
+        runner.launch(_with_adapter(weighted, layout, weight=0.5)).result()
+
+
+def _with_adapter(plan: Plan, layout: PoolLayout, weight: float) -> Plan:
+    """Return the plan for an adapter of rank 1, with everything in the pool's first page."""
     ranks = ((1,) * len(PROJECTIONS),) * layout.geometry.num_layers
     adapter = AdapterLayout(layout, AdapterSpec(ranks))
     manifest = AdapterManifest("warm-up", path="", spec=AdapterSpec(ranks))
     steps = [
         replace(
             step,
-            request=replace(step.request, adapter=manifest),
+            request=replace(step.request, adapter=manifest, adapter_weight=weight),
             block_table=(0,) * len(step.block_table),
         )
         for step in plan.sequences
     ]
     adapters = {"warm-up": PlannedAdapter(adapter, (0,) * adapter.num_pages)}
-    runner.launch(Plan(tuple(steps), loads=(), adapters=adapters)).result()
+    return Plan(tuple(steps), loads=(), adapters=adapters)
 
 
 def make_stream_writer(pool: PagePool) -> StreamWriter:

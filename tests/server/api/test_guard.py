@@ -56,6 +56,12 @@ def test_another_sites_page_changes_nothing(server, tmp_path):
     assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
     headers = {"sec-fetch-site": "same-origin"}
     assert httpx.delete(f"{server.url}/v1/adapters/x", headers=headers).status_code == 404
+    patched = httpx.patch(
+        f"{server.url}/v1/adapters/x",
+        json={"pinned": True},
+        headers={"sec-fetch-site": "cross-site"},
+    )
+    assert (patched.status_code, patched.json()["error"]["code"]) == (403, "cross_site")
 
 
 @pytest.mark.parametrize(

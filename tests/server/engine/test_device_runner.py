@@ -101,9 +101,10 @@ def test_warming_up_launches_prefill_and_adapters_in_the_first_page_only():
             return runner.launch(plan)
 
     warm_up(Noted(), layout, **sizes, max_model_len=model.max_model_len)
-    (plan,) = plans
-    assert [step.num_tokens for step in plan.sequences] == [12]
-    assert [step.adapter_id for step in plan.sequences] == list(plan.adapters)
+    assert [[step.num_tokens for step in plan.sequences] for plan in plans] == [[12], [12], [1]]
+    for plan in plans:
+        assert [step.adapter_id for step in plan.sequences] == list(plan.adapters)
+    assert [plan.sequences[0].request.adapter_weight for plan in plans] == [1.0, 0.5, 0.5]
     assert (pool.data[:, 0] != 0).any()
     assert (pool.data[:, 1:] == 0).all()
 
@@ -156,7 +157,8 @@ def test_the_warm_up_is_as_long_as_the_limits_allow(sizes, expected):
 
     class Silent:
         def launch(self, plan):
-            found.extend(step.num_tokens for step in plan.sequences)
+            if plan.sequences[0].request.adapter_weight == 1.0:
+                found.extend(step.num_tokens for step in plan.sequences)
             return Landed(StepResult({}))
 
     warm_up(Silent(), PoolLayout(tiny_spec().geometry), **sizes)

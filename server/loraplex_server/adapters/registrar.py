@@ -1,0 +1,74 @@
+"""Registering one folder: checked, its files stored, and then its version committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraplex_server.adapters.adapter_writer import AdapterWriter
+from loraplex_server.adapters.checks import AdapterChecks, CheckedAdapter
+from loraplex_server.adapters.data_dir import storage_errors
+from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registry import NewVersion, Registry, StoredAdapter, VersionRow
+from loraplex_server.adapters.store import AdapterStore, check_replaceable
+
+
+class AdapterRegistrar:
+    """Stateless; safe from any thread. Blocks for as long as reading the adapter takes."""
+
+    def __init__(
+        self,
+        checks: AdapterChecks,
+        writer: AdapterWriter,
+        registry: Registry,
+        store: AdapterStore,
+        *,
+        base_name: str,
+    ) -> None:
+        self._checks = checks
+        self._writer = writer
+        self._registry = registry
+        self._store = store
+        self._base_name = base_name
+
+    def register(
+        self, wish: Registration, folder: Path, max_pages: int | None, now: int
+    ) -> tuple[VersionRow, bool]:
+        """See `AdapterCatalog.register`; the name has been checked."""
+        checked = self._checks.check(
+            folder, name=wish.name, check_base=wish.check_base, max_pages=max_pages
+        )
+        self._check_early(wish, checked.adapter_id)
+        # Held while its file is stored: a delete of the same content may not take it meanwhile.
+        self._store.hold(checked.adapter_id)
+        try:
+            return self._store.add(self._write(wish, checked, folder, now), wish, now)
+        finally:
+            self._store.release(checked.adapter_id)
+
+    def _check_early(self, wish: Registration, content_id: str) -> None:
+        """Spare a hopeless upload the writing; the store decides."""
+        with storage_errors("look the name up"), self._store.database.connect() as connection:
+            row = self._registry.find(connection, wish.name)
+        if row is None or row.adapter_id != content_id:
+            check_replaceable(wish, row)
+
+    def _write(
+        self, wish: Registration, checked: CheckedAdapter, folder: Path, now: int
+    ) -> NewVersion:
+        content_id = checked.adapter_id
+        native_bytes = 0 if checked.is_native else self._writer.write_native(content_id, folder)
+        stored = StoredAdapter(
+            adapter_id=content_id,
+            spec=checked.spec,
+            size_bytes=self._writer.write(content_id, checked.weights),
+            native_bytes=native_bytes,
+            self_test_error=checked.self_test_error,
+        )
+        return NewVersion(
+            name=wish.name,
+            adapter=stored,
+            base_model=checked.base_model or self._base_name,
+            created=now,
+            source=wish.source,
+            report=checked.report_json(),
+        )

@@ -1,0 +1,108 @@
+"""A real server, asked by the clients and controllers of other servers."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from loraplex import Client
+from tests.e2e.conftest import EXAMPLES
+from tests.support.server_process import ServerProcess
+
+pytestmark = pytest.mark.model
+
+BASE = "SmolLM2-135M-Instruct"
+ASK = {"prompt": "The captain said:", "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    flags = ("--dtype", "float32", "--pool-bytes", "256MiB", "--max-model-len", "256")
+    folder = tmp_path_factory.mktemp("server")
+    server = ServerProcess(folder, *flags, "--adapter-root", str(EXAMPLES))
+    try:
+        server.wait_until_ready()
+        for name in ("pirate", "sql"):
+            answer = post(server, "/v1/load_lora_adapter", lora_name=name, lora_path=name)
+            assert answer.text == f"Success: LoRA adapter '{name}' added successfully."
+        yield server
+    finally:
+        server.stop()
+
+
+def post(server, path: str, **body) -> httpx.Response:
+    return httpx.post(server.base_url + path, json=body, timeout=60)
+
+
+def text(server, **fields) -> str:
+    answer = post(server, "/v1/completions", **ASK, **fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+@pytest.fixture(scope="module")
+def texts(server) -> dict[str, str]:
+    """What the base and each adapter say."""
+    said = {name: text(server, model=name) for name in (BASE, "pirate", "sql")}
+    assert len(set(said.values())) == 3
+    return said
+
+
+def test_every_way_to_name_an_adapter_gets_its_answer(server, texts):
+    for fields in (
+        {"model": f"{BASE}:pirate"},
+        {"model": BASE, "lora_path": "pirate"},
+        {"model": "", "adapter_id": "pirate"},
+        {"adapters": [{"name": "pirate"}]},
+        {"model": "pirate", "adapter_scale": 1.0},
+    ):
+        assert text(server, **fields) == texts["pirate"], fields
+
+
+def test_scales_and_mixtures_are_what_they_say(server, texts):
+    assert text(server, model="pirate", adapter_scale=0) == texts[BASE]
+    only_sql = [{"name": "pirate", "weight": 0}, {"name": "sql", "weight": 1}]
+    assert text(server, adapters=only_sql) == texts["sql"]
+    mixed = [{"name": "pirate", "weight": 0.6}, {"name": "sql", "weight": 0.6}]
+    assert text(server, adapters=mixed) == text(server, adapters=mixed[::-1])
+
+
+def test_loraxs_answer_is_the_same_whole_or_streamed(server, texts):
+    parameters = {"adapter_id": "pirate", "max_new_tokens": ASK["max_tokens"], "details": True}
+    body = {"inputs": ASK["prompt"], "parameters": parameters}
+    whole = post(server, "/generate", **body).json()
+    assert whole["generated_text"] == texts["pirate"]
+    streamed = post(server, "/generate_stream", **body).text
+    events = [json.loads(line[5:]) for line in streamed.splitlines() if line]
+    assert "".join(event["token"]["text"] for event in events) == texts["pirate"]
+    assert [e["token"]["id"] for e in events] == [t["id"] for t in whole["details"]["tokens"]]
+    assert events[-1]["generated_text"] == texts["pirate"]
+
+
+def test_defaults_given_with_an_upload_are_the_requests(server):
+    defaults = {"system_prompt": "You are terse.", "generation": {"max_tokens": 3}}
+    body = {"name": "terse", "source": "file:pirate", "defaults": defaults}
+    answer = post(server, "/v1/adapters", **body)
+    assert answer.status_code == 201, answer.text
+    with Client(base_url=server.base_url) as client:
+        turn = [{"role": "user", "content": "Hello!"}]
+        own = client.chat.create(model="terse", messages=turn)
+        assert own.usage.completion_tokens == 3
+        system = [{"role": "system", "content": "You are terse."}, *turn]
+        plain = client.chat.create(model="pirate", messages=system, max_tokens=3)
+        assert plain.usage.prompt_tokens == own.usage.prompt_tokens
+
+
+def test_sglangs_pair_and_openais_client_end_an_adapter(server):
+    answer = post(server, "/load_lora_adapter", lora_name="a/b", lora_path="sql", pinned=True)
+    assert answer.json()["loaded_adapters"]["a/b"] == (EXAMPLES / "sql").as_uri()
+    assert httpx.get(f"{server.base_url}/v1/adapters/a/b").json()["pinned"]
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="x", max_retries=0) as client:
+        assert client.models.delete("a/b").deleted
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="a/b", prompt="x")
+    answer = post(server, "/unload_lora_adapter", lora_name="a/b")
+    assert (answer.status_code, answer.json()["success"]) == (400, False)
