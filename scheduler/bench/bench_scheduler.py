@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_scheduler.collector import CycleCollector
 from loraplex_scheduler.limits import SchedulerLimits
@@ -140,7 +141,8 @@ class Load:
 def _manifest(index: int) -> AdapterManifest:
     rank = RANKS[index % len(RANKS)]
     layer = (rank, rank, rank, rank, 0, 0, 0)
-    return AdapterManifest(f"sha256:{index:064x}", "", (layer,) * LLAMA_3_8B.num_layers)
+    spec = AdapterSpec((layer,) * LLAMA_3_8B.num_layers)
+    return AdapterManifest(f"sha256:{index:064x}", "", spec)
 
 
 def _result(plan: Plan) -> StepResult:

@@ -155,7 +155,7 @@ class StepBench:
 def _step(
     request_id: str, adapter_id: str | None, table: tuple[int, ...], start: int, *, is_first: bool
 ) -> SequenceStep:
-    manifest = AdapterManifest(adapter_id, "", ()) if adapter_id else None
+    manifest = AdapterManifest(adapter_id, "", AdapterSpec(())) if adapter_id else None
     return SequenceStep(
         request=Request(request_id, (5,), _GREEDY, manifest),
         start=start,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -32,11 +34,16 @@ class ReferenceModel:
         base = AutoModelForCausalLM.from_pretrained(
             str(source.path.parent), gguf_file=source.path.name, dtype=torch.float32
         )
+        self._base = copy.deepcopy(base)
         first, *others = adapters
         self._model = PeftModel.from_pretrained(base, str(adapters[first]), adapter_name=first)
         for name in others:
             self._model.load_adapter(str(adapters[name]), adapter_name=name)
         self._model.eval()
+
+    def fresh_base(self) -> Any:
+        """Return a base model of transformers' that nobody else has."""
+        return copy.deepcopy(self._base)
 
     @torch.inference_mode()
     def judge(self, adapter: str | None, prompt: Sequence[int], output: Sequence[int]) -> Verdict:
