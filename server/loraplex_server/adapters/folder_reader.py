@@ -70,6 +70,9 @@ class FolderReader:
         except PatternError as error:
             ledger.refuse(f"a pattern of the configuration {error}")
             raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
+        except torch.linalg.LinAlgError as error:
+            ledger.refuse(f"folding it fails: {error}")
+            raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
         ledger.raise_if_any()
         return ReadAdapter(weights, base_model, ledger.report(), is_native=not ledger.is_folded)
 
@@ -131,12 +134,12 @@ def check_weights(weights: AdapterWeights, limits: AdapterLimits, ledger: Ledger
                 f"folded rank {pair.rank} is above the limit of {limits.max_rank}", subject
             )
         elif not (is_finite(pair.a) and is_finite(pair.b)):
-            ledger.refuse("folding it passes float32", subject)
+            ledger.refuse("folding it gives NaN or infinity", subject)
         elif _peak(pair.b) * abs(pair.scale) > _FLOAT32_MAX:
             ledger.refuse(f"lora_B times the scale {pair.scale:g} passes float32", subject)
     for (name, part_layer), tensor in weights.parts.items():
         if not is_finite(tensor):
-            ledger.refuse("folding it passes float32", f"{name} of layer {part_layer}")
+            ledger.refuse("folding it gives NaN or infinity", f"{name} of layer {part_layer}")
     _check_dense_bytes(weights, limits, ledger)
 
 

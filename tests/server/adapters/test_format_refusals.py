@@ -130,6 +130,9 @@ REFUSALS: dict[str, Refusal] = {
     "hra with a reflection of no length": Refusal(
         CASES["hra"], tensors("hra_u", torch.zeros_like), ("a reflection of length 0",)
     ),
+    "hra with reflections that are no basis": Refusal(
+        CASES["hra orthogonal"], tensors("hra_u", torch.ones_like), ("gives NaN or infinity",)
+    ),
     "poly without a task": Refusal(
         CASES["poly"],
         without_task,

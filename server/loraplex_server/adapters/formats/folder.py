@@ -94,10 +94,11 @@ class PeftFolder:
         """Refuse the adapter because of a tensor."""
         self.ledger.refuse(reason, name, kind="tensor")
 
-    def check_rank(self, rank: int, module: str) -> bool:
-        """Refuse a stored rank above the limit, before anything is computed with it."""
+    def check_rank(self, rank: int, module: str, *, what: str = "rank") -> bool:
+        """Refuse a stored or folded rank above the limit, before anything is computed with it."""
         if rank > self.limits.max_rank:
-            self.ledger.refuse(f"rank {rank} is above the limit of {self.limits.max_rank}", module)
+            limit = self.limits.max_rank
+            self.ledger.refuse(f"{what} {rank} is above the limit of {limit}", module)
         return rank <= self.limits.max_rank
 
     def check_dense(self, num_bytes: int, what: str) -> bool:

@@ -46,7 +46,7 @@ class LoraTensors:
     def _take_one(self, group: LinearTensors) -> LoraLinear | None:
         fields, linear = self._fields, group.linear
         rank = fields.ranks.rank_of(linear.module)
-        if not (self._folder.check_rank(rank, linear.module) and self._can_cut(linear, rank)):
+        if not (self._is_small(linear, rank) and self._can_cut(linear, rank)):
             return None
         rows, columns = linear.out_features(self._geometry), linear.in_features(self._geometry)
         in_blocks, out_blocks = fields.blocks.blocks_of(linear.module)
@@ -83,6 +83,15 @@ class LoraTensors:
         if fields.blocks.num_blocks > 1:
             return "blocks on the diagonal of a whole matrix"
         return "a column for each of the pooled inputs" if fields.group_size > 1 else None
+
+    def _is_small(self, linear: Linear, rank: int) -> bool:
+        """Check the rank, and what folding makes of it before it takes its time."""
+        if not self._folder.check_rank(rank, linear.module):
+            return False
+        if self._fields.init == "plain" and not self._fields.is_kasa:
+            return True
+        sides = linear.out_features(self._geometry), linear.in_features(self._geometry)
+        return self._folder.check_rank(min(2 * rank, *sides), linear.module, what="folded rank")
 
     def _can_cut(self, linear: Linear, rank: int) -> bool:
         """Check what PEFT checks before it makes a variant's layer."""
