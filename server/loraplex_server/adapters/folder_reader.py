@@ -70,7 +70,7 @@ class FolderReader:
         except PatternError as error:
             ledger.refuse(f"a pattern of the configuration {error}")
             raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its stubs
             ledger.refuse(f"folding it fails: {error}")
             raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
         ledger.raise_if_any()

@@ -188,7 +188,7 @@ def test_a_folded_rank_above_the_limit_is_refused_before_it_is_folded(tmp_path: 
     base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
     config = make_config(init_lora_weights="pissa")
     make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
-    with pytest.raises(AdapterRefused, match="q_proj.*: folded rank 8 is above the limit of 7"):
+    with pytest.raises(AdapterRefused, match=r"q_proj.*: folded rank 8 is above the limit of 7"):
         read_folder(tmp_path, limits=AdapterLimits(max_rank=7), reference=base)
 
 
@@ -197,7 +197,7 @@ def test_an_initialisation_that_is_no_number_is_refused(tmp_path: Path, alpha: i
     """PiSSA divides by the scale and takes the root: PEFT's own base would hold NaN."""
     config = make_config(init_lora_weights="pissa", lora_alpha=alpha)
     make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
-    with pytest.raises(AdapterRefused, match="layer 0 q.*gives NaN or infinity"):
+    with pytest.raises(AdapterRefused, match=r"layer 0 q.*gives NaN or infinity"):
         read_folder(tmp_path)
 
 

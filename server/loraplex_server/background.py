@@ -1,4 +1,4 @@
-"""A thread that works beside the engine's steps and gives way to them."""
+"""Threads that work beside the engine's steps and give way to them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final
+from concurrent.futures import Future
+from typing import Final, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 #: On the scale from 0 to 19. A quarter of a core where the steps take all of them, and more of what
 #: they leave. Not 19: with a sixty-eighth, a load takes a second; and whenever the thread is put
@@ -38,3 +41,20 @@ def start_background_thread(name: str, run: Callable[[], None]) -> threading.Thr
     # The number is each thread's own, but for threads yet to come it is the one that was set last.
     torch.set_num_threads(num_threads)
     return thread
+
+
+def run_in_background(name: str, work: Callable[[], _T]) -> _T:
+    """Run `work` in such a thread, wait for it, and return or raise what it does.
+
+    For long work of threads that others share: a priority once lowered cannot be raised again.
+    """
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # the caller raises it
+            result.set_exception(error)
+
+    start_background_thread(name, run)
+    return result.result()

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from loraplex_server.engine.background import start_background_thread
+from loraplex_server.background import run_in_background, start_background_thread
 
 
 def torch_threads_elsewhere() -> int:
@@ -51,3 +51,11 @@ def test_its_priority_is_low_and_that_of_others_stays():
     ).join()
     assert found[0] > before
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_what_is_run_there_returns_and_raises_here():
+    assert run_in_background("test", torch.get_num_threads) == 1
+    assert run_in_background("test", threading.get_native_id) != threading.get_native_id()
+    with pytest.raises(ZeroDivisionError):
+        run_in_background("test", lambda: 1 / 0)
