@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from loraplex_server.api import envelope
 from loraplex_server.engine.messages import FreedMemory
 from tests.server.api.conftest import make_adapter, running_server, wait_until
 
@@ -242,6 +243,18 @@ def test_validate_judges_and_registers_nothing(server, folders):
     assert not any((server.data_dir / "staging").iterdir())
 
 
+def test_only_files_may_be_larger_than_other_bodies(server, folders, monkeypatch):
+    monkeypatch.setattr(envelope, "MAX_BODY_BYTES", 2000)
+    files = [("files", (f.name, f.read_bytes())) for f in sorted(folders[0].iterdir())]
+    for path, data in (("/v1/adapters", {"name": NAME}), ("/v1/adapters/validate", {})):
+        answer = httpx.post(f"{server.url}{path}", data=data, files=files)
+        assert answer.is_success, answer.text
+        body = {"name": NAME, "source": "file:x", "defaults": {"system_prompt": "x" * 4000}}
+        refused = server.post(path, body)
+        assert refused.status_code in (400, 413)
+    assert error_of(server.post("/v1/adapters", body)) == (413, "body_too_large")
+
+
 def test_the_record_tells_where_an_adapter_came_from(server, folders):
     record = server.upload(NAME, folders[0]).json()
     shown = get(server)
@@ -286,7 +299,7 @@ def test_an_adapter_is_fetched_from_a_source(sourcing_server):
     answer = server.post("/v1/adapters", body)
     assert answer.status_code == 201, answer.text
     record = answer.json()
-    assert (record["source"], record["ttl_s"]) == ("file:///pirate", 60)
+    assert (record["source"], record["ttl_s"]) == ("file:pirate", 60)
     assert server.post("/v1/adapters", body).status_code == 200
     uploaded = server.upload("uploaded", root / "pirate").json()
     assert uploaded["id"] == record["id"]
