@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -241,6 +242,30 @@ def test_validate_judges_and_registers_nothing(server, folders):
     assert (answer.status_code, answer.json()["valid"]) == (200, False)
     assert server.catalog.list() == ()
     assert not any((server.data_dir / "staging").iterdir())
+
+
+def test_the_engine_is_told_last_what_is_pinned_now(server, folders, monkeypatch):
+    record = server.upload(NAME, folders[0]).json()
+    upkeep, real = server.app.state.upkeep, server.catalog.pinned
+    is_read, may_go_on = threading.Event(), threading.Event()
+
+    def slow_once():
+        monkeypatch.undo()
+        found = real()
+        is_read.set()
+        assert may_go_on.wait(10)
+        return found
+
+    monkeypatch.setattr(server.catalog, "pinned", slow_once)
+    tick = asyncio.run_coroutine_threadsafe(upkeep.tick(), server.loop)
+    assert is_read.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        pinned = pool.submit(httpx.patch, path_of(server), json={"pinned": True})
+        wait_until(lambda: get(server)["pinned"])
+        may_go_on.set()
+        assert pinned.result(10).status_code == 200
+    tick.result(10)
+    assert server.engine.kept == {record["id"]}
 
 
 def test_only_files_may_be_larger_than_other_bodies(server, folders, monkeypatch):
