@@ -1,12 +1,14 @@
 """One adapter folder, opened for a reader: fields and tensors, each looked at once and accounted.
 
 Faults go to the ledger and do not raise, so that one answer lists them all. A tensor that cannot
-be used is answered by zeros of the shape that was asked for, which cost no memory. So a reader
-first takes everything, then, before it computes anything, gives up `if folder.ledger`.
+be used is answered by zeros of the shape that was asked for, which cost no memory as long as they
+are not converted. So a reader first takes everything, then, before it computes anything, gives up
+`if folder.ledger`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +24,8 @@ from loraplex_server.adapters.record import AdapterLimits
 
 _FLOATS: Final = ("F32", "F16", "BF16")
 _INTS: Final = ("I64", "I32", "I16", "U8")
+#: Elements of any tensor that could be meant; far below what torch can count.
+_MAX_ELEMENTS: Final = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,20 @@ class PeftFolder:
         Args:
             shape: what it must be; None takes any.
             fold: how it is converted; None where it is used as it is.
+
+        Raises:
+            AdapterRefused: there is a fault, and the shape that was asked for is absurd.
         """
         return self._take(name, shape, fold, _FLOATS)
 
     def take_ints(
         self, name: str, shape: Sequence[int] | None = None, *, fold: str | None = None
     ) -> torch.Tensor:
-        """Return a tensor of indices, as int64; else as `take`."""
-        return self._take(name, shape, fold, _INTS).to(torch.int64)
+        """Return a tensor of indices, in its stored dtype; else as `take`.
+
+        To be converted before it indexes: torch takes bytes for a mask.
+        """
+        return self._take(name, shape, fold, _INTS)
 
     def ignore(self, name: str, why: str) -> None:
         """Count a tensor as one that cannot change an output."""
@@ -168,6 +178,8 @@ class PeftFolder:
             fault = "holds NaN or infinity"
         self.refuse(name, fault)
         stand_in = shape if shape is not None else self.shape(name) if self.has(name) else (0,)
+        if _num_elements(stand_in) > _MAX_ELEMENTS:
+            self.ledger.raise_if_any()
         return torch.zeros(()).expand(tuple(stand_in))
 
     def _header_fault(
@@ -182,6 +194,8 @@ class PeftFolder:
             )
             return f"is {dtype}; only {known} are read"
         stored = self.shape(name)
+        if _num_elements(stored) > _MAX_ELEMENTS:
+            return f"is {list(stored)}, which is no shape of a tensor"
         if shape is not None and stored != tuple(shape):
             side = name.removesuffix(".weight").rpartition(".")[2]
             return (
@@ -238,6 +252,11 @@ def dense_fault(num_bytes: int, what: str, limits: AdapterLimits) -> str | None:
         f"{_mebibytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
         "of one adapter; train LoRA on these modules, or less of them"
     )
+
+
+def _num_elements(shape: Sequence[int]) -> int:
+    """Return the elements of a tensor of this shape, with 1 for every size of 0."""
+    return math.prod(max(1, size) for size in shape)
 
 
 def _mebibytes(num_bytes: int) -> str:
