@@ -26,6 +26,7 @@ from loraplex_server.adapters.formats.folder import PeftFolder
 from loraplex_server.adapters.formats.linears import PREFIX, parse_linear
 
 FIELD: Final = "modules_to_save"
+_MAX_NAMES: Final = 500
 _EMBEDDING: Final = "model.embed_tokens"
 _HEAD: Final = "lm_head"
 _PARTS: Final = {_EMBEDDING: EMBEDDING, _HEAD: HEAD}
@@ -43,6 +44,10 @@ Parts = dict[PartKey, torch.Tensor]
 def read_whole_modules(folder: PeftFolder, base: BaseModel) -> Parts:
     """Read the fields `modules_to_save` and `ensure_weight_tying` and the modules they name."""
     names = folder.config.names(FIELD)
+    if len(names) > _MAX_NAMES:
+        # Each is compared with each tensor.
+        folder.config.refuse(FIELD, f"at most {_MAX_NAMES} names are read")
+        names = ()
     is_tied = folder.config.flag("ensure_weight_tying") and base.tie_word_embeddings
     parts: Parts = {}
     matched: set[str] = set()
