@@ -71,8 +71,13 @@ class AdapterRegistrar:
         return NewVersion(
             name=wish.name,
             adapter=stored,
-            base_model=checked.base_model or self._base_name,
+            base_model=_shown(checked.base_model or self._base_name),
             created=now,
             source=wish.source,
             report=checked.report_json(),
         )
+
+
+def _shown(base_model: str) -> str:
+    """Return a name out of a file as databases and terminals can take it."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in base_model)

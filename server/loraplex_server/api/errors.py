@@ -66,7 +66,8 @@ class ModelNotFound(ApiError):
 
     def __init__(self, name: str, *, param: str = "model") -> None:
         super().__init__(
-            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param=param
+            f"The model `{name[:256]}` does not exist. GET /v1/models lists those that do.",
+            param=param,
         )
 
 

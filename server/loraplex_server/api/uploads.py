@@ -36,6 +36,8 @@ _DRAIN_S: Final = 5.0
 #: Room for multipart boundaries, headers and values beside the files.
 _FRAMING_BYTES: Final = 512 << 10
 _MAX_AT_WORK: Final = 4
+#: A source may be slow for half an hour.
+_MAX_FETCHES: Final = 4
 #: Being read and folded, which takes minutes and a few copies of a linear's weight.
 _MAX_READ: Final = 2
 #: Being received or waiting for their turn; each holds a folder and a connection.
@@ -63,6 +65,7 @@ class AdapterUploads:
         self._threads = anyio.CapacityLimiter(_MAX_AT_WORK)
         # Apart, or long readings would keep others from being received, fetched and refused.
         self._readers = anyio.CapacityLimiter(_MAX_READ)
+        self._fetchers = anyio.CapacityLimiter(_MAX_FETCHES)
 
     async def accept(self, request: Request) -> tuple[AdapterRecord, bool]:
         """Receive and register one adapter; leaves nothing behind when it fails.
@@ -102,10 +105,11 @@ class AdapterUploads:
         async with self._staging() as staging:
             watcher = asyncio.create_task(_cancel_when_gone(request, cancelled))
             try:
-                await self._in_thread(
+                await anyio.to_thread.run_sync(
                     lambda: fetch(
                         source, self._policy, staging, sha256=body.digits, cancelled=cancelled
-                    )
+                    ),
+                    limiter=self._fetchers,
                 )
             except FetchCancelled:
                 raise ClientDisconnect from None
