@@ -103,8 +103,8 @@ class AdapterDraining(ApiError):
     def __init__(self, name: str, timeout_s: float, num_users: int) -> None:
         self.details = {"deleted": True, "running": num_users}
         super().__init__(
-            f"{name!r} is deleted, but after {timeout_s:g} s {num_users} requests still run on it; "
-            "what it takes is freed when they end"
+            f"{name!r} is deleted, but requests still run on it after {timeout_s:g} s "
+            f"({num_users}); what it takes is freed when they end"
         )
 
 
