@@ -28,7 +28,7 @@ from tests.support.adapters import (
     make_tiny_base,
     read_folder,
 )
-from tests.support.peft_cases import PeftCase, edit_folder
+from tests.support.peft_cases import PeftCase, biased_base, edit_folder
 from tests.support.peft_lora_cases import LORA_CASES
 from tests.support.served_cases import assert_is_served_exactly, largest_error, read_case
 
@@ -190,6 +190,34 @@ def test_a_folded_rank_above_the_limit_is_refused_before_it_is_folded(tmp_path: 
     make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
     with pytest.raises(AdapterRefused, match=r"q_proj.*: folded rank 8 is above the limit of 7"):
         read_folder(tmp_path, limits=AdapterLimits(max_rank=7), reference=base)
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "shape"),
+    [
+        (("model.norm.weight", "model.norm.base_layer.weight"), {"modules_to_save": ["norm"]}, 64),
+        (
+            ("layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_proj.base_layer.bias"),
+            {"bias": "all"},
+            64,
+        ),
+        (
+            ("layers.0.self_attn.q_proj.bias", "layers.0.self_attn.qkv_proj.bias"),
+            {"bias": "all"},
+            (64, 128),
+        ),
+    ],
+    ids=["norm", "bias", "fused bias"],
+)
+def test_what_is_given_twice_is_refused(tmp_path: Path, names, fields, shape):
+    tensors = make_tensors({"q": 4})
+    sizes = shape if isinstance(shape, tuple) else (shape, shape)
+    for name, size in zip(names, sizes, strict=True):
+        stem = "base_model.model." + ("" if name.startswith("model.") else "model.")
+        tensors[stem + name] = torch.ones(size)
+    make_folder(tmp_path, config=make_config(**fields), tensors=tensors)
+    with pytest.raises(AdapterRefused, match="given"):
+        read_folder(tmp_path, reference=biased_base(), check_base=False)
 
 
 @pytest.mark.parametrize("alpha", [0, -8])

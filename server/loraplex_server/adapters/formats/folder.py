@@ -18,7 +18,13 @@ import torch
 from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.formats.config_fields import ConfigFields
 from loraplex_server.adapters.formats.ledger import Ledger
-from loraplex_server.adapters.formats.linears import PREFIX, Linear, explain_tensor, parse_linear
+from loraplex_server.adapters.formats.linears import (
+    PREFIX,
+    Linear,
+    doubled,
+    explain_tensor,
+    parse_linear,
+)
 from loraplex_server.adapters.peft_targets import TargetRule
 from loraplex_server.adapters.record import AdapterLimits
 
@@ -128,7 +134,7 @@ class PeftFolder:
         """Group the tensors `base_model.model.{linear}.{suffix}` by linear, in order of names.
 
         Left out, and refused: a linear of a layer that the base does not have, one that lacks a
-        required suffix, and one that the rule leaves out.
+        required suffix, and one that the rule leaves out. Refused: one given both fused and split.
 
         Args:
             suffixes: `lora_A.weight` and the like.
@@ -150,11 +156,14 @@ class PeftFolder:
                 linears[module] = linear
                 groups.setdefault(module, {})[suffix] = name
         needed = suffixes if required is None else required
-        return [
+        found = [
             LinearTensors(linears[module], names)
             for module, names in groups.items()
             if self._is_complete(linears[module], names, needed, rule)
         ]
+        for linear in doubled([group.linear for group in found]):
+            self.ledger.refuse("given both fused and split", linear.module)
+        return found
 
     def finish(self) -> None:
         """Refuse by name every tensor that nobody has taken or ignored."""
@@ -248,8 +257,8 @@ def dense_fault(num_bytes: int, what: str, limits: AdapterLimits) -> str | None:
     if num_bytes <= limits.max_dense_bytes:
         return None
     return (
-        f"{what}: {_mebibytes(num_bytes)} folded, above the limit of "
-        f"{_mebibytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
+        f"{what}: {show_bytes(num_bytes)} folded, above the limit of "
+        f"{show_bytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
         "of one adapter; train LoRA on these modules, or less of them"
     )
 
@@ -259,7 +268,8 @@ def _num_elements(shape: Sequence[int]) -> int:
     return math.prod(max(1, size) for size in shape)
 
 
-def _mebibytes(num_bytes: int) -> str:
+def show_bytes(num_bytes: int) -> str:
+    """Return a size for a message."""
     return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"
 
 

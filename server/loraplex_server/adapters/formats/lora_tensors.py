@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Final
 
 import torch
@@ -39,9 +38,7 @@ class LoraTensors:
             required=(_A, _B),
             rule=self._fields.targets,
         )
-        taken = [linear for group in groups if (linear := self._take_one(group)) is not None]
-        self._refuse_doubles([linear.linear for linear in taken])
-        return taken
+        return [linear for group in groups if (linear := self._take_one(group)) is not None]
 
     def _take_one(self, group: LinearTensors) -> LoraLinear | None:
         fields, linear = self._fields, group.linear
@@ -129,9 +126,3 @@ class LoraTensors:
             self._folder.ledger.refuse(f"has no {suffixes[0]}", group.linear.module)
             return None
         return self._folder.take(names[0], (size,), fold=fold)
-
-    def _refuse_doubles(self, linears: list[Linear]) -> None:
-        counts = Counter((linear.layer, p) for linear in linears for p in linear.projections)
-        for linear in linears:
-            if any(counts[linear.layer, p] > 1 for p in linear.projections):
-                self._folder.ledger.refuse("given both fused and split", linear.module)

@@ -7,6 +7,7 @@ that it saves beside a LoRA on them is usually the base's own, and then changes 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Final
 
 import torch
@@ -51,8 +52,12 @@ def read_whole_modules(folder: PeftFolder, base: BaseModel) -> Parts:
     is_tied = folder.config.flag("ensure_weight_tying") and base.tie_word_embeddings
     parts: Parts = {}
     matched: set[str] = set()
-    for key, module in _weights(folder):
+    weights = _weights(folder)
+    counts = Counter(module for _, module in weights)
+    for key, module in weights:
         chosen = _chosen(names, module)
+        if counts[module] > 1:
+            folder.refuse(key, "given twice: with and without base_layer in its name")
         if module in _PARTS:
             # PEFT saves the head of a tied pair too, though the field names the embedding.
             trained = chosen or (is_tied and _chosen(names, _EMBEDDING))
