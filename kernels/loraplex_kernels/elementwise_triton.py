@@ -371,18 +371,11 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
     ]
 
 
-_STRIDES: Final = (
-    "stride",
-    "x_stride",
-    "residual_stride",
-    "weight_stride",
-    "norm_stride",
-    "out_stride",
-)
+_OWN_STRIDES: Final = ("x_stride", "residual_stride", "weight_stride", "norm_stride")
 
 #: Run-time arguments that are not of the model's dtype.
 _TYPES: Final = {
-    **dict.fromkeys(_STRIDES, "i32"),
+    **dict.fromkeys((*_OWN_STRIDES, "stride", "out_stride"), "i32"),
     **dict.fromkeys(("positions", "slots"), "*i32"),
     "eps": "fp32",
 }

@@ -195,7 +195,7 @@ class LoRAShape:
 
         Left alone, the compiler spills a few registers to fit more programs.
         """
-        return {"maxnreg": 128} | self.expand_options
+        return {"maxnreg": 160} | self.expand_options
 
     def _register_limit(self, is_narrow: bool) -> dict[str, int]:
         return {"maxnreg": self.tuning.narrow_registers} if is_narrow else {}

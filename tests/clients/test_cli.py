@@ -225,18 +225,46 @@ def test_checking_an_adapter_becomes_the_servers_own_check(monkeypatch):
     assert seen == [(sys.executable, [sys.executable, "-m", module, *args])]
 
 
-def test_every_status_error_has_advice_in_one_line():
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (409, "adapter_name_taken", "--replace makes it a new version"),
+        (409, "version_conflict", "adapters versions"),
+        (409, "version_is_current", ""),
+        (409, "pin_refused", ""),
+        (403, "source_forbidden", ""),
+        (502, "source_failed", ""),
+        (504, "adapter_draining", ""),
+    ],
+)
+def test_advice_is_of_the_error_and_not_of_its_status_alone(status, code, advice):
+    line = explain(errors.error_type(status)(status, ErrorDetail("it failed", code=code)))
+    assert advice in line
+    assert advice or line == "it failed"
+
+
+def test_status_errors_have_advice_in_one_line():
     detail = ErrorDetail("it\nfailed", code="x")
     for status in (400, 401, 403, 404, 409, 413, 418, 422, 429, 500):
         line = explain(errors.error_type(status)(status, detail))
         assert line.startswith("it failed")
         assert "\n" not in line
-        assert (";" in line) == (status not in (400, 418))
+        assert (";" in line) == (status not in (400, 409, 418))
     waiting = errors.InternalServerError(503, detail, retry_after_s=5.0)
     assert explain(waiting) == "it failed; try again in 5 s"
     assert explain(errors.RateLimitError(429, detail, retry_after_s=2.4)).endswith("in 3 s")
     assert "busy" in explain(errors.APITimeoutError("http://h:1/v1/models", "timed out"))
     assert explain(LoraplexError("other.")) == "other"
+
+
+def test_a_pinned_adapter_is_not_said_to_expire(loraplex, tiny):
+    tiny.add("sql", ttl_s=60, pinned=True)
+    tiny.add("pirate", ttl_s=60)
+    tiny.add("json")
+    shown = {name: loraplex("adapters", "show", name).stdout for name in tiny.adapters}
+    assert "never while pinned, else 60 s after its last use\n" in shown["sql"]
+    assert "expires       60 s after its last use\n" in shown["pirate"]
+    assert "expires       never\n" in shown["json"]
 
 
 def test_a_connection_that_breaks_is_not_told_as_a_server_that_is_not_there():

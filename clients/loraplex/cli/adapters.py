@@ -154,7 +154,7 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
         ("source", adapter.source),
         ("last used", "never" if adapter.last_used is None else time_of(adapter.last_used)),
         ("pinned", "yes" if adapter.pinned else "no"),
-        ("expires", f"{adapter.ttl_s} s after its last use" if adapter.ttl_s else "never"),
+        ("expires", _expiry(adapter)),
     ]
     if adapter.defaults:
         rows.append(("defaults", json.dumps(adapter.defaults)))
@@ -229,6 +229,13 @@ def _upload_progress() -> Progress:
 def _summary(adapter: Adapter) -> str:
     modules = ", ".join(adapter.target_modules)
     return f"rank {adapter.rank_max}, {decimal(adapter.size_bytes)}, on {modules}"
+
+
+def _expiry(adapter: Adapter) -> str:
+    if adapter.ttl_s is None:
+        return "never"
+    expiry = f"{adapter.ttl_s} s after its last use"
+    return f"never while pinned, else {expiry}" if adapter.pinned else expiry
 
 
 def time_of(unix_s: int) -> str:

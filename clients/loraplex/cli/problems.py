@@ -10,7 +10,6 @@ from loraplex.errors import (
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
-    ConflictError,
     InternalServerError,
     LoraplexError,
     NotFoundError,
@@ -24,11 +23,20 @@ _ADVICE: dict[type[LoraplexError], str] = {
     AuthenticationError: "give a key with --api-key or LORAPLEX_API_KEY",
     PermissionDeniedError: "use a key that allows this (--api-key or LORAPLEX_API_KEY)",
     NotFoundError: "`loraplex models` lists what the server knows",
-    ConflictError: "`loraplex adapters rm NAME` frees a name",
     PayloadTooLargeError: "push a smaller adapter, or raise the server's upload limit",
     UnprocessableEntityError: "nothing was kept; correct it and push it again",
     RateLimitError: "wait a little and try again",
     InternalServerError: "try again, and look at the server's log",
+}
+
+#: Where the status says too little; "" where the server's message says all there is to do.
+_ADVICE_BY_CODE = {
+    "adapter_name_taken": "--replace makes it a new version, `loraplex adapters rm` frees the name",
+    "version_conflict": "`loraplex adapters versions NAME` shows what there is",
+    "source_forbidden": "",
+    "source_failed": "",
+    "adapter_draining": "",
+    "self_test_failed": "",
 }
 
 _WAITING = (InternalServerError, RateLimitError)
@@ -50,12 +58,16 @@ def _line(error: LoraplexError, told: str) -> str:
     parts = [" ".join(told.split()).rstrip(".")]
     if isinstance(error, _WAITING) and error.retry_after_s is not None:
         parts.append(f"try again in {math.ceil(error.retry_after_s)} s")
-    elif type(error) in _ADVICE:
-        parts.append(_ADVICE[type(error)])
-    line = "; ".join(parts)
+    else:
+        parts.append(_ADVICE_BY_CODE.get(_code(error), _ADVICE.get(type(error), "")))
+    line = "; ".join(filter(None, parts))
     if isinstance(error, APIStatusError) and error.request_id:
         line += f" (request {error.request_id})"
     return line
+
+
+def _code(error: LoraplexError) -> str:
+    return (error.code or "") if isinstance(error, APIStatusError) else ""
 
 
 def _unreachable(error: APIConnectionError) -> str:

@@ -106,6 +106,9 @@ class _GuardedFile(io.RawIOBase):
         return chunk
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_SET and offset < 0:
+            # A zip whose directory claims to begin before the file; the disk is not to blame.
+            raise InvalidUpload("the archive's directory points outside it")
         if self._counts_skips:
             assert whence == io.SEEK_SET, "tarfile seeks from the start"
             self._spend(max(0, offset - self._file.tell()))

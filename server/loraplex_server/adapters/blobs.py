@@ -114,6 +114,9 @@ class BlobStore:
             if name.endswith(suffix)
         }
         orphans = sorted(ids.difference(kept))
+        if min_age_s:
+            # Some may have been put again since they were listed, to be registered next.
+            orphans = [i for i in orphans if self._age_s(_file_name(i)) >= min_age_s]
         for adapter_id in orphans:
             self.delete(adapter_id)
         return orphans

@@ -24,11 +24,7 @@ from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.checks import AdapterChecks
 from loraplex_server.adapters.data_dir import DataDir, storage_errors
-from loraplex_server.adapters.errors import (
-    AdapterNotFound,
-    BaseNameTaken,
-    StorageFailed,
-)
+from loraplex_server.adapters.errors import AdapterNotFound, BaseNameTaken, StorageFailed
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.last_uses import LastUses
 from loraplex_server.adapters.lease import AdapterLease
@@ -39,11 +35,7 @@ from loraplex_server.adapters.record import AdapterLimits, AdapterRecord
 from loraplex_server.adapters.references import AdapterReference, check_id_prefix, parse_reference
 from loraplex_server.adapters.registrar import AdapterRegistrar
 from loraplex_server.adapters.registration import Registration
-from loraplex_server.adapters.registry import (
-    Registry,
-    VersionRow,
-    scope_of,
-)
+from loraplex_server.adapters.registry import Registry, VersionRow, scope_of
 from loraplex_server.adapters.registry_database import sqlite_url
 from loraplex_server.adapters.removal import Removal
 from loraplex_server.adapters.store import AdapterStore, RemovedVersions
@@ -215,11 +207,13 @@ class AdapterCatalog:
         return self._record(self._store.resolve(parse_reference(name)))
 
     def report(self, record: AdapterRecord) -> list[dict[str, str]]:
-        """Return what became of everything in the uploaded folder; raises StorageFailed."""
+        """Return what became of the uploaded folder; raises AdapterNotFound, StorageFailed."""
         with self._reading("read the report") as connection:
-            report: list[dict[str, str]] = self._registry.report(
+            report: list[dict[str, str]] | None = self._registry.report(
                 connection, record.name, record.version
             )
+        if report is None:  # it was deleted meanwhile
+            raise AdapterNotFound(record.name)
         return report
 
     def list(self, *, limit: int = 100, after: str | None = None) -> tuple[AdapterRecord, ...]:
@@ -328,10 +322,12 @@ class AdapterCatalog:
         """Write down when names were used; raises StorageFailed."""
         for name in self._store.names_in_use():
             self._uses.note(name, self._now())
-        uses = self._uses.take()
-        if uses:
-            with storage_errors("note uses"), self._store.database.begin() as connection:
-                self._registry.touch(connection, uses)
+        with (
+            self._uses.taken() as uses,
+            storage_errors("note uses"),
+            self._store.database.begin() as connection,
+        ):
+            self._registry.touch(connection, uses)
 
     def sweep_files(self) -> None:
         """Delete files that nobody refers to; for registries that servers share."""

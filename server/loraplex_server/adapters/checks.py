@@ -17,6 +17,7 @@ from loraplex_server.adapters.identity import adapter_id
 from loraplex_server.adapters.reader import AdapterReader
 from loraplex_server.adapters.report import ReadingReport
 from loraplex_server.adapters.self_test import self_test
+from loraplex_server.background import run_in_background
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class CheckedAdapter:
 
 
 class AdapterChecks:
-    """Stateless; safe from any thread. Takes as long as reading the adapter a few times."""
+    """Stateless; safe from any thread. Takes as long as reading the adapter a few times, and if it
+    is folded with decompositions of the base's weights, minutes: in the background, lest torch's
+    threads and those of the engine, which are as many as there are cores, wait for each other.
+    """
 
     def __init__(
         self, reader: AdapterReader, pool_layout: PoolLayout, at_stage: Callable[[str], None]
@@ -58,6 +62,13 @@ class AdapterChecks:
         Raises:
             AdapterRefused, InvalidUpload, UploadTooLarge, SelfTestFailed, StorageFailed
         """
+        return run_in_background(
+            "adapter-check", lambda: self._check(folder, name, check_base, max_pages)
+        )
+
+    def _check(
+        self, folder: Path, name: str | None, check_base: bool, max_pages: int | None
+    ) -> CheckedAdapter:
         try:
             with storage_errors("read the upload"):
                 read = self._reader.read(folder, check_base=check_base)

@@ -45,7 +45,7 @@ class AdapterNameTaken(AdapterError):
         self.details = {"current_id": current_id}
         super().__init__(
             f"the name {name!r} belongs to an adapter with other content; replace that one "
-            "(replace=true), delete it first, or choose another name"
+            "(`replace`), delete it first, or choose another name"
         )
 
 

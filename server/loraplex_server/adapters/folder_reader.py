@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex_memory.adapter_spec import KV_PREFIX, MODEL_PARTS
-from loraplex_memory.adapter_weights import AdapterWeights
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.errors import AdapterRefused, InvalidUpload, UploadTooLarge
 from loraplex_server.adapters.formats.config_fields import ConfigFields
@@ -35,6 +35,15 @@ from loraplex_server.adapters.safetensors_check import (
 )
 
 _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+#: Hidden states and activations of any model are smaller.
+_MAX_INPUT: Final = 1e4
+#: What an update may add to outputs, and a part may hold: with headroom, as they are multiplied.
+_MAX_UPDATE: Final = 1e22
+_MAX_PART: Final = 1e15
+_TOO_LARGE: Final = (
+    "holds numbers so large that sums pass float32; its training has diverged, so take an earlier "
+    "checkpoint"
+)
 #: Parts that are as long as a prompt, a vocabulary or a list of tokens.
 _DENSE_PARTS: Final = frozenset((*MODEL_PARTS, KV_PREFIX))
 
@@ -69,6 +78,9 @@ class FolderReader:
             raise InvalidUpload(f"{WEIGHTS_NAME} is damaged or cut off: {error}") from error
         except PatternError as error:
             ledger.refuse(f"a pattern of the configuration {error}")
+            raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its stubs
+            ledger.refuse(f"folding it fails: {error}")
             raise AdapterRefused(ledger.reasons(), report=ledger.report()) from error
         ledger.raise_if_any()
         return ReadAdapter(weights, base_model, ledger.report(), is_native=not ledger.is_folded)
@@ -131,12 +143,16 @@ def check_weights(weights: AdapterWeights, limits: AdapterLimits, ledger: Ledger
                 f"folded rank {pair.rank} is above the limit of {limits.max_rank}", subject
             )
         elif not (is_finite(pair.a) and is_finite(pair.b)):
-            ledger.refuse("folding it passes float32", subject)
+            ledger.refuse("folding it gives NaN or infinity", subject)
         elif _peak(pair.b) * abs(pair.scale) > _FLOAT32_MAX:
             ledger.refuse(f"lora_B times the scale {pair.scale:g} passes float32", subject)
+        elif _largest_update(pair) > _MAX_UPDATE:
+            ledger.refuse(_TOO_LARGE, subject)
     for (name, part_layer), tensor in weights.parts.items():
         if not is_finite(tensor):
-            ledger.refuse("folding it passes float32", f"{name} of layer {part_layer}")
+            ledger.refuse("folding it gives NaN or infinity", f"{name} of layer {part_layer}")
+        elif _peak(tensor) > _MAX_PART:
+            ledger.refuse(_TOO_LARGE, f"{name} of layer {part_layer}")
     _check_dense_bytes(weights, limits, ledger)
 
 
@@ -149,6 +165,12 @@ def _check_dense_bytes(weights: AdapterWeights, limits: AdapterLimits, ledger: L
     names = ", ".join(sorted({name for name, _ in sizes}))
     if (fault := dense_fault(sum(sizes.values()), names, limits)) is not None:
         ledger.refuse(fault)
+
+
+def _largest_update(pair: LoRAPair) -> float:
+    """Return a bound on what the pair adds to an output, and on every sum on the way."""
+    inner = _MAX_INPUT * pair.a.shape[1] * _peak(pair.a)
+    return max(inner, inner * pair.rank * _peak(pair.b) * abs(pair.scale))
 
 
 def _peak(tensor: torch.Tensor) -> float:

@@ -15,12 +15,14 @@ class Drain:
     Attributes:
         name: by which it was deleted.
         is_last: no other name stands for the adapter: its file goes too.
+        is_over: the name stands for the adapter again, so there is nothing to wait for.
         freed: of the file, in bytes, when all is done; 0 where the adapter lives on.
     """
 
     adapter_id: str
     name: str
     is_last: bool
+    is_over: bool = False
     freed: Future[int] = field(default_factory=Future)
 
 
@@ -58,6 +60,11 @@ class AdapterHolds:
         for drain in self._drains.get(adapter_id, ()):
             drain.is_last = False
 
+    def take_over(self, adapter_id: str, name: str) -> None:
+        """The name stands for the adapter again: whose users are whose, nobody can tell now."""
+        for drain in self._drains.get(adapter_id, ()):
+            drain.is_over = drain.is_over or drain.name == name
+
     def num_held(self, adapter_id: str) -> int:
         return self._counts[adapter_id]
 
@@ -84,7 +91,8 @@ class AdapterHolds:
                 yield name
 
     def _is_drained(self, drain: Drain) -> bool:
-        return not drain.is_last and not self._by_name[drain.adapter_id, drain.name]
+        is_used = self._by_name[drain.adapter_id, drain.name] > 0
+        return drain.is_over or not (drain.is_last or is_used)
 
     def _is_over(self, adapter_id: str) -> bool:
         if self._counts[adapter_id] > 0:

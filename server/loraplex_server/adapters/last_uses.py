@@ -7,6 +7,8 @@ the last minute's uses, which makes a name expire a minute early at worst.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LastUses:
@@ -30,8 +32,14 @@ class LastUses:
         with self._lock:
             self._unwritten.pop(name, None)
 
-    def take(self) -> dict[str, int]:
-        """Return what is to be written; it is forgotten here."""
+    @contextmanager
+    def taken(self) -> Iterator[dict[str, int]]:
+        """Hand out what is to be written; it is forgotten here unless that fails."""
         with self._lock:
             uses, self._unwritten = self._unwritten, {}
-        return uses
+        try:
+            yield uses
+        except BaseException:
+            with self._lock:
+                self._unwritten = {**uses, **self._unwritten}
+            raise

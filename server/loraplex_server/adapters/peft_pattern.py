@@ -17,6 +17,8 @@ from typing import Final
 _MAX_PATTERN_LEN: Final = 20_000
 _MAX_DEPTH: Final = 40
 _MAX_REPEAT: Final = 10_000
+#: Compiling a character costs about as much as that many steps of matching.
+_COMPILE_STEPS: Final = 10
 
 _ITEM: Final = re.compile(
     r"\\[.\-_/:dDwWsS]|\[\^?[A-Za-z0-9_./:-]+\]|\[\^?(?:\\[dwDW.\-_]|[A-Za-z0-9_./:])+\]"
@@ -75,6 +77,7 @@ class ModulePattern:
         if len(pattern) > _MAX_PATTERN_LEN:
             raise PatternError(f"is longer than {_MAX_PATTERN_LEN} characters")
         self._budget = budget
+        budget.spend(_COMPILE_STEPS * len(pattern))
         self._plain: re.Pattern[str] | None = None
         self._tree: _Choice | None = None
         if _PLAIN.fullmatch(pattern):

@@ -37,5 +37,6 @@ def change_settings(
             raise PinRefused(name, num_pages, max_pinned_pages)
     registry.set_settings(connection, name, settings)
     changed = registry.find(connection, name)
-    assert changed is not None, "it was there a moment ago, in the same transaction"
+    if changed is None:  # SQLite's transaction begins with the first change
+        raise AdapterNotFound(name)
     return changed

@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex_server.adapters.errors import InvalidAdapterName
+from loraplex_server.adapters.errors import AdapterNotFound, InvalidAdapterName
 from loraplex_server.adapters.identity import ID_PREFIX
+from loraplex_server.adapters.names import MAX_NAME_LEN
 
 MIN_DIGITS: Final = 12
+#: Of a name or version in a message.
+_SHOWN_CHARS: Final = 256
 
 _DIGITS: Final = re.compile(r"[0-9a-f]{1,64}")
 
@@ -30,8 +33,11 @@ def parse_reference(text: str) -> AdapterReference:
 
     Raises:
         InvalidAdapterName: there is an `@`, and behind it no digest of at least `MIN_DIGITS`.
+        AdapterNotFound: no adapter can have such a name; no database needs to see it.
     """
     name, at, digest = text.partition("@")
+    if len(name) > MAX_NAME_LEN or not name.isascii() or "\0" in name:
+        raise AdapterNotFound(text[:_SHOWN_CHARS])
     if not at:
         return AdapterReference(name)
     return AdapterReference(name, check_id_prefix(text, digest))

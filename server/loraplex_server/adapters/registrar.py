@@ -7,6 +7,7 @@ from pathlib import Path
 from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.checks import AdapterChecks, CheckedAdapter
 from loraplex_server.adapters.data_dir import storage_errors
+from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.registry import NewVersion, Registry, StoredAdapter, VersionRow
 from loraplex_server.adapters.store import AdapterStore, check_replaceable
@@ -42,6 +43,9 @@ class AdapterRegistrar:
         self._store.hold(checked.adapter_id)
         try:
             return self._store.add(self._write(wish, checked, folder, now), wish, now)
+        except StorageFailed:
+            self._store.doom_unless_named(checked.adapter_id)
+            raise
         finally:
             self._store.release(checked.adapter_id)
 
@@ -67,8 +71,13 @@ class AdapterRegistrar:
         return NewVersion(
             name=wish.name,
             adapter=stored,
-            base_model=checked.base_model or self._base_name,
+            base_model=_shown(checked.base_model or self._base_name),
             created=now,
             source=wish.source,
             report=checked.report_json(),
         )
+
+
+def _shown(base_model: str) -> str:
+    """Return a name out of a file as databases and terminals can take it."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in base_model)

@@ -9,11 +9,13 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     Connection,
     Row,
     Select,
     and_,
     bindparam,
+    case,
     delete,
     func,
     insert,
@@ -153,11 +155,12 @@ class Registry:
         return connection.execute(query).first() is not None
 
     def report(self, connection: Connection, name: str, version: int) -> Any:
-        """Return what the reader said of a version, as JSON values."""
+        """Return what the reader said of a version, as JSON values; None if it is gone."""
         query = select(versions.c.report).where(
             self._is_version(name), versions.c.version == version
         )
-        return json.loads(connection.execute(query).scalar_one())
+        text = connection.execute(query).scalar()
+        return None if text is None else json.loads(text)
 
     # ---- changing --------------------------------------------------------------------------
 
@@ -191,14 +194,21 @@ class Registry:
             connection.execute(update(names).where(self._is(name)).values(**values))
 
     def touch(self, connection: Connection, uses: Mapping[str, int]) -> None:
-        """Note when names were used last, in Unix seconds."""
+        """Note when names were used last, in Unix seconds; later times that are known stay."""
+        used_at = bindparam("used_at", type_=BigInteger)
+        last_used = func.coalesce(names.c.last_used, 0)
         statement = (
             update(names)
             .where(names.c.scope == self._scope, names.c.name == bindparam("used_name"))
-            .values(last_used=bindparam("used_at"), active=bindparam("used_at"))
+            .values(
+                last_used=case((last_used > used_at, last_used), else_=used_at),
+                active=case((names.c.active > used_at, names.c.active), else_=used_at),
+            )
         )
-        rows = [{"used_name": name, "used_at": used_at} for name, used_at in uses.items()]
-        connection.execute(statement, rows)
+        # In one order everywhere, or two servers could wait for each other's rows.
+        rows = [{"used_name": name, "used_at": when} for name, when in sorted(uses.items())]
+        if rows:
+            connection.execute(statement, rows)
 
     def remove_versions(
         self, connection: Connection, name: str, old: Iterable[VersionRow]

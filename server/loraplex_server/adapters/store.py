@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
@@ -150,6 +152,11 @@ class AdapterStore:
             drained = self._holds.take_drained(adapter_id, is_gone=is_over)
         self._tell(adapter_id if is_over else None, drained, freed)
 
+    def doom_unless_named(self, adapter_id: str) -> None:
+        """Have the file of a held adapter deleted at the end, as its registration has failed."""
+        with self._lock, contextlib.suppress(SQLAlchemyError):  # else it is swept at the next start
+            self._doom_unless_named(adapter_id)
+
     def num_held(self, adapter_id: str) -> int:
         with self._lock:
             return self._holds.num_held(adapter_id)
@@ -180,6 +187,7 @@ class AdapterStore:
             finally:
                 self._doom_unless_named(new.adapter.adapter_id)
             self._at_stage("committed")
+            self._holds.take_over(new.adapter.adapter_id, new.name)
             endings = [self._doom(adapter_id) for adapter_id in gone]
             drained = self._holds.take_drained(new.adapter.adapter_id, is_gone=False)
         self._tell(None, drained, 0)
@@ -262,6 +270,9 @@ class AdapterStore:
             if is_new:
                 check_replaceable(wish, current)
                 self._make_current(connection, new, now)
+            else:
+                assert current is not None, "it has the content"
+                self._registry.set_current(connection, name, current.version, now)
             self._registry.set_settings(connection, name, wish.settings)
             old = self._surplus(connection, name, current)
             gone = self._registry.remove_versions(connection, name, old) if old else set()
@@ -335,7 +346,9 @@ class AdapterStore:
         if discarded is not None:
             self._on_discard(discarded)
         for drain in drained:
-            drain.freed.set_result(freed)
+            # Whoever waited may have been cancelled, such as when the server stops.
+            if drain.freed.set_running_or_notify_cancel():
+                drain.freed.set_result(freed)
 
     def local_path(self, row: VersionRow) -> Path:
         """Return the adapter's file on a local disk; the caller holds it.

@@ -25,6 +25,7 @@ from loraplex_server.api.adapter_bodies import (
 )
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.json_text import compact
 from loraplex_server.api.pool_map import Tiers
 from loraplex_server.api.removals import DRAIN_S, AdapterRemovals, FreedBytes, RemovalMode
 from loraplex_server.api.upkeep import Upkeep, prefetch
@@ -82,30 +83,42 @@ def adapters_router(
             return Response(status_code=_CLIENT_GONE)
         return JSONResponse(validation_body(validation))
 
-    @router.get("/v1/adapters")
+    @router.get("/v1/adapters", response_model=None)
     async def list_adapters(
         limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str | None = None
-    ) -> dict[str, Any]:
+    ) -> Response:
         """List adapters by name, those behind the name `after`."""
-        records = await asyncio.to_thread(catalog.list, limit=limit + 1, after=after)
-        return _page(records, limit, engine, [record.name for record in records])
 
-    @router.get("/v1/adapters/{name:path}/versions")
+        def page() -> bytes:
+            records = catalog.list(limit=limit + 1, after=after)
+            return _page(records, limit, engine, [record.name for record in records])
+
+        return _json(await asyncio.to_thread(page))
+
+    @router.get("/v1/adapters/{name:path}/versions", response_model=None)
     async def list_versions(
         name: str,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[int | None, Query(ge=1)] = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         """List a name's versions, newest first, those behind the version `after`."""
-        records = await asyncio.to_thread(catalog.versions, name, limit=limit + 1, before=after)
-        return _page(records, limit, engine, [record.version for record in records])
 
-    @router.get("/v1/adapters/{name:path}")
-    async def get_adapter(name: str) -> dict[str, Any]:
+        def page() -> bytes:
+            records = catalog.versions(name, limit=limit + 1, before=after)
+            return _page(records, limit, engine, [record.version for record in records])
+
+        return _json(await asyncio.to_thread(page))
+
+    @router.get("/v1/adapters/{name:path}", response_model=None)
+    async def get_adapter(name: str) -> Response:
         """Describe one adapter, or one version of it (`name@sha256:...`)."""
-        record = await asyncio.to_thread(catalog.get, name)
-        report = await asyncio.to_thread(catalog.report, record)
-        return {**record_body(record, Tiers(engine.stats)), "report": report}
+
+        def describe() -> bytes:
+            record = catalog.get(name)
+            body = {**record_body(record, Tiers(engine.stats)), "report": catalog.report(record)}
+            return compact(body).encode()
+
+        return _json(await asyncio.to_thread(describe))
 
     @router.post("/v1/adapters/{name:path}/rollback")
     async def roll_back(name: str, body: RollbackBody) -> dict[str, Any]:
@@ -168,16 +181,24 @@ async def _json_of(request: Request) -> Any:
 
 def _page(
     records: tuple[AdapterRecord, ...], limit: int, engine: EngineHandle, cursors: list[Any]
-) -> dict[str, Any]:
-    """Return a page of `limit` records; one more of them says that there are more."""
+) -> bytes:
+    """Return a page of `limit` records; one more of them says that there are more.
+
+    Written out in a thread, as reports and templates of many adapters are long.
+    """
     tiers = Tiers(engine.stats)
     num_shown = min(limit, len(records))
-    return {
+    page = {
         "object": "list",
         "data": [record_body(record, tiers) for record in records[:limit]],
         "has_more": len(records) > limit,
         "last": cursors[num_shown - 1] if num_shown else None,
     }
+    return compact(page).encode()
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 def _deleted_body(name: str, record: AdapterRecord, freed: FreedBytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ REQUEST_ID_KEY: Final = "loraplex.request_id"
 
 #: A million token ids, written out; uploads have their own limit.
 MAX_BODY_BYTES: Final = 8 << 20
-_UPLOAD_PATH: Final = "/v1/adapters"
+_UPLOAD_PATHS: Final = frozenset({"/v1/adapters", "/v1/adapters/validate"})
 _USABLE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -30,7 +30,8 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _USABLE_ID.fullmatch(given) else secrets.token_hex(16)
         scope[REQUEST_ID_KEY] = request_id
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
@@ -40,9 +41,14 @@ class Envelope:
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
-        is_upload = scope["path"] == _UPLOAD_PATH
-        bounded = receive if is_upload else _bounded(receive)
+        bounded = receive if _is_upload(scope["path"], headers) else _bounded(receive)
         await self._app(scope, bounded, send_with_id)
+
+
+def _is_upload(path: str, headers: Headers) -> bool:
+    """Whether the body goes to the disk; JSON on the same paths is read into memory."""
+    kind = headers.get("content-type", "").strip().lower()
+    return path in _UPLOAD_PATHS and kind.startswith("multipart/form-data")
 
 
 def _bounded(receive: Receive) -> Receive:

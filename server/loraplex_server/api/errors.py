@@ -66,7 +66,8 @@ class ModelNotFound(ApiError):
 
     def __init__(self, name: str, *, param: str = "model") -> None:
         super().__init__(
-            f"The model `{name}` does not exist. GET /v1/models lists those that do.", param=param
+            f"The model `{name[:256]}` does not exist. GET /v1/models lists those that do.",
+            param=param,
         )
 
 
@@ -102,8 +103,8 @@ class AdapterDraining(ApiError):
     def __init__(self, name: str, timeout_s: float, num_users: int) -> None:
         self.details = {"deleted": True, "running": num_users}
         super().__init__(
-            f"{name!r} is deleted, but after {timeout_s:g} s {num_users} requests still run on it; "
-            "what it takes is freed when they end"
+            f"{name!r} is deleted, but requests still run on it after {timeout_s:g} s "
+            f"({num_users}); what it takes is freed when they end"
         )
 
 

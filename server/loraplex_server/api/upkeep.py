@@ -48,11 +48,15 @@ class Upkeep:
         self._clock = clock
         self._sweep_due_s = clock() + _SWEEP_EVERY_S
         self._kept: frozenset[str] = frozenset()
+        self._pinning = asyncio.Lock()
 
     async def run(self) -> None:
         """Tick until cancelled."""
         while True:
-            await self.tick()
+            try:
+                await self.tick()
+            except Exception:  # the task's top frame: nobody else would ever expire or pin
+                log.exception("upkeep failed, and will be tried again")
             await asyncio.sleep(TICK_S)
 
     async def tick(self) -> None:
@@ -70,10 +74,11 @@ class Upkeep:
 
     async def keep_pinned(self) -> None:
         """Tell the engine what is pinned now, and have it loaded; raises StorageFailed."""
-        pinned = await asyncio.to_thread(self._catalog.pinned)
-        kept = frozenset(record.id for record in pinned)
-        new, self._kept = kept - self._kept, kept
-        self._engine.keep_adapters(kept)
+        async with self._pinning:  # or the engine could be told last what was read first
+            pinned = await asyncio.to_thread(self._catalog.pinned)
+            kept = frozenset(record.id for record in pinned)
+            new, self._kept = kept - self._kept, kept
+            self._engine.keep_adapters(kept)
         for record in pinned:
             if record.id in new:
                 with contextlib.suppress(AdapterError, EngineUnavailable):

@@ -24,6 +24,7 @@ _MAX_VALUE_BYTES: Final = 1024
 #: They may hold a chat template and a system prompt.
 _MAX_DEFAULTS_BYTES: Final = 256 << 10
 _MAX_PARTS: Final = 16
+_MAX_HEADER_BYTES: Final = 8192
 _FILE_FIELDS: Final = frozenset({"files", "archive"})
 #: How each field's text becomes the value that a JSON body would have.
 _VALUE_FIELDS: Final[Mapping[str, Callable[[str], Any]]] = {
@@ -87,6 +88,7 @@ class UploadReceiver:
         self._is_complete = False
         self._headers: dict[bytes, bytes] = {}
         self._header_name = self._header_value = b""
+        self._header_bytes = 0
         self._field = ""
         self._value = bytearray()
         self._writer: PartWriter | None = None
@@ -144,13 +146,21 @@ class UploadReceiver:
         if self._num_parts > _MAX_PARTS:
             raise InvalidUpload(f"more than {_MAX_PARTS} parts")
         self._headers.clear()
+        self._header_bytes = 0
         self._value.clear()
 
     def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._spend_header(end - start)
         self._header_name += data[start:end]
 
     def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._spend_header(end - start)
         self._header_value += data[start:end]
+
+    def _spend_header(self, num_bytes: int) -> None:
+        self._header_bytes += num_bytes  # older parsers have no bound of their own
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            raise InvalidUpload(f"the headers of a part have more than {_MAX_HEADER_BYTES} bytes")
 
     def _end_header(self) -> None:
         self._headers[self._header_name.lower()] = self._header_value

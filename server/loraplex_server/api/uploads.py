@@ -36,6 +36,10 @@ _DRAIN_S: Final = 5.0
 #: Room for multipart boundaries, headers and values beside the files.
 _FRAMING_BYTES: Final = 512 << 10
 _MAX_AT_WORK: Final = 4
+#: A source may be slow for half an hour.
+_MAX_FETCHES: Final = 4
+#: Being read and folded, which takes minutes and a few copies of a linear's weight.
+_MAX_READ: Final = 2
 #: Being received or waiting for their turn; each holds a folder and a connection.
 _MAX_OPEN: Final = 16
 #: A sender that is silent for so long is gone.
@@ -59,6 +63,9 @@ class AdapterUploads:
         self._policy = source_policy
         self._num_open = 0
         self._threads = anyio.CapacityLimiter(_MAX_AT_WORK)
+        # Apart, or long readings would keep others from being received, fetched and refused.
+        self._readers = anyio.CapacityLimiter(_MAX_READ)
+        self._fetchers = anyio.CapacityLimiter(_MAX_FETCHES)
 
     async def accept(self, request: Request) -> tuple[AdapterRecord, bool]:
         """Receive and register one adapter; leaves nothing behind when it fails.
@@ -68,7 +75,7 @@ class AdapterUploads:
             AdapterError, ApiError: see the error table.
         """
         async with self._received(request) as (form, staging):
-            return await self._in_thread(
+            return await self._read(
                 lambda: self._catalog.register(
                     form.registration(), staging.finish(), max_pages=self._max_pages()
                 )
@@ -77,7 +84,7 @@ class AdapterUploads:
     async def validate(self, request: Request) -> Validation:
         """Receive one adapter and judge it as `accept` does, but register nothing."""
         async with self._received(request, needs_name=False) as (form, staging):
-            return await self._in_thread(
+            return await self._read(
                 lambda: self._catalog.validate(
                     staging.finish(),
                     check_base=form.options.check_base,
@@ -95,21 +102,24 @@ class AdapterUploads:
         source = parse_source(body.source, self._policy)
         self._catalog.check_name(body.name)
         cancelled = threading.Event()
-
-        def work(staging: UploadStaging) -> tuple[AdapterRecord, bool]:
-            fetch(source, self._policy, staging, sha256=body.digits, cancelled=cancelled)
-            wish = body.registration(source.public_url)
-            return self._catalog.register(wish, staging.finish(), max_pages=self._max_pages())
-
         async with self._staging() as staging:
             watcher = asyncio.create_task(_cancel_when_gone(request, cancelled))
             try:
-                return await self._in_thread(lambda: work(staging))
+                await anyio.to_thread.run_sync(
+                    lambda: fetch(
+                        source, self._policy, staging, sha256=body.digits, cancelled=cancelled
+                    ),
+                    limiter=self._fetchers,
+                )
             except FetchCancelled:
                 raise ClientDisconnect from None
             finally:
                 cancelled.set()
                 watcher.cancel()
+            wish = body.registration(source.public_url)
+            return await self._read(
+                lambda: self._catalog.register(wish, staging.finish(), max_pages=self._max_pages())
+            )
 
     @contextlib.asynccontextmanager
     async def _staging(self) -> AsyncIterator[UploadStaging]:
@@ -169,6 +179,9 @@ class AdapterUploads:
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    async def _read(self, work: Callable[[], _T]) -> _T:
+        return await anyio.to_thread.run_sync(work, limiter=self._readers)
 
 
 async def _cancel_when_gone(request: Request, cancelled: threading.Event) -> None:

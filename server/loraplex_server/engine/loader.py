@@ -35,7 +35,7 @@ from loraplex_memory.host_pages import HostPages
 from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import DirectWriter, Fence, PoolWriter
 from loraplex_scheduler.plan import AdapterLoad
-from loraplex_server.engine.background import start_background_thread
+from loraplex_server.background import start_background_thread
 
 log = logging.getLogger(__name__)
 

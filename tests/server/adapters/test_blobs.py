@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_sweep_deletes_what_nobody_refers_to(open_store, tmp_path: Path):
     assert store.sweep(keep=lambda: {ID}) == [OTHER]
     assert store.local_path(ID).exists()
     assert store.sweep(keep=lambda: {ID}) == []
+
+
+def test_sweep_leaves_what_was_put_again_since_it_was_listed(tmp_path: Path):
+    store = BlobStore(str(tmp_path / "blobs"), cache_dir=tmp_path / "cache")
+    for adapter_id in (ID, OTHER):
+        store.put(adapter_id, make_file(tmp_path))
+        os.utime(store.local_path(adapter_id), (0, 0))
+
+    def keep() -> set[str]:
+        store.put(ID, make_file(tmp_path))  # another server, about to register it
+        return set()
+
+    assert store.sweep(keep, min_age_s=60.0) == [OTHER]
+    assert store.local_path(ID).exists()
 
 
 def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):

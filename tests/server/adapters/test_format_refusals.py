@@ -53,6 +53,18 @@ def renamed(old: str, new: str) -> Naive:
     return edit
 
 
+def added(like: str, name: str, shape: tuple[int, ...], saved: str | None = None) -> Naive:
+    """Return an edit that puts another tensor beside each that ends `like`."""
+
+    def edit(config: Config, found: Tensors) -> None:
+        config["modules_to_save"] = saved and [saved]
+        config["target_modules"] = None
+        for known in [known for known in found if known.endswith(like)]:
+            found[known.removesuffix(like) + name] = torch.ones(shape)
+
+    return edit
+
+
 REFUSALS: dict[str, Refusal] = {
     "loha above the rank limit": Refusal(
         made(lambda: peft.LoHaConfig(r=5, target_modules=["q_proj", "v_proj"])),
@@ -130,6 +142,9 @@ REFUSALS: dict[str, Refusal] = {
     "hra with a reflection of no length": Refusal(
         CASES["hra"], tensors("hra_u", torch.zeros_like), ("a reflection of length 0",)
     ),
+    "hra with reflections that are no basis": Refusal(
+        CASES["hra orthogonal"], tensors("hra_u", torch.ones_like), ("gives NaN or infinity",)
+    ),
     "poly without a task": Refusal(
         CASES["poly"],
         without_task,
@@ -200,6 +215,14 @@ REFUSALS: dict[str, Refusal] = {
         CASES["vera fused"],
         renamed("gate_up_proj", "up_proj"),
         ("up_proj",),
+    ),
+    "ia3 both fused and split": Refusal(
+        CASES["ia3"], added("k_proj.ia3_l", "qkv_proj.ia3_l", (128, 1)), ("both fused and split",)
+    ),
+    "a norm saved twice": Refusal(
+        CASES["ln tuning"],
+        added("model.norm.ln_tuning_layers.weight", "model.norm.weight", (64,), "model.norm"),
+        ("given twice: modules_to_save names it too",),
     ),
     "a tensor of nothing": Refusal(
         CASES["hra"], renamed("layers.1.mlp.up_proj", "layers.1.mlp.router"), ("router.hra_u",)

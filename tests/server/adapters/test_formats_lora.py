@@ -28,7 +28,7 @@ from tests.support.adapters import (
     make_tiny_base,
     read_folder,
 )
-from tests.support.peft_cases import PeftCase, edit_folder
+from tests.support.peft_cases import PeftCase, biased_base, edit_folder
 from tests.support.peft_lora_cases import LORA_CASES
 from tests.support.served_cases import assert_is_served_exactly, largest_error, read_case
 
@@ -182,11 +182,60 @@ def test_a_copy_of_the_base_changes_nothing_and_another_replaces_it(tmp_path: Pa
         read_folder(tmp_path, limits=AdapterLimits(max_dense_bytes=9999))
 
 
-def test_a_folded_rank_above_the_limit_is_refused_with_its_size(tmp_path: Path):
+def test_a_folded_rank_above_the_limit_is_refused_before_it_is_folded(tmp_path: Path):
+    """And before the base is read: of a large model, that takes minutes."""
+    base = make_tiny_base()
+    base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
     config = make_config(init_lora_weights="pissa")
     make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
-    with pytest.raises(AdapterRefused, match="folded rank 8 is above the limit of 7"):
-        read_folder(tmp_path, limits=AdapterLimits(max_rank=7))
+    with pytest.raises(AdapterRefused, match=r"q_proj.*: folded rank 8 is above the limit of 7"):
+        read_folder(tmp_path, limits=AdapterLimits(max_rank=7), reference=base)
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "shape"),
+    [
+        (("model.norm.weight", "model.norm.base_layer.weight"), {"modules_to_save": ["norm"]}, 64),
+        (
+            ("layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_proj.base_layer.bias"),
+            {"bias": "all"},
+            64,
+        ),
+        (
+            ("layers.0.self_attn.q_proj.bias", "layers.0.self_attn.qkv_proj.bias"),
+            {"bias": "all"},
+            (64, 128),
+        ),
+    ],
+    ids=["norm", "bias", "fused bias"],
+)
+def test_what_is_given_twice_is_refused(tmp_path: Path, names, fields, shape):
+    tensors = make_tensors({"q": 4})
+    sizes = shape if isinstance(shape, tuple) else (shape, shape)
+    for name, size in zip(names, sizes, strict=True):
+        stem = "base_model.model." + ("" if name.startswith("model.") else "model.")
+        tensors[stem + name] = torch.ones(size)
+    make_folder(tmp_path, config=make_config(**fields), tensors=tensors)
+    with pytest.raises(AdapterRefused, match="given"):
+        read_folder(tmp_path, reference=biased_base(), check_base=False)
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_an_initialisation_that_is_no_number_is_refused(tmp_path: Path, alpha: int):
+    """PiSSA divides by the scale and takes the root: PEFT's own base would hold NaN."""
+    config = make_config(init_lora_weights="pissa", lora_alpha=alpha)
+    make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
+    with pytest.raises(AdapterRefused, match=r"layer 0 q.*gives NaN or infinity"):
+        read_folder(tmp_path)
+
+
+def test_a_decomposition_that_fails_refuses_the_adapter(tmp_path: Path):
+    base = make_tiny_base()
+    base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    config = make_config(init_lora_weights="pissa")
+    make_folder(tmp_path, config=config, tensors=make_tensors({"q": 4}))
+    with pytest.raises(AdapterRefused, match="folding it fails"):
+        read_folder(tmp_path, reference=base)
 
 
 @pytest.mark.parametrize("field", ["modules_to_save", "trainable_token_indices", "use_dora"])

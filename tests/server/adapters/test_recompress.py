@@ -38,3 +38,18 @@ def test_nothing_is_one_rank_of_zeros():
     thin_a, thin_b = recompress(torch.zeros(4, 40), torch.zeros(24, 4))
     assert thin_a.shape == (1, 40)
     assert not (thin_b @ thin_a).any()
+
+
+def test_no_ranks_are_one_rank_of_zeros_too():
+    thin_a, thin_b = recompress(torch.zeros(0, 40), torch.zeros(24, 0))
+    assert (thin_a.shape, thin_b.shape) == ((1, 40), (24, 1))
+    assert not (thin_b @ thin_a).any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none_for_the_reader_to_refuse(bad: float):
+    a, b = matrices(7)
+    b[3, 2] = bad
+    thin_a, thin_b = recompress(a, b)
+    assert thin_a.isfinite().all()
+    assert not thin_b.isfinite().all()

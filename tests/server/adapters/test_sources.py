@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -98,6 +100,24 @@ def test_what_a_record_shows_of_a_source_has_no_secrets():
     assert list(source.files().values()) == [source.url]
 
 
+@pytest.mark.parametrize("url", ["file:a/b", "file:///srv/a", "file:///srv/a%20b.zip"])
+def test_a_record_shows_local_sources_as_they_were_named(url):
+    assert parse_source(url, SourcePolicy(root=Path("/srv"))).public_url == url
+
+
+def test_what_is_logged_of_a_source_has_no_secrets(web):
+    script = (
+        "import sys; from pathlib import Path; from loraplex_server.logs import set_up_logging\n"
+        "set_up_logging('debug')\n"
+        "from loraplex_server.adapters.sources.https_files import read_https\n"
+        "assert b''.join(read_https(sys.argv[1], allow_private=True))\n"
+    )
+    url = f"{web.url}/pirate/adapter_config.json?X-Amz-Signature=secret"
+    run = [sys.executable, "-c", script, url]
+    logged = subprocess.run(run, capture_output=True, text=True, check=True).stderr
+    assert "secret" not in logged
+
+
 def test_a_folder_is_two_files_and_keeps_its_query():
     source = parse_source("https://host/a/?sig=1", SourcePolicy())
     assert source.files() == {
@@ -149,6 +169,22 @@ def test_nothing_outside_the_root_is_read(get, folder, tmp_path):
 def test_a_link_that_stays_below_the_root_is_followed(get, folder):
     (folder.parent / "latest").symlink_to(folder)
     assert get("file:latest", SourcePolicy(root=folder.parent)).weights.lora
+
+
+def test_a_link_that_was_put_on_the_way_leads_nowhere(get, folder, tmp_path, monkeypatch):
+    secret = make_folder(tmp_path / "secret")
+    real = Path.resolve
+
+    def resolve_and_swap(path, strict=False):
+        found = real(path, strict=strict)
+        if found.parent == folder and not folder.is_symlink():
+            folder.rename(folder.parent / "aside")
+            folder.symlink_to(secret)
+        return found
+
+    monkeypatch.setattr(Path, "resolve", resolve_and_swap)
+    with pytest.raises(SourceFailed):
+        get("file:pirate", SourcePolicy(root=folder.parent))
 
 
 def test_a_pipe_is_no_file(get, folder):
@@ -255,12 +291,20 @@ def test_a_server_that_cannot_be_reached_is_told(get):
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
+        "::7f00:1",
+        "64:ff9b:1::7f00:1",
     ],
 )
 def test_private_addresses_are_refused_however_they_are_written(address):
     with pytest.raises(SourceForbidden):
         judge_host(address, 443, allow_private=False)
     assert judge_host(address, 443, allow_private=True)
+
+
+def test_an_address_in_brackets_is_judged_as_any_host(get):
+    for host in ("[::1]", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1", "127.1"):
+        with pytest.raises(SourceForbidden, match="private address"):
+            get(f"https://{host}/x.zip", SourcePolicy())
 
 
 def test_public_addresses_are_let_through():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
+from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.adapters.errors import (
@@ -15,10 +18,12 @@ from loraplex_server.adapters.errors import (
     AmbiguousVersion,
     InvalidAdapterName,
     PinRefused,
+    StorageFailed,
     VersionConflict,
     VersionIsCurrent,
 )
 from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registry import Registry
 from tests.support.adapters import make_catalog, make_folder
 
 
@@ -229,3 +234,83 @@ def test_a_new_owner_of_a_name_has_not_used_it(catalog, folders):
     catalog.delete("a")
     put(catalog, folders[1])
     assert catalog.get("a").last_used is None
+
+
+# ---- races, each at the moment where it hurts --------------------------------------------------
+
+
+def test_what_is_deleted_while_it_is_described_or_changed_is_not_found(
+    catalog, folders, monkeypatch
+):
+    record = put(catalog, folders[0])
+    real = Registry.set_settings
+
+    def delete_first(self, connection, name, settings):
+        catalog.delete(name)
+        real(self, connection, name, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_settings", delete_first)
+        with pytest.raises(AdapterNotFound):
+            catalog.change("a", {"ttl_s": 5})
+    with pytest.raises(AdapterNotFound):
+        catalog.report(record)
+
+
+def test_a_name_that_is_given_again_ends_the_wait_for_its_former_users(catalog, folders):
+    record = put(catalog, folders[0])
+    former = catalog.acquire("a")
+    (drain,) = catalog.delete("a").drains
+    put(catalog, folders[0], name="b")
+    assert not drain.freed.done()  # another name: those who asked for "a" can be told apart
+    put(catalog, folders[0])
+    assert drain.freed.result(0) == 0
+    with catalog.acquire("a") as again:
+        former.release()
+        assert again.record.id == record.id
+    assert catalog.num_leases(record.id) == 0
+
+
+def test_who_gave_up_waiting_holds_up_no_release(catalog, folders, tmp_path):
+    record = put(catalog, folders[0])
+    lease = catalog.acquire("a")
+    (drain,) = catalog.delete("a").drains
+    drain.freed.cancel()
+    lease.release()
+    assert record.id not in blobs(tmp_path)
+
+
+def test_later_uses_are_kept_and_unwritten_ones_too(catalog, folders, clock, monkeypatch):
+    put(catalog, folders[0])
+    with catalog.acquire("a"):
+        pass
+    clock.now += 100
+    put(catalog, folders[0], settings={"ttl_s": 50})  # the same content, but a sign of life
+    broken = OperationalError("UPDATE", {}, OSError("gone"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "touch", lambda *a: (_ for _ in ()).throw(broken))
+        with pytest.raises(StorageFailed):
+            catalog.write_uses()
+    assert catalog.get("a").last_used == int(clock.now) - 100
+    catalog.write_uses()
+    assert catalog.get("a").last_used == int(clock.now) - 100
+    clock.now += 49
+    assert catalog.delete_expired() == ()
+    clock.now += 1
+    assert [removal.record.name for removal in catalog.delete_expired()] == ["a"]
+
+
+def test_a_registration_that_cannot_be_stored_leaves_no_file(
+    catalog, folders, tmp_path, monkeypatch
+):
+    def full(self, adapter_id, file):
+        BlobStore._put(self, BlobStore._path(self, adapter_id), file)
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "put", full)
+        with pytest.raises(StorageFailed, match="disk is full"):
+            put(catalog, folders[0])
+    assert blobs(tmp_path) == set()
+    put(catalog, folders[0])
+    assert len(blobs(tmp_path)) == 1

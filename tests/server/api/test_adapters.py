@@ -7,6 +7,7 @@ import socket
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import httpx
@@ -302,6 +303,27 @@ def test_only_so_many_uploads_are_open_at_once(server, folder, monkeypatch):
         assert int(refused.headers["retry-after"]) > 0
     wait_until(lambda: not any(staging.iterdir()))
     assert server.upload("pirate", folder).status_code == 201
+
+
+def test_others_are_received_and_refused_while_adapters_are_read(server, folder, monkeypatch):
+    """As many as are read at once, for as long as it takes: then come more than are received."""
+    gate, at_work = threading.Event(), threading.Semaphore(0)
+    register = server.catalog.register
+
+    def wait_and_register(*args, **options):
+        at_work.release()
+        assert gate.wait(20)
+        return register(*args, **options)
+
+    monkeypatch.setattr(server.catalog, "register", wait_and_register)
+    with ThreadPoolExecutor() as others:
+        names = [f"slow-{index}" for index in range(5)]
+        slow = [others.submit(server.upload, name, folder) for name in names]
+        assert all(at_work.acquire(timeout=20) for _ in range(2))
+        assert not at_work.acquire(timeout=0.1), "more are read at once"
+        assert server.upload("", folder).status_code == 400
+        gate.set()
+        assert [answer.result().status_code for answer in slow] == [201] * 5
 
 
 def test_a_silent_sender_is_given_up(server, monkeypatch):

@@ -9,12 +9,14 @@ import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import httpx
 import pytest
 
+from loraplex_server.api import envelope
 from loraplex_server.engine.messages import FreedMemory
 from tests.server.api.conftest import make_adapter, running_server, wait_until
 
@@ -242,6 +244,42 @@ def test_validate_judges_and_registers_nothing(server, folders):
     assert not any((server.data_dir / "staging").iterdir())
 
 
+def test_the_engine_is_told_last_what_is_pinned_now(server, folders, monkeypatch):
+    record = server.upload(NAME, folders[0]).json()
+    upkeep, real = server.app.state.upkeep, server.catalog.pinned
+    is_read, may_go_on = threading.Event(), threading.Event()
+
+    def slow_once():
+        monkeypatch.undo()
+        found = real()
+        is_read.set()
+        assert may_go_on.wait(10)
+        return found
+
+    monkeypatch.setattr(server.catalog, "pinned", slow_once)
+    tick = asyncio.run_coroutine_threadsafe(upkeep.tick(), server.loop)
+    assert is_read.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        pinned = pool.submit(httpx.patch, path_of(server), json={"pinned": True})
+        wait_until(lambda: get(server)["pinned"])
+        may_go_on.set()
+        assert pinned.result(10).status_code == 200
+    tick.result(10)
+    assert server.engine.kept == {record["id"]}
+
+
+def test_only_files_may_be_larger_than_other_bodies(server, folders, monkeypatch):
+    monkeypatch.setattr(envelope, "MAX_BODY_BYTES", 2000)
+    files = [("files", (f.name, f.read_bytes())) for f in sorted(folders[0].iterdir())]
+    for path, data in (("/v1/adapters", {"name": NAME}), ("/v1/adapters/validate", {})):
+        answer = httpx.post(f"{server.url}{path}", data=data, files=files)
+        assert answer.is_success, answer.text
+        body = {"name": NAME, "source": "file:x", "defaults": {"system_prompt": "x" * 4000}}
+        refused = server.post(path, body)
+        assert refused.status_code in (400, 413)
+    assert error_of(server.post("/v1/adapters", body)) == (413, "body_too_large")
+
+
 def test_the_record_tells_where_an_adapter_came_from(server, folders):
     record = server.upload(NAME, folders[0]).json()
     shown = get(server)
@@ -255,7 +293,7 @@ def test_the_record_tells_where_an_adapter_came_from(server, folders):
 
 
 def test_expired_names_go_when_nobody_uses_them(server, folders):
-    record = server.upload(NAME, folders[0], ttl_s="1").json()
+    record = server.upload(NAME, folders[0], ttl_s="50").json()
     server.engine.step_s = 0.01
     upkeep = server.app.state.upkeep
 
@@ -286,7 +324,7 @@ def test_an_adapter_is_fetched_from_a_source(sourcing_server):
     answer = server.post("/v1/adapters", body)
     assert answer.status_code == 201, answer.text
     record = answer.json()
-    assert (record["source"], record["ttl_s"]) == ("file:///pirate", 60)
+    assert (record["source"], record["ttl_s"]) == ("file:pirate", 60)
     assert server.post("/v1/adapters", body).status_code == 200
     uploaded = server.upload("uploaded", root / "pirate").json()
     assert uploaded["id"] == record["id"]
@@ -325,15 +363,52 @@ def test_a_fetch_ends_with_its_client(private_server, web):
     assert private_server.catalog.list() == ()
 
 
+def test_slow_sources_hold_up_no_upload(private_server, web, folders):
+    body = {"source": f"{web.url}/slow.zip"}
+    head, staging = private_server.url, private_server.data_dir / "staging"
+    with ThreadPoolExecutor(5) as pool, httpx.Client(base_url=head, timeout=20) as http:
+        fetches = [
+            pool.submit(http.post, "/v1/adapters", json={"name": f"slow{i}", **body})
+            for i in range(5)
+        ]
+        wait_until(lambda: len([*staging.iterdir()]) == 5)
+        assert private_server.upload(NAME, folders[0]).status_code == 201
+        assert not any(fetch.done() for fetch in fetches)
+        web.is_over.set()
+        assert {fetch.result(20).status_code for fetch in fetches} == {400}
+
+
+def test_what_a_file_says_of_its_base_is_shown_within_bounds(server, tmp_path):
+    for name, base, shown in (
+        ("long", "x" * 100_000, "x" * 500),
+        ("odd", "a\0b\nc", "a\ufffdb\ufffdc"),
+    ):
+        folder = make_adapter(tmp_path / name, base=base, seed=len(base))
+        answer = server.upload(name, folder, check_base="false")
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["base_model"] == shown
+
+
+def test_names_that_nobody_can_have_are_not_echoed_at_length(server):
+    for path in ("x" * 5000, "a%00b", "%ff", f"a@sha256:{'0' * 12}"):
+        answer = httpx.get(f"{server.url}/v1/adapters/{path}")
+        assert error_of(answer) == (404, "adapter_not_found")
+        assert len(answer.content) < 1000
+    answer = server.post("/v1/completions", {"model": "x" * 100_000, "prompt": "a"})
+    assert error_of(answer) == (404, "model_not_found")
+    assert len(answer.content) < 1000
+
+
 @dataclass
 class SlowWeb:
     url: str = ""
     num_sent: int = 0
+    is_over: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
 def web():
-    """A site whose one file never ends."""
+    """A site whose one file ends when it is told so."""
     site = SlowWeb()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -341,7 +416,7 @@ def web():
             self.send_response(200)
             self.end_headers()
             with contextlib.suppress(OSError):
-                while True:
+                while not site.is_over.is_set():
                     self.wfile.write(b"x" * 1024)
                     self.wfile.flush()
                     site.num_sent += 1

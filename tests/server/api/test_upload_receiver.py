@@ -31,3 +31,11 @@ def test_a_body_is_bounded_also_where_it_holds_no_file(receiver):
     receiver.feed(BODY)
     with pytest.raises(UploadTooLarge):
         receiver.feed(b"\r\n" * 100)
+
+
+def test_the_headers_of_a_part_are_bounded_together(tmp_path):
+    line = b"x-%d: " + b"y" * 3000 + b"\r\n"
+    with UploadStaging(tmp_path) as staging:
+        receiver = UploadReceiver(b"b", staging, lambda name: None, max_body_bytes=1 << 20)
+        with pytest.raises(InvalidUpload, match="headers of a part"):
+            receiver.feed(b"--b\r\n" + b"".join(line % i for i in range(4)))

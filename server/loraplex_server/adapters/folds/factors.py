@@ -7,7 +7,8 @@ from typing import TypeAlias
 
 import torch
 
-#: A `[R, in]` and B `[out, R]`, float64: the update is `B A`, all scales folded in.
+#: A `[R, in]` and B `[out, R]`: the update is `B A`, all scales folded in. Of folds, float64;
+#: of variants of LoRA, float32, as PEFT computes them.
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 

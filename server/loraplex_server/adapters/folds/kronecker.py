@@ -23,11 +23,13 @@ def fold_kronecker(first: Factors, second: Factors, *, scale: float) -> Factors:
     Args:
         first, second: pairs of `[m, R]` and `[R, n]`.
     """
-    (u1, v1), (u2, v2) = (
-        # `torch.kron` needs its arguments in one piece.
-        (u.double().contiguous(), v.double().contiguous())
-        for u, v in (first, second)
-    )
+    (u1, v1), (u2, v2) = ((u.double(), v.double()) for u, v in (first, second))
     if v1.shape[0] * v2.shape[0] > min(u1.shape[0] * u2.shape[0], v1.shape[1] * v2.shape[1]):
-        return from_dense(torch.kron(u1 @ v1, u2 @ v2) * scale)
-    return torch.kron(v1, v2), torch.kron(u1, u2) * scale
+        return from_dense(_kron(u1 @ v1, u2 @ v2) * scale)
+    return _kron(v1, v2), _kron(u1, u2) * scale
+
+
+def _kron(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the Kronecker product of two matrices; `torch.kron` fails for some strides."""
+    rows, columns = (m * n for m, n in zip(one.shape, other.shape, strict=True))
+    return (one[:, None, :, None] * other[None, :, None, :]).reshape(rows, columns)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-#: A `[R, in]` and B `[out, R]` of an update `B A`, the scale folded in.
-Factors = tuple[torch.Tensor, torch.Tensor]
+from loraplex_server.adapters.folds.factors import Factors
 
 
 def pissa_init(weight: torch.Tensor, rank: int, scale: float) -> Factors:

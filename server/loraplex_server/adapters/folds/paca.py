@@ -15,9 +15,9 @@ def fold_paca(
     Args:
         weight: of the base `[out, in]`.
         columns: what the file holds, `[out, R]`: whole columns, not differences.
-        indices: distinct inputs, int64 `[R]`.
+        indices: distinct inputs, of any integer dtype, `[R]`.
     """
-    rank = len(indices)
+    rank, indices = len(indices), indices.long()
     a = torch.zeros(rank, weight.shape[1], dtype=torch.float64)
     a[torch.arange(rank), indices] = 1.0
     return a, columns.double() * scale - weight.double()[:, indices]

@@ -27,8 +27,13 @@ def recompress(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
     Returns:
         a' `[K, in]` and b' `[out, K]`, float32, computed in float64; K <= R is the rank of the
-        product, and at least 1.
+        product, and at least 1. Factors with NaN or infinity, which nothing decomposes, are given
+        back as they are.
     """
+    if a.shape[0] == 0:
+        return torch.zeros(1, a.shape[1]), torch.zeros(b.shape[0], 1)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return a.to(torch.float32), b.to(torch.float32)
     q_b, r_b = torch.linalg.qr(b.to(torch.float64))
     q_a, r_a = torch.linalg.qr(a.to(torch.float64).T)
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

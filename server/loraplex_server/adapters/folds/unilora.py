@@ -16,8 +16,8 @@ class Assignment:
     """Which shared number stands where in one linear, and its scale.
 
     Attributes:
-        a_indices: int64 `[R, in]`.
-        b_indices: int64 `[out, R]`.
+        a_indices: `[R, in]`, of any integer dtype.
+        b_indices: `[out, R]`, likewise.
         a_scales, b_scales: of the same shapes, float32.
     """
 
@@ -32,8 +32,8 @@ def fold_unilora(theta: torch.Tensor, assignment: Assignment) -> Factors:
     theta: the shared numbers `[N]`.
     """
     shared = theta.double()
-    a = shared[assignment.a_indices] * assignment.a_scales.double()
-    b = shared[assignment.b_indices] * assignment.b_scales.double()
+    a = shared[assignment.a_indices.long()] * assignment.a_scales.double()
+    b = shared[assignment.b_indices.long()] * assignment.b_scales.double()
     return a, b
 
 

@@ -29,7 +29,7 @@ def mix(bank: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> tor
     pieces = torch.zeros(*indices.shape[:-1], bank.shape[1], dtype=torch.float64)
     # One after the other: all k at once would take k times the memory of the result.
     for rank in range(indices.shape[-1]):
-        pieces += shares[..., rank, None] * vectors[indices[..., rank]]
+        pieces += shares[..., rank, None] * vectors[indices[..., rank].long()]
     return pieces
 
 

@@ -45,6 +45,8 @@ def read_biases(
             continue
         if linear.layer >= base.geometry.num_layers:
             folder.refuse(name, f"the base has only {base.geometry.num_layers} layers")
+        elif any((linear.layer, p) in biases for p in linear.projections):
+            folder.refuse(name, "given both fused and split, or twice")
         elif not base.has_bias(linear.projections[0]):
             folder.refuse(name, "the base has no bias here, so PEFT would not load it")
         else:

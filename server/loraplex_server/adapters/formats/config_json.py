@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from loraplex_server.adapters.errors import InvalidUpload
 
 CONFIG_NAME: Final = "adapter_config.json"
+
+#: PEFT's own configurations nest three levels.
+_MAX_DEPTH: Final = 50
 
 
 def load_config_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -32,7 +36,23 @@ def load_config_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         raise InvalidUpload(f"{CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise InvalidUpload(f"{CONFIG_NAME} must hold one JSON object")
+    if _is_deep(config):
+        # What can just be parsed may be too deep to be shown in a message.
+        raise InvalidUpload(f"{CONFIG_NAME} nests more than {_MAX_DEPTH} levels")
     return config
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for item in level for child in _children(item)]
+    return bool(level)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

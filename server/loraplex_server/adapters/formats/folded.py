@@ -6,7 +6,6 @@ refused are the folds computed, one after the other, each written again at its t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,7 +19,7 @@ from loraplex_server.adapters.folds.factors import Factors
 from loraplex_server.adapters.folds.recompress import recompress
 from loraplex_server.adapters.formats.biases import BiasMode, read_bias_mode, read_biases
 from loraplex_server.adapters.formats.field_table import FieldTable
-from loraplex_server.adapters.formats.folder import PeftFolder
+from loraplex_server.adapters.formats.folder import PeftFolder, show_bytes
 from loraplex_server.adapters.formats.linears import Linear
 from loraplex_server.adapters.formats.whole_modules import read_whole_modules
 from loraplex_server.adapters.peft_targets import TargetRule
@@ -74,7 +73,6 @@ class FoldedReading:
         """Read what stands beside the linears, then fold them all, unless something is refused."""
         parts = read_whole_modules(self.folder, self.base)
         parts |= self._bias_parts()
-        self._refuse_doubles(folds)
         self._refuse_large(folds)
         if self.folder.ledger:
             return AdapterWeights()
@@ -91,13 +89,6 @@ class FoldedReading:
             for (layer, projection), new in biases.items()
             if (own := self.base.bias(layer, projection)) is not None
         }
-
-    def _refuse_doubles(self, folds: Sequence[PlannedFold]) -> None:
-        linears = [fold.linear for fold in folds]
-        counts = Counter((linear.layer, p) for linear in linears for p in linear.projections)
-        for linear in linears:
-            if any(counts[linear.layer, p] > 1 for p in linear.projections):
-                self.folder.ledger.refuse("given both fused and split", linear.module)
 
     def _refuse_large(self, folds: Sequence[PlannedFold]) -> None:
         """Refuse ranks above the limit before anything of that size is computed."""
@@ -119,8 +110,3 @@ class FoldedReading:
                     "smaller rank",
                     linear.module,
                 )
-
-
-def show_bytes(num_bytes: int) -> str:
-    """Return a size for a message."""
-    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"

@@ -1,12 +1,14 @@
 """One adapter folder, opened for a reader: fields and tensors, each looked at once and accounted.
 
 Faults go to the ledger and do not raise, so that one answer lists them all. A tensor that cannot
-be used is answered by zeros of the shape that was asked for, which cost no memory. So a reader
-first takes everything, then, before it computes anything, gives up `if folder.ledger`.
+be used is answered by zeros of the shape that was asked for, which cost no memory as long as they
+are not converted. So a reader first takes everything, then, before it computes anything, gives up
+`if folder.ledger`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,12 +18,20 @@ import torch
 from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.formats.config_fields import ConfigFields
 from loraplex_server.adapters.formats.ledger import Ledger
-from loraplex_server.adapters.formats.linears import PREFIX, Linear, explain_tensor, parse_linear
+from loraplex_server.adapters.formats.linears import (
+    PREFIX,
+    Linear,
+    doubled,
+    explain_tensor,
+    parse_linear,
+)
 from loraplex_server.adapters.peft_targets import TargetRule
 from loraplex_server.adapters.record import AdapterLimits
 
 _FLOATS: Final = ("F32", "F16", "BF16")
 _INTS: Final = ("I64", "I32", "I16", "U8")
+#: Elements of any tensor that could be meant; far below what torch can count.
+_MAX_ELEMENTS: Final = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,20 @@ class PeftFolder:
         Args:
             shape: what it must be; None takes any.
             fold: how it is converted; None where it is used as it is.
+
+        Raises:
+            AdapterRefused: there is a fault, and the shape that was asked for is absurd.
         """
         return self._take(name, shape, fold, _FLOATS)
 
     def take_ints(
         self, name: str, shape: Sequence[int] | None = None, *, fold: str | None = None
     ) -> torch.Tensor:
-        """Return a tensor of indices, as int64; else as `take`."""
-        return self._take(name, shape, fold, _INTS).to(torch.int64)
+        """Return a tensor of indices, in its stored dtype; else as `take`.
+
+        To be converted before it indexes: torch takes bytes for a mask.
+        """
+        return self._take(name, shape, fold, _INTS)
 
     def ignore(self, name: str, why: str) -> None:
         """Count a tensor as one that cannot change an output."""
@@ -94,10 +110,11 @@ class PeftFolder:
         """Refuse the adapter because of a tensor."""
         self.ledger.refuse(reason, name, kind="tensor")
 
-    def check_rank(self, rank: int, module: str) -> bool:
-        """Refuse a stored rank above the limit, before anything is computed with it."""
+    def check_rank(self, rank: int, module: str, *, what: str = "rank") -> bool:
+        """Refuse a stored or folded rank above the limit, before anything is computed with it."""
         if rank > self.limits.max_rank:
-            self.ledger.refuse(f"rank {rank} is above the limit of {self.limits.max_rank}", module)
+            limit = self.limits.max_rank
+            self.ledger.refuse(f"{what} {rank} is above the limit of {limit}", module)
         return rank <= self.limits.max_rank
 
     def check_dense(self, num_bytes: int, what: str) -> bool:
@@ -117,7 +134,7 @@ class PeftFolder:
         """Group the tensors `base_model.model.{linear}.{suffix}` by linear, in order of names.
 
         Left out, and refused: a linear of a layer that the base does not have, one that lacks a
-        required suffix, and one that the rule leaves out.
+        required suffix, and one that the rule leaves out. Refused: one given both fused and split.
 
         Args:
             suffixes: `lora_A.weight` and the like.
@@ -139,11 +156,14 @@ class PeftFolder:
                 linears[module] = linear
                 groups.setdefault(module, {})[suffix] = name
         needed = suffixes if required is None else required
-        return [
+        found = [
             LinearTensors(linears[module], names)
             for module, names in groups.items()
             if self._is_complete(linears[module], names, needed, rule)
         ]
+        for linear in doubled([group.linear for group in found]):
+            self.ledger.refuse("given both fused and split", linear.module)
+        return found
 
     def finish(self) -> None:
         """Refuse by name every tensor that nobody has taken or ignored."""
@@ -167,6 +187,8 @@ class PeftFolder:
             fault = "holds NaN or infinity"
         self.refuse(name, fault)
         stand_in = shape if shape is not None else self.shape(name) if self.has(name) else (0,)
+        if _num_elements(stand_in) > _MAX_ELEMENTS:
+            self.ledger.raise_if_any()
         return torch.zeros(()).expand(tuple(stand_in))
 
     def _header_fault(
@@ -181,6 +203,8 @@ class PeftFolder:
             )
             return f"is {dtype}; only {known} are read"
         stored = self.shape(name)
+        if _num_elements(stored) > _MAX_ELEMENTS:
+            return f"is {list(stored)}, which is no shape of a tensor"
         if shape is not None and stored != tuple(shape):
             side = name.removesuffix(".weight").rpartition(".")[2]
             return (
@@ -233,13 +257,19 @@ def dense_fault(num_bytes: int, what: str, limits: AdapterLimits) -> str | None:
     if num_bytes <= limits.max_dense_bytes:
         return None
     return (
-        f"{what}: {_mebibytes(num_bytes)} folded, above the limit of "
-        f"{_mebibytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
+        f"{what}: {show_bytes(num_bytes)} folded, above the limit of "
+        f"{show_bytes(limits.max_dense_bytes)} for embeddings, heads, rows of tokens and prompts "
         "of one adapter; train LoRA on these modules, or less of them"
     )
 
 
-def _mebibytes(num_bytes: int) -> str:
+def _num_elements(shape: Sequence[int]) -> int:
+    """Return the elements of a tensor of this shape, with 1 for every size of 0."""
+    return math.prod(max(1, size) for size in shape)
+
+
+def show_bytes(num_bytes: int) -> str:
+    """Return a size for a message."""
     return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"
 
 

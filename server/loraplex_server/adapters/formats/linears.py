@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,6 +79,14 @@ class Linear:
             # One file cannot hold one tensor under two names, so later slices get a copy of A.
             pairs[self.layer, projection] = LoRAPair(a.clone() if pairs else a, rows, scale)
         return pairs
+
+
+def doubled(linears: Sequence[Linear]) -> list[Linear]:
+    """Return those that share a projection with another: given both fused and split."""
+    counts = Counter((linear.layer, p) for linear in linears for p in linear.projections)
+    return [
+        linear for linear in linears if any(counts[linear.layer, p] > 1 for p in linear.projections)
+    ]
 
 
 def parse_linear(module: str) -> Linear | None:

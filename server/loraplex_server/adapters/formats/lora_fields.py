@@ -219,6 +219,10 @@ def _read_kasa(fields: ConfigFields) -> bool:
     return True
 
 
+#: In a list of BD-LoRA's; each is looked for in the name of each linear.
+_MAX_NAMES: Final = 1000
+
+
 def _read_blocks(fields: ConfigFields) -> BlockDiagonal:
     value = fields.raw("use_bdlora")
     whole = BlockDiagonal(1, (), ())
@@ -236,6 +240,7 @@ def _read_blocks(fields: ConfigFields) -> BlockDiagonal:
         type(num_blocks) is not int
         or not 1 <= num_blocks <= 1024
         or len(names) < 2
+        or max(map(len, names)) > _MAX_NAMES
         or not are_names
     ):
         fields.refuse("use_bdlora", "needs a number of blocks and lists of module names")

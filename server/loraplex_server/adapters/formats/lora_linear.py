@@ -11,8 +11,8 @@ from loraplex_memory.adapter_spec import bias as bias_part
 from loraplex_memory.adapter_spec import out_scale as out_scale_part
 from loraplex_memory.adapter_weights import LoRAPair, ModuleKey, PartKey
 from loraplex_server.adapters.base_model import BaseModel
+from loraplex_server.adapters.folds.factors import Factors
 from loraplex_server.adapters.folds.lora import (
-    Factors,
     block_diagonal,
     dora_gain,
     kasa,

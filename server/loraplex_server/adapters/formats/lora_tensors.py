@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Final
 
 import torch
@@ -39,14 +38,12 @@ class LoraTensors:
             required=(_A, _B),
             rule=self._fields.targets,
         )
-        taken = [linear for group in groups if (linear := self._take_one(group)) is not None]
-        self._refuse_doubles([linear.linear for linear in taken])
-        return taken
+        return [linear for group in groups if (linear := self._take_one(group)) is not None]
 
     def _take_one(self, group: LinearTensors) -> LoraLinear | None:
         fields, linear = self._fields, group.linear
         rank = fields.ranks.rank_of(linear.module)
-        if not (self._folder.check_rank(rank, linear.module) and self._can_cut(linear, rank)):
+        if not (self._is_small(linear, rank) and self._can_cut(linear, rank)):
             return None
         rows, columns = linear.out_features(self._geometry), linear.in_features(self._geometry)
         in_blocks, out_blocks = fields.blocks.blocks_of(linear.module)
@@ -84,6 +81,15 @@ class LoraTensors:
             return "blocks on the diagonal of a whole matrix"
         return "a column for each of the pooled inputs" if fields.group_size > 1 else None
 
+    def _is_small(self, linear: Linear, rank: int) -> bool:
+        """Check the rank, and what folding makes of it before it takes its time."""
+        if not self._folder.check_rank(rank, linear.module):
+            return False
+        if self._fields.init == "plain" and not self._fields.is_kasa:
+            return True
+        sides = linear.out_features(self._geometry), linear.in_features(self._geometry)
+        return self._folder.check_rank(min(2 * rank, *sides), linear.module, what="folded rank")
+
     def _can_cut(self, linear: Linear, rank: int) -> bool:
         """Check what PEFT checks before it makes a variant's layer."""
         rows, columns = linear.out_features(self._geometry), linear.in_features(self._geometry)
@@ -120,9 +126,3 @@ class LoraTensors:
             self._folder.ledger.refuse(f"has no {suffixes[0]}", group.linear.module)
             return None
         return self._folder.take(names[0], (size,), fold=fold)
-
-    def _refuse_doubles(self, linears: list[Linear]) -> None:
-        counts = Counter((linear.layer, p) for linear in linears for p in linear.projections)
-        for linear in linears:
-            if any(counts[linear.layer, p] > 1 for p in linear.projections):
-                self._folder.ledger.refuse("given both fused and split", linear.module)

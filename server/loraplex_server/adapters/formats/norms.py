@@ -34,6 +34,8 @@ def read_ln_tuning(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
             folder.refuse(key, "is no norm of the base; retrain with LoRA on other modules")
         elif not rule.covers(module, part[1] if part[1] is not None else -1):
             folder.refuse(key, "target_modules leaves it out, so PEFT would not load it")
+        elif part in parts:
+            folder.refuse(key, "given twice: modules_to_save names it too")
         else:
             parts[part] = take_norm(folder, base, key, part)
     return AdapterWeights(parts=parts)

@@ -30,14 +30,15 @@ def read_paca(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
         columns = folder.take(group.names["paca_w"], (num_out, rank), fold=_HOW)
         name = group.names["paca_indices"]
         indices = folder.take_ints(name, (rank,), fold=_HOW)
-        chosen = set(indices.tolist())
-        if not folder.ledger and (
-            len(chosen) < rank or not 0 <= min(chosen) <= max(chosen) < num_in
-        ):
+        if not folder.ledger and not _are_inputs(indices.tolist(), num_in):
             folder.refuse(name, f"must be different inputs below {num_in}")
         compute = partial(_fold, base, group.linear.module, columns, indices, scale)
         folds.append(PlannedFold(group.linear, rank, compute))
     return reading.finish(folds)
+
+
+def _are_inputs(indices: list[int], num_in: int) -> bool:
+    return len(set(indices)) == len(indices) and 0 <= min(indices) <= max(indices) < num_in
 
 
 def _fold(

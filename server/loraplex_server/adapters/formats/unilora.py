@@ -26,6 +26,8 @@ FIELDS: Final = linear_fields(
 )
 _THETA: Final = "base_model.unilora_theta_d"
 _HOW: Final = "its numbers gathered into A and B"
+#: Indices of all linears, which are drawn at once.
+_MAX_DRAWN: Final = 1 << 27
 _SUFFIXES: Final = tuple(f"unilora_{kind}_{s}" for kind in ("indices", "scales") for s in "AB")
 
 
@@ -70,7 +72,7 @@ def _take_indices(
     folder: PeftFolder, name: str, shape: tuple[int, int], length: int
 ) -> torch.Tensor:
     indices = folder.take_ints(name, shape, fold=_HOW)
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < length:
+    if not folder.ledger and not 0 <= int(indices.min()) <= int(indices.max()) < length:
         folder.refuse(name, f"points outside the {length} shared numbers")
     return indices
 
@@ -96,5 +98,8 @@ def _draw(
     if folder.ledger or not all(folder.check_rank(rank, linear.module) for linear in linears):
         return {}
     shapes = [reading.shape(linear) for linear in linears]
+    if rank * sum(map(sum, shapes)) > _MAX_DRAWN:
+        folder.ledger.refuse("has too many indices to draw; save them (save_indices=true)")
+        return {}
     drawn = draw_assignments(shapes, rank=rank, length=length, seed=seed)
     return dict(zip(linears, drawn, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -59,7 +60,7 @@ def read_vblora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
             continue
         shapes = (rank, num_in // length), (num_out // length, rank)
         take = _take_chosen if only_top_k else _take_logits
-        mixtures = [
+        mixtures: list[_Mixture] = [
             take(folder, group, stem, shape, num_vectors, k)
             for stem, shape in zip(stems, shapes, strict=True)
         ]
@@ -67,12 +68,12 @@ def read_vblora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
     return reading.finish(folds)
 
 
-#: Indices into the bank and weights, of A's pieces or of B's.
-_Mixture = tuple[torch.Tensor, torch.Tensor]
+#: Gives indices into the bank and weights, of A's pieces or of B's: many times what is stored.
+_Mixture = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _fold(bank: torch.Tensor, mixtures: list[_Mixture]) -> Factors:
-    a, b = (mix(bank, indices, weights) for indices, weights in mixtures)
+    a, b = (mix(bank, *mixture()) for mixture in mixtures)
     return fold_vblora(a, b)
 
 
@@ -85,7 +86,7 @@ def _take_logits(
     k: int,
 ) -> _Mixture:
     logits = folder.take(group.names[stem], (*shape, num_vectors), fold=_HOW)
-    return top_k_weights(logits, min(k, num_vectors))
+    return partial(top_k_weights, logits, k)
 
 
 def _take_chosen(
@@ -99,6 +100,6 @@ def _take_chosen(
     name = group.names[f"{stem}_topk_indices"]
     indices = folder.take_ints(name, (*shape, k), fold=_HOW)
     weights = folder.take(group.names[f"{stem}_topk_weights"], (*shape, k - 1), fold=_HOW)
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_vectors:
+    if not folder.ledger and not 0 <= int(indices.min()) <= int(indices.max()) < num_vectors:
         folder.refuse(name, f"points outside the bank of {num_vectors}")
-    return indices, complete_weights(weights)
+    return lambda: (indices, complete_weights(weights))

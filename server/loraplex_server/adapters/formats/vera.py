@@ -90,6 +90,8 @@ def _shared(
     for name in names:
         if folder.has(name):
             folder.refuse(name, "is in the file though save_projection=false; set it to true")
+    if not groups:
+        return torch.zeros(0, 0), torch.zeros(0, 0)
     return draw_projections(key, rank, num_in, num_out, rows_per_rank=rows_per_rank)
 
 

@@ -7,6 +7,7 @@ that it saves beside a LoRA on them is usually the base's own, and then changes 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Final
 
 import torch
@@ -26,6 +27,7 @@ from loraplex_server.adapters.formats.folder import PeftFolder
 from loraplex_server.adapters.formats.linears import PREFIX, parse_linear
 
 FIELD: Final = "modules_to_save"
+_MAX_NAMES: Final = 500
 _EMBEDDING: Final = "model.embed_tokens"
 _HEAD: Final = "lm_head"
 _PARTS: Final = {_EMBEDDING: EMBEDDING, _HEAD: HEAD}
@@ -43,11 +45,19 @@ Parts = dict[PartKey, torch.Tensor]
 def read_whole_modules(folder: PeftFolder, base: BaseModel) -> Parts:
     """Read the fields `modules_to_save` and `ensure_weight_tying` and the modules they name."""
     names = folder.config.names(FIELD)
+    if len(names) > _MAX_NAMES:
+        # Each is compared with each tensor.
+        folder.config.refuse(FIELD, f"at most {_MAX_NAMES} names are read")
+        names = ()
     is_tied = folder.config.flag("ensure_weight_tying") and base.tie_word_embeddings
     parts: Parts = {}
     matched: set[str] = set()
-    for key, module in _weights(folder):
+    weights = _weights(folder)
+    counts = Counter(module for _, module in weights)
+    for key, module in weights:
         chosen = _chosen(names, module)
+        if counts[module] > 1:
+            folder.refuse(key, "given twice: with and without base_layer in its name")
         if module in _PARTS:
             # PEFT saves the head of a tied pair too, though the field names the embedding.
             trained = chosen or (is_tied and _chosen(names, _EMBEDDING))

@@ -32,9 +32,7 @@ def read_local(url: str, root: Path) -> Generator[bytes]:
         path = (folder / unquote(parts.path)).resolve()
         if not path.is_relative_to(folder):
             raise SourceForbidden(f"{unquote(parts.path)!r} is not below the server's adapter_root")
-        # A link put there since may not lead out, and a pipe may not hold the server up.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
+        with os.fdopen(_open_below(folder, path), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise SourceForbidden(f"{unquote(parts.path)!r} is not a regular file")
             while chunk := file.read(CHUNK_BYTES):
@@ -42,3 +40,20 @@ def read_local(url: str, root: Path) -> Generator[bytes]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
         raise SourceFailed(f"cannot read {unquote(parts.path)!r}: {reason}") from error
+
+
+def _open_below(folder: Path, path: Path) -> int:
+    """Open a resolved path step by step: a link that was put on the way since leads nowhere."""
+    *folders, name = path.relative_to(folder).parts or (".",)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for part in folders:
+        handle = _open_in(handle, part, os.O_DIRECTORY)
+    # A pipe may not hold the server up.
+    return _open_in(handle, name, os.O_NONBLOCK)
+
+
+def _open_in(parent: int, name: str, flags: int) -> int:
+    try:
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=parent)
+    finally:
+        os.close(parent)

@@ -23,6 +23,8 @@ def read_object(url: str) -> Generator[bytes]:
     scheme = url.partition(":")[0]
     try:
         fs, path = url_to_fs(url)
+        # What it remembers of an earlier fetch may be gone, or another version by now.
+        fs.invalidate_cache()
         with fs.open(path, "rb", block_size=_CHUNK_BYTES, cache_type="readahead") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk

@@ -71,6 +71,8 @@ class Source:
         """The URL without what may be secret in it: user, password, signature."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition("@")[2]
+        if not host:  # where `urlunsplit` would make a relative path absolute
+            return f"{parts.scheme}:{'//' if parts.path.startswith('/') else ''}{parts.path}"
         return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
     def files(self) -> dict[str, str]:
@@ -95,8 +97,9 @@ def parse_source(url: str, policy: SourcePolicy) -> Source:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}:" for name in _SCHEMES if name != "http")
         raise SourceUnsupported(f"a source begins with one of {known}")
-    # fsspec would read `a::b` as one file system inside another.
-    if len(url) > MAX_URL_CHARS or "::" in url or re.search(r"[\s\x00-\x1f\x7f]", url):
+    # fsspec would read `a::b` as one file system inside another; addresses have `::` too.
+    is_chain = _SCHEMES[scheme] == "object" and "::" in url
+    if len(url) > MAX_URL_CHARS or is_chain or re.search(r"[\s\x00-\x1f\x7f]", url):
         raise SourceUnsupported("the source is no plain URL")
     try:
         parts = urlsplit(url)
