@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final
 
 from jinja2 import TemplateSyntaxError
+from jinja2.nodes import Pow
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -12,6 +14,7 @@ _MAX_TEXT_CHARS: Final = 64 << 10
 #: As of requests.
 _MAX_STOPS: Final = 16
 _MAX_STOP_CHARS: Final = 1024
+_GENERATION_TAG: Final = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 class _Strict(BaseModel):
@@ -32,9 +35,11 @@ def _check_template(source: str) -> str:
         environment = ImmutableSandboxedEnvironment(
             extensions=["jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
         )
-        environment.parse(source.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        parsed = environment.parse(_GENERATION_TAG.sub("", source))
     except TemplateSyntaxError as error:
         raise ValueError(f"not a Jinja template: line {error.lineno}: {error.message}") from None
+    if power := parsed.find(Pow):  # no limit of time ends a long multiplication
+        raise ValueError(f"line {power.lineno}: a chat template may not use `**`")
     return source
 
 

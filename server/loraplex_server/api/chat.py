@@ -58,6 +58,7 @@ def _wish(body: ChatBody) -> Wish:
         max_tokens=body.max_tokens if max_tokens is None else max_tokens,
         default_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        is_chat=True,
     )
 
 

@@ -6,9 +6,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+import anyio
+import anyio.to_thread
 from starlette.datastructures import Headers
 
 from loraplex_server.adapters.defaults import AdapterDefaults
@@ -26,10 +28,15 @@ from loraplex_server.api.schemas import GenerationBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
+from loraplex_server.text.errors import ChatTemplateFailed
+from loraplex_server.text.time_limit import TookTooLong, run_within
 from loraplex_server.text.vocabulary import Vocabulary
 
 #: Texts longer than this are encoded in a thread: they would hold up every running stream.
 _LONG_TEXT_CHARS: Final = 8192
+#: For adapters' own chat templates, and encoding what they write.
+_TEMPLATE_S: Final = 5.0
+_MAX_TEMPLATES_AT_WORK: Final = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Wish:
     max_tokens: int | None
     default_tokens: int | None
     logprobs: int | None
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Front:
     adapter_names: AdapterNames
     model_names: ModelNames
     tenant_header: TenantHeader
+    template_threads: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_MAX_TEMPLATES_AT_WORK)
+    )
 
     async def answer(
         self,
@@ -129,9 +140,15 @@ class Front:
     ) -> list[list[int]]:
         encoder = PromptEncoder(self.vocabulary, limit, defaults)
         num_chars = wish.num_chars + len(defaults.system_prompt or "")
-        # An adapter's template is a program of whoever uploaded it.
-        is_long = num_chars > _LONG_TEXT_CHARS or defaults.chat_template is not None
-        prompts = await asyncio.to_thread(wish.encode, encoder) if is_long else wish.encode(encoder)
+        if defaults.chat_template is not None and wish.is_chat:
+            # A program of whoever registered it: it may take neither our threads nor for ever.
+            prompts = await anyio.to_thread.run_sync(
+                _encode_by_template, wish, encoder, limiter=self.template_threads
+            )
+        elif num_chars > _LONG_TEXT_CHARS:
+            prompts = await asyncio.to_thread(wish.encode, encoder)
+        else:
+            prompts = wish.encode(encoder)
         if not all(prompts):
             raise InvalidRequest("a prompt must have at least one token", param="prompt")
         return prompts
@@ -151,6 +168,15 @@ class Front:
             record = adapter.lease.record
             self.adapter_names.remember(record.id, record.name)
         return answerer
+
+
+def _encode_by_template(wish: Wish, encoder: PromptEncoder) -> list[list[int]]:
+    try:
+        return run_within(_TEMPLATE_S, lambda: wish.encode(encoder))
+    except TookTooLong as error:
+        raise ChatTemplateFailed(
+            f"the adapter's chat template was stopped: {error}", param="messages"
+        ) from error
 
 
 def _release(acquiring: asyncio.Future[Answerer]) -> None:

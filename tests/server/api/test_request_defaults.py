@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
 import pytest
 
 from loraplex_server.adapters.defaults import AdapterDefaults
+from loraplex_server.api import front
 from tests.server.api.conftest import BASE
 from tests.support.fake_engine import INFO
 
@@ -124,6 +128,32 @@ def test_a_template_that_fails_is_told_to_the_request(server, with_defaults, ada
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "chat_template_failed")
     assert "odd turns" in error["message"]
+
+
+def test_a_template_that_does_not_end_is_stopped_and_holds_nobody_up(
+    server, with_defaults, adapter, monkeypatch
+):
+    monkeypatch.setattr(front, "_TEMPLATE_S", 0.3)
+    loop = "{% for a in r %}" * 3 + "{% endfor %}" * 3
+    with_defaults(chat_template="{% set r = range(99999) %}" + loop)
+    body = {"model": adapter, "messages": TURN}
+    with ThreadPoolExecutor(8) as pool:
+        stuck = [pool.submit(server.post, "/v1/chat/completions", body) for _ in range(8)]
+        others = server.post("/v1/completions", {"model": adapter, "prompt": "hello"})
+        assert others.status_code == 200
+        assert not all(answer.done() for answer in stuck)
+        for answer in [one.result(20) for one in stuck]:
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (400, "chat_template_failed")
+            assert "longer than 0.3 s" in error["message"]
+
+
+@pytest.mark.parametrize("template", ["{{ 9 ** 9 ** 9 }}", "{% for x in %}"])
+def test_a_template_that_cannot_be_run_is_refused_when_it_is_set(server, adapter, template):
+    path = f"{server.url}/v1/adapters/{adapter}"
+    answer = httpx.patch(path, json={"defaults": {"chat_template": template}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "defaults.chat_template"
 
 
 def test_the_adapters_context_bounds_prompt_and_answer(server, with_defaults, adapter):
