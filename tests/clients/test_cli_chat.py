@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import re
 import subprocess
 import sys
@@ -193,6 +194,8 @@ def test_timing_reads_as_words(timing, words):
 
 
 IN_A_TERMINAL = (
+    # Whoever starts the tests in the background has Ctrl-C ignored, and programs inherit that.
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "import os; os.close(os.open(os.ttyname(0), os.O_RDWR))\n"  # take it as controlling terminal
     "from loraplex.cli.main import main; main()"
 )
@@ -221,7 +224,9 @@ class Terminal:
         """Read until the text is shown after what was waited for before."""
         deadline = time.monotonic() + timeout_s
         while text not in self.shown:
-            assert time.monotonic() < deadline, f"{text!r} is not in {self.shown!r}"
+            left_s = deadline - time.monotonic()
+            is_ready = left_s > 0 and select.select([self._fd], [], [], left_s)[0]
+            assert is_ready, f"{text!r} is not in {self.shown!r}"
             try:
                 self.shown += os.read(self._fd, 65536).decode()
             except OSError as error:  # the program has ended
