@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import re
+import select
 import subprocess
 import sys
 import time
