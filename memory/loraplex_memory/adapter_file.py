@@ -32,7 +32,8 @@ FORMAT = "loraplex-adapter-2"
 _MODULE: Final = re.compile(r"(\d+)\.(\w+)", re.ASCII)
 _PART: Final = re.compile(r"(\d+)\.(.+)", re.ASCII)
 _PROJECTIONS: Final[dict[str, Projection]] = {projection: projection for projection in PROJECTIONS}
-_ID_LISTS: Final = ("token_ids", "head_token_ids", "invocation_token_ids")
+#: Fields of `AdapterWeights` that are stored, and part of an adapter's identity, in this order.
+ID_LISTS: Final = ("token_ids", "head_token_ids", "invocation_token_ids")
 
 
 def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
@@ -46,7 +47,7 @@ def write_adapter_file(path: Path, weights: AdapterWeights) -> None:
         scales[key] = pair.scale
     for part, tensor in weights.parts.items():
         tensors[part_name(part)] = tensor.contiguous()
-    facts = {"scales": scales} | {name: getattr(weights, name) for name in _ID_LISTS}
+    facts = {"scales": scales} | {name: getattr(weights, name) for name in ID_LISTS}
     # One entry: several would be written in any order, and alike adapters shall have one header.
     save_file(tensors, path, metadata={FORMAT: json.dumps(facts)})
 
@@ -143,7 +144,7 @@ def _read_scales(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_ids(facts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    lists = {name: facts.get(name) for name in _ID_LISTS}
+    lists = {name: facts.get(name) for name in ID_LISTS}
     for ids in lists.values():
         if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
             raise ValueError("the token ids are missing")

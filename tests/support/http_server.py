@@ -46,13 +46,24 @@ class RunningServer:
 @contextmanager
 def serve(answer: Callable[[Received], Reply]) -> Iterator[RunningServer]:
     """Run a server in threads until the block ends."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(answer))
+    with serve_with(_handler(answer)) as http:
+        http.running = RunningServer(url_of(http))
+        yield http.running
+
+
+def url_of(http: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{http.server_port}"
+
+
+@contextmanager
+def serve_with(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
+    """Run a server of `http.server`'s own kind of handler in threads until the block ends."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     http.daemon_threads = True
-    http.running = RunningServer(f"http://127.0.0.1:{http.server_address[1]}")
     thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield http.running
+        yield http
     finally:
         http.shutdown()
         thread.join()

@@ -26,7 +26,7 @@ import hashlib
 
 import torch
 
-from loraplex_memory.adapter_file import FORMAT, part_name
+from loraplex_memory.adapter_file import FORMAT, ID_LISTS, part_name
 from loraplex_memory.adapter_weights import AdapterWeights
 
 ID_PREFIX = "sha256:"
@@ -44,7 +44,7 @@ def adapter_id(weights: AdapterWeights) -> str:
         tensor = weights.parts[key]
         digest.update(f"{part_name(key)} {_kind(tensor)}\n".encode())
         digest.update(_bytes(tensor))
-    for name in ("token_ids", "head_token_ids", "invocation_token_ids"):
+    for name in ID_LISTS:
         if ids := getattr(weights, name):
             digest.update(f"{name} {','.join(map(str, ids))}\n".encode())
     return ID_PREFIX + digest.hexdigest()

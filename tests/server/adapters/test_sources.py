@@ -31,6 +31,7 @@ from loraplex_server.adapters.sources.https_files import judge_host
 from loraplex_server.adapters.sources.source import SourcePolicy, parse_source
 from loraplex_server.adapters.upload import UploadStaging
 from tests.support.adapters import make_folder, read_folder
+from tests.support.http_server import serve_with, url_of
 
 PRIVATE = SourcePolicy(allow_private=True)
 
@@ -240,13 +241,9 @@ def web(folder) -> Iterator[Web]:
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        site.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serve_with(Handler) as server:
+        site.url = url_of(server)
         yield site
-        server.shutdown()
-        thread.join()
 
 
 def test_folders_and_archives_are_fetched_over_http(get, web, archive):

@@ -19,6 +19,7 @@ import pytest
 from loraplex_server.api import envelope
 from loraplex_server.engine.messages import FreedMemory
 from tests.server.api.conftest import make_adapter, running_server, wait_until
+from tests.support.http_server import serve_with, url_of
 
 NAME = "team/pirate"
 LONG = {"model": NAME, "prompt": "a b c", "max_tokens": 200, "ignore_eos": True, "stream": True}
@@ -425,13 +426,9 @@ def web():
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        site.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serve_with(Handler) as server:
+        site.url = url_of(server)
         yield site
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
