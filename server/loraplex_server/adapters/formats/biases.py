@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import torch
 
-from loraplex_memory.adapter_weights import ModuleKey
+from loraplex_memory.adapter_spec import bias as bias_part
+from loraplex_memory.adapter_weights import ModuleKey, PartKey
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.formats.config_fields import ConfigFields
 from loraplex_server.adapters.formats.folder import PeftFolder
@@ -55,3 +57,14 @@ def read_biases(
             for projection, rows in linear.split_rows(tensor, base.geometry):
                 biases[linear.layer, projection] = rows.to(torch.float32)
     return biases
+
+
+def shifts(
+    base: BaseModel, biases: Mapping[ModuleKey, torch.Tensor]
+) -> dict[PartKey, torch.Tensor]:
+    """Return new biases as parts: what they add to those of the base."""
+    return {
+        (bias_part(projection), layer): (new - own)[None]
+        for (layer, projection), new in biases.items()
+        if (own := base.bias(layer, projection)) is not None
+    }

@@ -10,14 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-
-from loraplex_memory.adapter_spec import bias as bias_part
-from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.folds.factors import Factors
 from loraplex_server.adapters.folds.recompress import recompress
-from loraplex_server.adapters.formats.biases import BiasMode, read_bias_mode, read_biases
+from loraplex_server.adapters.formats.biases import BiasMode, read_bias_mode, read_biases, shifts
 from loraplex_server.adapters.formats.field_table import FieldTable
 from loraplex_server.adapters.formats.folder import PeftFolder, show_bytes
 from loraplex_server.adapters.formats.linears import Linear
@@ -72,7 +69,7 @@ class FoldedReading:
     def finish(self, folds: Sequence[PlannedFold]) -> AdapterWeights:
         """Read what stands beside the linears, then fold them all, unless something is refused."""
         parts = read_whole_modules(self.folder, self.base)
-        parts |= self._bias_parts()
+        parts |= shifts(self.base, read_biases(self.folder, self.base, self._bias_mode))
         self._refuse_large(folds)
         if self.folder.ledger:
             return AdapterWeights()
@@ -81,14 +78,6 @@ class FoldedReading:
             a, b = recompress(*fold.compute())
             lora |= fold.linear.split_pair(a, b, 1.0, self.base.geometry)
         return AdapterWeights(lora, parts)
-
-    def _bias_parts(self) -> dict[PartKey, torch.Tensor]:
-        biases = read_biases(self.folder, self.base, self._bias_mode)
-        return {
-            (bias_part(projection), layer): (new - own)[None]
-            for (layer, projection), new in biases.items()
-            if (own := self.base.bias(layer, projection)) is not None
-        }
 
     def _refuse_large(self, folds: Sequence[PlannedFold]) -> None:
         """Refuse ranks above the limit before anything of that size is computed."""

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 import torch
 
 from loraplex_memory.adapter_spec import EMBEDDING, HEAD
-from loraplex_memory.adapter_spec import bias as bias_part
 from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair, ModuleKey, PartKey
 from loraplex_server.adapters.base_model import BaseModel
-from loraplex_server.adapters.formats.biases import read_biases
+from loraplex_server.adapters.formats.biases import read_biases, shifts
 from loraplex_server.adapters.formats.folder import PeftFolder
 from loraplex_server.adapters.formats.lora_fields import read_lora_fields
 from loraplex_server.adapters.formats.lora_tensors import LoraTensors
@@ -55,7 +54,8 @@ def read_lora(folder: PeftFolder, base: BaseModel) -> AdapterWeights:
         pairs, own_parts = linear.pairs_and_parts(base, biases)
         lora |= pairs
         parts |= own_parts
-    parts |= _other_biases(base, biases, parts)
+    # Those of linears without LoRA (`bias="all"`): the others hold their own already.
+    parts = shifts(base, biases) | parts
     return AdapterWeights(
         lora,
         parts,
@@ -72,17 +72,3 @@ def _check_rows(folder: PeftFolder, rows: TokenRows, parts: Mapping[PartKey, tor
             "trainable_token_indices",
             "PEFT does not train rows of a module that is adapted or saved as a whole",
         )
-
-
-def _other_biases(
-    base: BaseModel,
-    biases: Mapping[ModuleKey, torch.Tensor],
-    parts: Mapping[PartKey, torch.Tensor],
-) -> dict[PartKey, torch.Tensor]:
-    """Return the biases of projections without LoRA (`bias="all"`)."""
-    return {
-        (bias_part(projection), layer): (new - own)[None]
-        for (layer, projection), new in biases.items()
-        if (bias_part(projection), layer) not in parts
-        and (own := base.bias(layer, projection)) is not None
-    }

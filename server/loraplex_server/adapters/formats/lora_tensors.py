@@ -17,7 +17,8 @@ _B: Final = "lora_B.weight"
 _B_BIAS: Final = "lora_B.bias"
 _DIAGONAL: Final = "lora_diag"
 #: As files have it, and as PEFT's classes name it.
-_MAGNITUDES: Final = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+#: What a file may call DoRA's magnitudes, of a linear and of the embedding.
+MAGNITUDES: Final = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _LATENTS: Final = ("lora_latent_mapping.weight", "default_lora_latent_mapping.weight")
 #: What VeLoRA compresses gradients with.
 _VELORA: Final = "lora_velora_embed"
@@ -34,7 +35,7 @@ class LoraTensors:
     def take(self) -> list[LoraLinear]:
         """Return the linears without a fault; raises PatternError."""
         groups = self._folder.linears(
-            (_A, _B, _B_BIAS, _DIAGONAL, *_MAGNITUDES, *_LATENTS, _VELORA),
+            (_A, _B, _B_BIAS, _DIAGONAL, *MAGNITUDES, *_LATENTS, _VELORA),
             required=(_A, _B),
             rule=self._fields.targets,
         )
@@ -63,7 +64,7 @@ class LoraTensors:
                 group, (_DIAGONAL,), rank, fields.is_kasa, "multiplied into lora_B"
             ),
             magnitude=self._take_vector(
-                group, _MAGNITUDES, rows, fields.use_dora, "over the norms of W + s B A"
+                group, MAGNITUDES, rows, fields.use_dora, "over the norms of W + s B A"
             ),
             output_bias=self._take_vector(
                 group, (_B_BIAS,), rows, fields.has_lora_bias, "times the scale"

@@ -20,6 +20,7 @@ from loraplex_server.adapters.folds.lora import dora_gain
 from loraplex_server.adapters.formats.folder import PeftFolder
 from loraplex_server.adapters.formats.linears import PREFIX
 from loraplex_server.adapters.formats.lora_fields import LoraFields
+from loraplex_server.adapters.formats.lora_tensors import MAGNITUDES
 
 _EMBEDDING: Final = "model.embed_tokens"
 _HEAD: Final = "lm_head"
@@ -28,7 +29,6 @@ _SIDES: Final = {
     _EMBEDDING: ("lora_embedding_A", "lora_embedding_B"),
     _HEAD: ("lora_A.weight", "lora_B.weight"),
 }
-_MAGNITUDES: Final = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 Parts = dict[PartKey, torch.Tensor]
 
@@ -94,7 +94,7 @@ def _read_dora(
 ) -> Parts:
     """Return the whole matrix: DoRA scales its rows (head) or columns (embedding)."""
     a, b = (side.to(torch.float32) for side in update)
-    names = [f"{PREFIX}{module}.{suffix}" for suffix in _MAGNITUDES]
+    names = [f"{PREFIX}{module}.{suffix}" for suffix in MAGNITUDES]
     name = next(filter(folder.has, names), names[0])
     magnitude = folder.take(name, (b.shape[0],), fold="over the norms of W + s B A")
     num_bytes = 4 * base.vocab_size * base.geometry.hidden_size
