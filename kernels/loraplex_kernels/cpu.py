@@ -110,14 +110,17 @@ def add_lora(
     """See `reference.add_lora`."""
     native = load_native()
     x = x.contiguous()
-    implementation = (
-        native.add_lora
-        if native is not None and native.takes(y, x, pool_layer)
-        else reference.add_lora
+    if native is None or not native.takes(x, pool_layer):
+        reference.add_lora(
+            y, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
+        )
+        return
+    total = y.float().contiguous()
+    native.add_lora(
+        total, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
     )
-    implementation(
-        y, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
-    )
+    if total is not y:
+        y.copy_(total)
 
 
 def paged_attention(
@@ -129,11 +132,11 @@ def paged_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`."""
-    query = query.contiguous()
     native = load_native()
     groups = query.shape[1] // kv.shape[3]
-    if native is not None and native.takes(query, kv) and groups <= MAX_GROUPS:
-        return native.paged_attention(query, kv, batch, scale=scale, window=window)
+    if native is not None and native.takes(kv) and groups <= MAX_GROUPS:
+        exact = query.float().contiguous()
+        return native.paged_attention(exact, kv, batch, scale=scale, window=window)
     out = torch.empty_like(query)
     row = 0
     for s, (num_queries, context) in enumerate(batch.seq_lens):
