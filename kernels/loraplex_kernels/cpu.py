@@ -26,11 +26,16 @@ class CpuBackend:
 
 
 class CpuOps:
-    """Implements `ops.StepOps`."""
+    """Implements `ops.StepOps`.
+
+    Attributes:
+        attention: the batch these are bound to.
+        lora: likewise, added one after the other.
+    """
 
     def __init__(self, attention: AttentionBatch, lora: Sequence[LoRABatch]) -> None:
-        self._attention = attention
-        self._lora = lora
+        self.attention = attention
+        self.lora = lora
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -53,7 +58,7 @@ class CpuOps:
         eps: float,
     ) -> torch.Tensor:
         if self._cos_sin is None:  # every layer rotates by the same angles
-            self._cos_sin = rope.at(self._attention.positions)
+            self._cos_sin = rope.at(self.attention.positions)
         kv_heads, head_dim = kv.shape[3:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         num_heads = heads.shape[1] - 2 * kv_heads
@@ -68,13 +73,13 @@ class CpuOps:
             )
             qk = reference.rms_norm(qk, weight, eps)
         qk = reference.rotate(qk, *self._cos_sin)
-        reference.write_kv(kv, qk[:, num_heads:], value, self._attention)
+        reference.write_kv(kv, qk[:, num_heads:], value, self.attention)
         return qk[:, :num_heads]
 
     def attend(
         self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
-        return paged_attention(query, kv, self._attention, scale=scale, window=window)
+        return paged_attention(query, kv, self.attention, scale=scale, window=window)
 
     def add_lora(
         self,
@@ -85,7 +90,7 @@ class CpuOps:
         layer: int,
         site: LoRASite,
     ) -> None:
-        for batch in self._lora:
+        for batch in self.lora:
             add_lora(
                 y,
                 x,

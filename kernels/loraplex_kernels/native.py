@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,17 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUPS = 64
 
 
-def _fields(pointers: str, longs: str, others: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def struct_fields(
+    pointers: str, longs: str, others: Sequence[tuple[str, Any]] = ()
+) -> list[tuple[str, Any]]:
+    """Return the fields of a C struct: pointers, then int64, then others; names by spaces."""
     fields: list[tuple[str, Any]] = [(name, ctypes.c_void_p) for name in pointers.split()]
     fields += [(name, ctypes.c_int64) for name in longs.split()]
-    return fields + others
+    return [*fields, *others]
 
 
 class _LoRAArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
         "scale_chunks bias_chunks weights projections out_features",
         "T K N G page_table_width page_elems",
@@ -58,7 +62,7 @@ class _LoRAArgs(ctypes.Structure):
 
 
 class _AttentionArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "out query kv query_indptr context_lens block_tables",
         "S block_table_width num_heads num_kv_heads head_dim page_tokens max_context "
         "query_stride window",
@@ -67,7 +71,7 @@ class _AttentionArgs(ctypes.Structure):
 
 
 class _PackArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "data modules scales ends slab pages",
         "num_modules num_layers num_pages page_elems",
         [("is_bf16", ctypes.c_int32)],
@@ -82,13 +86,22 @@ class NativeKernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._add_lora = library.loraplex_add_lora
-        self._add_lora.argtypes = [ctypes.POINTER(_LoRAArgs)]
-        self._attention = library.loraplex_attention
-        self._attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
+        self._library = library
         self._pack = library.loraplex_pack
         self._pack.argtypes = [ctypes.POINTER(_PackArgs)]
         self._pack.restype = None
+
+    def call(self, name: str, *args: ctypes.Structure | int) -> None:
+        """Call a function by name, structs by reference and integers as int64.
+
+        Raises:
+            MemoryError: it could not get scratch memory.
+        """
+        passed = [
+            ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.byref(arg) for arg in args
+        ]
+        if self._library[name](*passed):
+            raise MemoryError(f"no memory for the scratch of {name}")
 
     @staticmethod
     def takes(*tensors: torch.Tensor) -> bool:
@@ -136,8 +149,7 @@ class NativeKernels:
             chunks_per_page=pool_layer.shape[1] // batch.chunk_elems,
             is_bf16=x.dtype is torch.bfloat16,
         )
-        if self._add_lora(ctypes.byref(args)):
-            raise MemoryError("no memory for the LoRA kernel's scratch")
+        self.call("loraplex_add_lora", args)
 
     def paged_attention(
         self,
@@ -177,8 +189,7 @@ class NativeKernels:
             scale=scale,
             is_bf16=kv.dtype is torch.bfloat16,
         )
-        if self._attention(ctypes.byref(args)):
-            raise MemoryError("no memory for the attention kernel's scratch")
+        self.call("loraplex_attention", args)
         return out
 
     def pack(
