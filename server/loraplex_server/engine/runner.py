@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from loraplex_kernels.ops import host_backend
+from loraplex_kernels.row_max import row_max
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
@@ -106,7 +107,7 @@ def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
     """
     if not steps:
         return StepResult({})
-    is_sound = torch.isfinite(logits.amax(-1)).tolist()
+    is_sound = torch.isfinite(row_max(logits)[0]).tolist()
     if not all(is_sound):
         logits = logits[torch.tensor(is_sound)]
     sound = [step for step, ok in zip(steps, is_sound, strict=True) if ok]

@@ -31,8 +31,8 @@ class CpuDecoder:
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, model: KernelModel, max_model_len: int
     ) -> None:
-        native, head = load_native(), weights.lm_head.packed
-        assert native is not None and head is not None, "ask `can_decode` first"
+        native = load_native()
+        assert native is not None, "ask `can_decode` first"
         self.model = model
         self._weights = weights
         rope = build_rope_table(
@@ -42,7 +42,15 @@ class CpuDecoder:
             _decoder_layer(layer, window)
             for layer, window in zip(weights.layers, spec.sliding_windows, strict=True)
         ]
-        self._decoder = Decoder(native, model, layers, weights.norm, head, rope, spec.rms_norm_eps)
+        self._decoder = Decoder(
+            native,
+            model,
+            layers,
+            weights.norm,
+            _packed(weights.lm_head.packed),
+            rope,
+            spec.rms_norm_eps,
+        )
 
     def forward(
         self,

@@ -1,9 +1,8 @@
 """One linear layer, stored in the form that its device multiplies fastest.
 
 On a CPU the weight is packed once: for our own kernels where there is a compiler, for oneDNN where
-there is none. Either way a row's result does not depend on how many rows are beside it, to the last
-bit ("same answer in any company"); that of `F.linear`, which lays the weight out anew in every call,
-does.
+there is none. Either way a row's result does not depend on how many rows are beside it, to the
+last bit ("same answer in any company"); that of `F.linear` does.
 """
 
 from __future__ import annotations

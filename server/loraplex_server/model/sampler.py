@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 
+from loraplex_kernels.row_max import row_max
 from loraplex_scheduler.plan import SampledToken, SequenceStep, TokenLogprobs
 from loraplex_server.model.device_copy import copy_from, copy_to
 from loraplex_server.model.draw import draw_tokens
@@ -45,7 +46,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledTo
     if len(drawn) == len(rows):
         tokens = draw_tokens(edited, rows)
     else:
-        tokens = edited.argmax(-1)
+        tokens = row_max(edited)[1]
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
             tokens[index] = draw_tokens(edited[index], [rows[i] for i in drawn])
