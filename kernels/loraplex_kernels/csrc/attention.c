@@ -12,6 +12,7 @@
 #include "attention.h"
 
 #include <math.h>
+#include <omp.h>
 
 #include "elements.h"
 #include "team.h"
@@ -20,6 +21,14 @@
 #define SHARED_ROWS 48 /* query rows (queries x heads of a group) that share a pass over K and V */
 #define MAX_ROWS 64    /* of one query, if its group has more heads than that */
 #define CACHE_LINE 64
+
+/* A decoding query's keys are fetched so many ahead of their use, further ones while the scores of
+ * so many are computed: memory is busy all the time, whatever part of a block is being worked on. */
+#define FETCHED_FIRST 128
+#define FETCHED_BY_TRANSPOSE 4       /* per 16 keys */
+#define FETCHED_BY_SCORES (TILE_KEYS * 6) /* per TILE_KEYS * 16 */
+#define FETCHED_BY_VALUES 6          /* per 16 keys */
+#define MANY_SEQUENCES 16 /* from here on an item is all KV heads of a pass, which lie together */
 
 /* What a kernel keeps in registers: rows x vectors of keys x 2 sums, or rows x vectors of V. */
 #if defined(__AVX512F__)
@@ -33,6 +42,20 @@
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
+
+/* What an item is: the queries [first, first + n) of sequence s, for some KV heads. */
+typedef struct {
+    int64_t s, first, n, head, last_head;
+} attention_place;
+
+/* The keys that will be read next, and have not been fetched yet. The processor does not foresee
+ * where the next page, head or sequence lies. */
+typedef struct {
+    int64_t item;
+    attention_place place;
+    int64_t t, stop, in_page; /* tokens: from t on, to the page's end */
+    const char *key;
+} fetch_stream;
 
 /* One pass of some queries of a sequence over its keys, and its scratch. D is head_dim rounded up
  * to whole vectors of the dtype; what is behind head_dim is zero. */
@@ -50,6 +73,7 @@ typedef struct {
     const char *key[BLOCK]; /* where the keys of the block lie */
     float most[MAX_ROWS];
     vf sum[MAX_ROWS];
+    fetch_stream *ahead; /* NULL: nothing is fetched */
 } attention_pass;
 
 INLINE int64_t elem_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
@@ -95,6 +119,39 @@ INLINE void find_keys(attention_pass *p, int64_t block, int64_t from, int64_t to
     for (int64_t t = to; t < fill; t++) p->key[t] = p->key[to - 1];
 }
 
+static int64_t queries_per_pass(const attention_args *a) {
+    int64_t groups = a->num_heads / a->num_kv_heads;
+    return groups > SHARED_ROWS ? 1 : SHARED_ROWS / groups;
+}
+
+/* The number of a sequence's first pass, so that every sequence has as many numbers as passes or
+ * one more: which sequence a number belongs to is found by bisection, without a table. */
+INLINE int64_t first_pass(const attention_args *a, int64_t s, int64_t per_pass) {
+    return a->query_indptr[s] / per_pass + s;
+}
+
+static int64_t heads_per_item(const attention_args *a) {
+    return a->S >= MANY_SEQUENCES ? a->num_kv_heads : 1;
+}
+
+/* Returns 0 for a number that no pass has, or that is none of an item. */
+static int find_place(const attention_args *a, int64_t item, attention_place *p) {
+    int64_t heads = heads_per_item(a), items_per_pass = a->num_kv_heads / heads;
+    int64_t per_pass = queries_per_pass(a), pass = item / items_per_pass, behind = a->S;
+    p->s = 0;
+    while (behind - p->s > 1) {
+        int64_t middle = (p->s + behind) / 2;
+        if (first_pass(a, middle, per_pass) <= pass) p->s = middle;
+        else behind = middle;
+    }
+    int64_t num_queries = a->query_indptr[p->s + 1] - a->query_indptr[p->s];
+    p->first = (pass - first_pass(a, p->s, per_pass)) * per_pass;
+    p->n = num_queries - p->first < per_pass ? num_queries - p->first : per_pass;
+    p->head = item % items_per_pass * heads;
+    p->last_head = p->head + heads - 1;
+    return p->n > 0;
+}
+
 INLINE vu word16(const void *p) {
     vu v;
     memcpy(&v, p, sizeof v);
@@ -136,12 +193,62 @@ INLINE void fetch(const char *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(p + i);
 }
 
-/* Transpose the keys [from, to), both multiples of LANES, and have their values fetched. */
+static void begin_head(const attention_args *a, fetch_stream *f) {
+    f->stop = a->context_lens[f->place.s];
+    f->t = a->window && f->stop > a->window ? f->stop - a->window : 0;
+    f->in_page = 0;
+}
+
+/* Have the keys of the next head begin, of this item or of the one this thread is likely to get
+ * next. Returns 0 if there is none, or it is a prompt's, which is not bound by memory. */
+static int next_head(const attention_args *a, fetch_stream *f) {
+    if (f->place.head == f->place.last_head) {
+        f->item += omp_get_num_threads();
+        if (f->item >= attention_items(a) || !find_place(a, f->item, &f->place)) return 0;
+        if (f->place.n != 1) return 0;
+    } else {
+        f->place.head++;
+    }
+    begin_head(a, f);
+    return 1;
+}
+
+/* Fetch so many keys, and their values. Not inlined: it is called from many places. */
+static __attribute__((noinline)) void fetch_keys(const attention_args *a, fetch_stream *f,
+                                                 int64_t count) {
+    int64_t bytes = a->head_dim * elem_bytes(a->is_bf16), token = a->num_kv_heads * bytes;
+    int64_t half = a->page_tokens * token;
+    while (count > 0) {
+        if (f->t == f->stop && !next_head(a, f)) return;
+        if (f->in_page == 0) {
+            int64_t page = f->t / a->page_tokens, i = f->t % a->page_tokens;
+            page = a->block_tables[f->place.s * a->block_table_width + page];
+            f->key = (const char *)a->kv + page * 2 * half + i * token + f->place.head * bytes;
+            f->in_page = a->page_tokens - i;
+        }
+        int64_t n = f->stop - f->t;
+        if (n > f->in_page) n = f->in_page;
+        if (n > count) n = count;
+        for (int64_t i = 0; i < n; i++, f->key += token) {
+            fetch(f->key, bytes);
+            fetch(f->key + half, bytes);
+        }
+        f->t += n;
+        f->in_page -= n;
+        count -= n;
+    }
+}
+
+INLINE void fetch_ahead(const attention_pass *p, int64_t count) {
+    if (p->ahead != NULL) fetch_keys(p->a, p->ahead, count);
+}
+
+/* Transpose the keys [from, to), both multiples of LANES. */
 INLINE void transpose_keys(attention_pass *p, int64_t from, int64_t to, int is_bf16) {
     int64_t bytes = p->D * elem_bytes(is_bf16);
     for (int64_t t = from; t < to; t += LANES) {
         uint32_t *out = p->words + t * (bytes / 4);
-        for (int64_t i = 0; i < LANES; i++) fetch(p->key[t + i] + p->values, bytes);
+        fetch_ahead(p, FETCHED_BY_TRANSPOSE);
         for (int64_t at = 0; at < bytes; at += CACHE_LINE)
             transpose16(p->key + t, at, out + at / 4 * LANES);
     }
@@ -295,8 +402,10 @@ INLINE void attend_tile(attention_pass *p, int64_t block, int64_t row, const int
     UNROLL for (int r = 0; r < n; r++) seen(p, block, row + r, &from[r], &to[r]);
     int64_t words = p->D * elem_bytes(is_bf16) / 4, t = from[0] / LANES * LANES;
     const float *q = p->q + row * p->D;
-    for (; t + (TILE_KEYS - 1) * LANES < to[n - 1]; t += TILE_KEYS * LANES)
+    for (; t + (TILE_KEYS - 1) * LANES < to[n - 1]; t += TILE_KEYS * LANES) {
+        fetch_ahead(p, FETCHED_BY_SCORES);
         score_tile(q, p->D, p->words + t * words, p->scores + t, n, TILE_KEYS, is_bf16);
+    }
     if (t < to[n - 1]) score_tile(q, p->D, p->words + t * words, p->scores + t, n, 1, is_bf16);
     for (int r = 0; r < n; r++)
         if (from[r] < to[r]) weigh(p, row + r, p->scores + r * BLOCK, from[r], to[r]);
@@ -307,7 +416,12 @@ INLINE void attend_tile(attention_pass *p, int64_t block, int64_t row, const int
         int64_t end = to[r] < shared_from ? to[r] : shared_from;
         add_values(p, p->scores + r * BLOCK, acc + r * p->D, from[r], end, 1, is_bf16);
     }
-    add_values(p, p->scores, acc, shared_from, to[0], n, is_bf16);
+    int64_t step = p->ahead != NULL ? LANES : BLOCK;
+    for (int64_t begin = shared_from; begin < to[0]; begin += step) {
+        int64_t end = begin + step < to[0] ? begin + step : to[0];
+        fetch_ahead(p, FETCHED_BY_VALUES);
+        add_values(p, p->scores, acc, begin, end, n, is_bf16);
+    }
     for (int r = 0; r < n; r++) {
         int64_t begin = from[r] > shared_to ? from[r] : shared_to;
         add_values(p, p->scores + r * BLOCK, acc + r * p->D, begin, to[r], 1, is_bf16);
@@ -392,19 +506,8 @@ INLINE void attend(attention_pass *p, int64_t first, int64_t n, const int is_bf1
     for (int64_t r = 0; r < p->rows; r++) write_row(p, r, token, is_bf16);
 }
 
-static int64_t queries_per_pass(const attention_args *a) {
-    int64_t groups = a->num_heads / a->num_kv_heads;
-    return groups > SHARED_ROWS ? 1 : SHARED_ROWS / groups;
-}
-
-/* The number of a sequence's first pass, so that every sequence has as many numbers as passes or
- * one more: which sequence a number belongs to is found by bisection, without a table. */
-INLINE int64_t first_pass(const attention_args *a, int64_t s, int64_t per_pass) {
-    return a->query_indptr[s] / per_pass + s;
-}
-
 int64_t attention_items(const attention_args *a) {
-    return first_pass(a, a->S, queries_per_pass(a)) * a->num_kv_heads;
+    return first_pass(a, a->S, queries_per_pass(a)) * (a->num_kv_heads / heads_per_item(a));
 }
 
 static int64_t pass_rows(const attention_args *a) {
@@ -419,31 +522,30 @@ int64_t attention_scratch_bytes(const attention_args *a) {
 
 void attention_item(const void *args, int64_t item, void *scratch) {
     const attention_args *a = args;
-    int64_t per_pass = queries_per_pass(a), pass = item / a->num_kv_heads;
-    int64_t s = 0, behind = a->S;
-    while (behind - s > 1) {
-        int64_t middle = (s + behind) / 2;
-        if (first_pass(a, middle, per_pass) <= pass) s = middle;
-        else behind = middle;
-    }
-    int64_t num_queries = a->query_indptr[s + 1] - a->query_indptr[s];
-    int64_t first = (pass - first_pass(a, s, per_pass)) * per_pass;
-    if (first >= num_queries) return;
-    int64_t n = num_queries - first < per_pass ? num_queries - first : per_pass;
-    int64_t rows = pass_rows(a), D = padded_head(a->head_dim, a->is_bf16);
+    fetch_stream ahead = {.item = item};
+    if (!find_place(a, item, &ahead.place)) return;
+    const attention_place place = ahead.place;
+    int64_t rows = pass_rows(a);
     attention_pass p;
     p.a = a;
-    p.s = s;
-    p.head = item % a->num_kv_heads;
+    p.s = place.s;
     p.groups = a->num_heads / a->num_kv_heads;
-    p.D = D;
+    p.D = padded_head(a->head_dim, a->is_bf16);
     p.q = scratch;
-    p.acc = p.q + rows * D;
-    p.scores = p.acc + rows * D;
+    p.acc = p.q + rows * p.D;
+    p.scores = p.acc + rows * p.D;
     p.words = (uint32_t *)(p.scores + TILE_ROWS * BLOCK);
-    p.padded = (char *)(p.words + BLOCK * D * elem_bytes(a->is_bf16) / 4);
-    if (a->is_bf16) attend(&p, first, n, 1);
-    else attend(&p, first, n, 0);
+    p.padded = (char *)(p.words + BLOCK * p.D * elem_bytes(a->is_bf16) / 4);
+    p.ahead = NULL;
+    if (place.n == 1) {
+        p.ahead = &ahead;
+        begin_head(a, &ahead);
+        fetch_ahead(&p, FETCHED_FIRST);
+    }
+    for (p.head = place.head; p.head <= place.last_head; p.head++) {
+        if (a->is_bf16) attend(&p, place.first, place.n, 1);
+        else attend(&p, place.first, place.n, 0);
+    }
 }
 
 int loraplex_attention(const attention_args *a) {
