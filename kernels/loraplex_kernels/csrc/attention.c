@@ -25,9 +25,9 @@
 /* A decoding query's keys are fetched so many ahead of their use, further ones while the scores of
  * so many are computed: memory is busy all the time, whatever part of a block is being worked on. */
 #define FETCHED_FIRST 128
-#define FETCHED_BY_TRANSPOSE 4       /* per 16 keys */
-#define FETCHED_BY_SCORES (TILE_KEYS * 6) /* per TILE_KEYS * 16 */
-#define FETCHED_BY_VALUES 6          /* per 16 keys */
+#define FETCHED_BY_TRANSPOSE 4 /* while 16 keys are transposed, and so on */
+#define FETCHED_BY_SCORES (TILE_KEYS * 6)
+#define FETCHED_BY_VALUES 6
 #define MANY_SEQUENCES 16 /* from here on an item is all KV heads of a pass, which lie together */
 
 /* What a kernel keeps in registers: rows x vectors of keys x 2 sums, or rows x vectors of V. */
@@ -41,6 +41,8 @@
 #define TILE_VALUES 2
 #endif
 
+/* Called from a kernel of every shape of tile: a copy in each would take the compiler seconds. */
+#define NOINLINE static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* What an item is: the queries [first, first + n) of sequence s, for some KV heads. */
@@ -158,7 +160,7 @@ INLINE vu word16(const void *p) {
     return v;
 }
 
-/* Lanes of each four of 16 rows, 4 words a row, as a column: out[i] holds word i of all rows. */
+/* 16 words of 16 rows, transposed: out[i * LANES + r] is word i of row r. */
 INLINE void transpose16(const char *const *rows, int64_t offset, uint32_t *out) {
     vu v[LANES], u[LANES];
     UNROLL for (int i = 0; i < LANES; i++) v[i] = word16(rows[i] + offset);
@@ -213,9 +215,8 @@ static int next_head(const attention_args *a, fetch_stream *f) {
     return 1;
 }
 
-/* Fetch so many keys, and their values. Not inlined: it is called from many places. */
-static __attribute__((noinline)) void fetch_keys(const attention_args *a, fetch_stream *f,
-                                                 int64_t count) {
+/* Fetch so many keys, and their values. */
+NOINLINE void fetch_keys(const attention_args *a, fetch_stream *f, int64_t count) {
     int64_t bytes = a->head_dim * elem_bytes(a->is_bf16), token = a->num_kv_heads * bytes;
     int64_t half = a->page_tokens * token;
     while (count > 0) {
@@ -322,7 +323,7 @@ INLINE vf only(vf v, int64_t from, int64_t to) { /* -inf in other lanes */
 }
 
 /* Turn the scores [from, to) of a row into weights, relative to the largest score so far. */
-INLINE void weigh(attention_pass *p, int64_t row, float *scores, int64_t from, int64_t to) {
+NOINLINE void weigh(attention_pass *p, int64_t row, float *scores, int64_t from, int64_t to) {
     int64_t first = from / LANES * LANES;
     vf most = (vf){0} - INFINITY;
     for (int64_t t = first; t < to; t += LANES) {
@@ -395,6 +396,13 @@ INLINE void add_values(const attention_pass *p, const float *weights, float *acc
     }
 }
 
+/* One row's keys [from, to). */
+NOINLINE void add_row_values(const attention_pass *p, const float *weights, float *acc,
+                             int64_t from, int64_t to) {
+    if (p->a->is_bf16) add_values(p, weights, acc, from, to, 1, 1);
+    else add_values(p, weights, acc, from, to, 1, 0);
+}
+
 /* The rows [row, row + n) over one block. */
 INLINE void attend_tile(attention_pass *p, int64_t block, int64_t row, const int n,
                         const int is_bf16) {
@@ -414,7 +422,7 @@ INLINE void attend_tile(attention_pass *p, int64_t block, int64_t row, const int
     int64_t shared_from = from[n - 1], shared_to = to[0] > shared_from ? to[0] : shared_from;
     for (int r = 0; r < n; r++) {
         int64_t end = to[r] < shared_from ? to[r] : shared_from;
-        add_values(p, p->scores + r * BLOCK, acc + r * p->D, from[r], end, 1, is_bf16);
+        if (from[r] < end) add_row_values(p, p->scores + r * BLOCK, acc + r * p->D, from[r], end);
     }
     int64_t step = p->ahead != NULL ? LANES : BLOCK;
     for (int64_t begin = shared_from; begin < to[0]; begin += step) {
@@ -424,7 +432,7 @@ INLINE void attend_tile(attention_pass *p, int64_t block, int64_t row, const int
     }
     for (int r = 0; r < n; r++) {
         int64_t begin = from[r] > shared_to ? from[r] : shared_to;
-        add_values(p, p->scores + r * BLOCK, acc + r * p->D, begin, to[r], 1, is_bf16);
+        if (begin < to[r]) add_row_values(p, p->scores + r * BLOCK, acc + r * p->D, begin, to[r]);
     }
 }
 
