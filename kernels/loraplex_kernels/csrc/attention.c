@@ -22,8 +22,8 @@
 #define MAX_ROWS 64    /* of one query, if its group has more heads than that */
 #define CACHE_LINE 64
 
-/* A decoding query's keys are fetched so many ahead of their use, further ones while the scores of
- * so many are computed: memory is busy all the time, whatever part of a block is being worked on. */
+/* A decoding query's keys are fetched so many ahead of their use, further ones while
+ * others are worked on, so many in each part of a block: memory is busy all the time. */
 #define FETCHED_FIRST 128
 #define FETCHED_BY_TRANSPOSE 4 /* while 16 keys are transposed, and so on */
 #define FETCHED_BY_SCORES (TILE_KEYS * 6)
