@@ -15,7 +15,8 @@ typedef struct {
 } attention_args;
 
 /* How many items there are, what scratch one needs, and one of them (an item_fn). Items write rows
- * of `out` that no other item writes. */
+ * of `out` that no other item writes; a few have nothing to do. Scratch does not grow with the
+ * context. */
 int64_t attention_items(const attention_args *a);
 int64_t attention_scratch_bytes(const attention_args *a);
 void attention_item(const void *args, int64_t item, void *scratch);
