@@ -26,25 +26,38 @@
 #define AHEAD 6144    /* bytes of weights between a prefetch and its use */
 #define CACHE_LINE 64
 
+/* Unrolls a loop of constant count, so that an array can live in registers. */
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+/* STEP elements as they lie; of bfloat16 they fill the first vector. */
+typedef struct {
+    vu first, second;
+} step;
+
 /* STEP elements as float32. Bfloat16 ones are split into those at even and those at odd places, for
  * which a shift and a mask do; `in_order` undoes it. */
 typedef struct {
     vf low, high;
 } pair;
 
-INLINE pair load_pair(const void *p, int is_bf16) {
-    pair v;
-    if (!is_bf16) {
-        memcpy(&v, p, sizeof v);
-        return v;
-    }
-    vu bits, low, high;
-    memcpy(&bits, p, sizeof bits);
-    low = bits << 16;
-    high = bits & 0xffff0000u;
-    memcpy(&v.low, &low, sizeof low);
-    memcpy(&v.high, &high, sizeof high);
+INLINE step load_step(const void *p, int64_t i, int is_bf16) {
+    step v = {{0}, {0}};
+    memcpy(&v, at(p, i, is_bf16), is_bf16 ? sizeof v.first : sizeof v);
     return v;
+}
+
+INLINE pair split(step v, int is_bf16) {
+    if (is_bf16) {
+        v.second = v.first & 0xffff0000u;
+        v.first <<= 16;
+    }
+    pair out;
+    memcpy(&out, &v, sizeof out);
+    return out;
 }
 
 INLINE pair in_order(pair v, int is_bf16) {
@@ -54,40 +67,51 @@ INLINE pair in_order(pair v, int is_bf16) {
         PICK(v.low, v.high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
 }
 
-/* Where STEP elements can be read of which `count` are those at p and the others 0. */
-INLINE const void *padded(const void *p, int count, void *buffer, int is_bf16) {
-    if (count == STEP) return p;
-    memset(buffer, 0, STEP * sizeof(float));
-    memcpy(buffer, p, (size_t)count * (is_bf16 ? 2 : 4));
-    return buffer;
-}
-
 /* acc + x * w, two products in each lane; those of bfloat16 are exact in float32. */
-INLINE vf dot_step(vf acc, const void *x, const void *w, int is_bf16) {
+INLINE vf dot_step(vf acc, step x, step w, int is_bf16) {
 #ifdef __AVX512BF16__
-    if (is_bf16) {
-        __m512bh xs, ws;
-        memcpy(&xs, x, sizeof xs);
-        memcpy(&ws, w, sizeof ws);
-        return (vf)_mm512_dpbf16_ps((__m512)acc, xs, ws);
-    }
+    if (is_bf16)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x.first, (__m512bh)w.first);
 #endif
-    pair xs = load_pair(x, is_bf16), ws = load_pair(w, is_bf16);
+    pair xs = split(x, is_bf16), ws = split(w, is_bf16);
     acc += xs.low * ws.low;
     acc += xs.high * ws.high;
     return acc;
 }
 
-/* One module of one adapter and the token rows that it is for. */
+/* Sums of the lanes of up to 16 vectors, a power of two of them, each by the tree of sum16: lane i
+ * of the result is that of v[i]. */
+INLINE vf sums16(vf *v, int count) {
+#define FOLD(...) \
+    UNROLL for (int i = 0; i < (count + 1) / 2; i++) { \
+        vf a = v[2 * i], b = v[count == 1 ? 0 : 2 * i + 1]; \
+        v[i] = __VA_ARGS__; \
+    } \
+    count = (count + 1) / 2;
+    FOLD(PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    FOLD(PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+    FOLD(PICK(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+         PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+    FOLD(PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#undef FOLD
+    return v[0];
+}
+
+/* One module of one adapter and the token rows that it is for. A chunk is whole steps here: where the
+ * pool's are not, copies padded with 0 stand in for them. */
 typedef struct {
     const int32_t *pages; /* of the adapter */
-    const void *x[ROWS];  /* rows of length K */
-    float *y[ROWS];       /* columns of the module */
-    const void **a, **b;  /* chunks of the rank rows at hand, then `ahead` more */
-    float *h;             /* [RANK_BLOCK, ROWS]: weight * A x */
-    float *delta;         /* [ROWS, width]: each chunk padded to steps, steps as load_pair splits */
-    int64_t in, out;      /* chunks of a row of A, and of one of B */
-    int64_t chunk, ahead, width;
+    const void *x[ROWS];
+    float *y[ROWS];      /* columns of the module */
+    const void **a, **b; /* chunks of the rank rows at hand, then `ahead` more */
+    float *h;            /* [RANK_BLOCK, ROWS]: weight * A x */
+    float *delta;        /* [ROWS, out * chunk], each step as `split` leaves it */
+    char *copies;        /* of x, and of what is listed; or NULL */
+    int64_t in, out;     /* chunks of a row of A, and of one of B */
+    int64_t chunk, ahead;
     float weight;
     int n; /* token rows */
 } work;
@@ -98,38 +122,32 @@ INLINE void prefetch(const void *p, int64_t num_bytes) {
 
 /* h[j][r] = weight * sum_k x[r][k] * A[j][k] for J rank rows and n token rows. */
 INLINE void shrink_tile(const work *m, int64_t j0, int J, int r0, int n, int is_bf16) {
-    const int rest = (int)(m->chunk % STEP);
-    vf acc[TILE_RANKS][TILE_ROWS];
-    for (int j = 0; j < J; j++)
-        for (int r = 0; r < n; r++) acc[j][r] = (vf){0};
+    vf acc[TILE_RANKS * TILE_ROWS];
+    UNROLL for (int i = 0; i < J * n; i++) acc[i] = (vf){0};
     for (int64_t c = 0; c < m->in; c++) {
         const void *w[TILE_RANKS], *next[TILE_RANKS], *x[TILE_ROWS];
-        for (int j = 0; j < J; j++) {
+        UNROLL for (int j = 0; j < J; j++) {
             const void **from = m->a + (j0 + j) * m->in + c;
             w[j] = from[0];
             next[j] = from[m->ahead];
         }
-        for (int r = 0; r < n; r++) x[r] = at(m->x[r0 + r], c * m->chunk, is_bf16);
-        int64_t k = 0;
-        for (; k + STEP <= m->chunk; k += STEP)
-            for (int j = 0; j < J; j++) {
+        UNROLL for (int r = 0; r < n; r++) x[r] = at(m->x[r0 + r], c * m->chunk, is_bf16);
+        for (int64_t k = 0; k < m->chunk; k += STEP) {
+            step xs[TILE_ROWS];
+            UNROLL for (int r = 0; r < n; r++) xs[r] = load_step(x[r], k, is_bf16);
+            UNROLL for (int j = 0; j < J; j++) {
+                step ws = load_step(w[j], k, is_bf16);
                 prefetch(at(next[j], k, is_bf16), STEP * (is_bf16 ? 2 : 4));
-                for (int r = 0; r < n; r++)
-                    acc[j][r] = dot_step(acc[j][r], at(x[r], k, is_bf16), at(w[j], k, is_bf16),
-                                         is_bf16);
+                UNROLL for (int r = 0; r < n; r++)
+                    acc[j * n + r] = dot_step(acc[j * n + r], xs[r], ws, is_bf16);
             }
-        if (rest)
-            for (int r = 0; r < n; r++) {
-                vf x_buffer[2], w_buffer[2];
-                const void *xs = padded(at(x[r], k, is_bf16), rest, x_buffer, is_bf16);
-                for (int j = 0; j < J; j++) {
-                    const void *ws = padded(at(w[j], k, is_bf16), rest, w_buffer, is_bf16);
-                    acc[j][r] = dot_step(acc[j][r], xs, ws, is_bf16);
-                }
-            }
+        }
     }
-    for (int j = 0; j < J; j++)
-        for (int r = 0; r < n; r++) m->h[(j0 + j) * ROWS + r0 + r] = m->weight * sum16(acc[j][r]);
+    vf sums = m->weight * sums16(acc, J * n);
+    float h[LANES];
+    memcpy(h, &sums, sizeof h);
+    UNROLL for (int j = 0; j < J; j++)
+        memcpy(m->h + (j0 + j) * ROWS + r0, h + j * n, (size_t)n * sizeof *h);
 }
 
 /* Constant numbers of rows let the compiler unroll; the order of every sum stays the same. */
@@ -147,32 +165,30 @@ INLINE void shrink(const work *m, int64_t rank, int is_bf16) {
 }
 
 /* delta[r] += sum_j h[j][r] * B[j], j in order, over U steps of columns from element k of chunk c
- * on, for rank rows [j0, j1) and n token rows; `count` is STEP, or less in a short step. */
-INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int count, int64_t j0,
-                        int64_t j1, int r0, int n, int is_bf16) {
-    const int64_t steps = (m->chunk + STEP - 1) / STEP;
-    float *delta = m->delta + r0 * m->width + c * steps * STEP + k;
+ * on, for rank rows [j0, j1) and n token rows. */
+INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int64_t j0, int64_t j1, int r0,
+                        int n, int is_bf16) {
+    const int64_t width = m->out * m->chunk;
+    float *delta = m->delta + r0 * width + c * m->chunk + k;
     pair acc[TILE_ROWS][WIDE];
-    for (int r = 0; r < n; r++)
-        for (int u = 0; u < U; u++)
-            memcpy(&acc[r][u], delta + r * m->width + u * STEP, sizeof acc[r][u]);
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            memcpy(&acc[r][u], delta + r * width + u * STEP, sizeof acc[r][u]);
     for (int64_t j = j0; j < j1; j++) {
         const void **from = m->b + j * m->out + c;
         const float *h = m->h + j * ROWS + r0;
         prefetch(at(from[m->ahead], k, is_bf16), U * STEP * (is_bf16 ? 2 : 4));
-        for (int u = 0; u < U; u++) {
-            vf buffer[2];
-            const void *w = padded(at(from[0], k + u * STEP, is_bf16), count, buffer, is_bf16);
-            pair b = load_pair(w, is_bf16);
-            for (int r = 0; r < n; r++) {
+        UNROLL for (int u = 0; u < U; u++) {
+            pair b = split(load_step(from[0], k + u * STEP, is_bf16), is_bf16);
+            UNROLL for (int r = 0; r < n; r++) {
                 acc[r][u].low += h[r] * b.low;
                 acc[r][u].high += h[r] * b.high;
             }
         }
     }
-    for (int r = 0; r < n; r++)
-        for (int u = 0; u < U; u++)
-            memcpy(delta + r * m->width + u * STEP, &acc[r][u], sizeof acc[r][u]);
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            memcpy(delta + r * width + u * STEP, &acc[r][u], sizeof acc[r][u]);
 }
 
 INLINE void expand_chunk(const work *m, int64_t c, int64_t j0, int64_t j1, int r, int n,
@@ -180,9 +196,8 @@ INLINE void expand_chunk(const work *m, int64_t c, int64_t j0, int64_t j1, int r
     const int wide = n == TILE_ROWS ? WIDE / 2 : WIDE;
     int64_t k = 0;
     for (; k + wide * STEP <= m->chunk; k += wide * STEP)
-        expand_tile(m, c, k, wide, STEP, j0, j1, r, n, is_bf16);
-    for (; k + STEP <= m->chunk; k += STEP) expand_tile(m, c, k, 1, STEP, j0, j1, r, n, is_bf16);
-    if (k < m->chunk) expand_tile(m, c, k, 1, (int)(m->chunk - k), j0, j1, r, n, is_bf16);
+        expand_tile(m, c, k, wide, j0, j1, r, n, is_bf16);
+    for (; k < m->chunk; k += STEP) expand_tile(m, c, k, 1, j0, j1, r, n, is_bf16);
 }
 
 INLINE void expand_rows(const work *m, int64_t c, int64_t j0, int64_t j1, int is_bf16) {
@@ -204,128 +219,152 @@ INLINE void expand(const work *m, int64_t rank, int is_bf16) {
 }
 
 /* List where chunks of the adapter lie, `count` from `first` on; returns the end of the list. */
-INLINE const void **list_chunks(const lora_args *a, const int32_t *pages, int64_t first,
-                                int64_t count, const void **to, int is_bf16) {
+INLINE const void **list_chunks(const lora_args *a, const work *m, int64_t first, int64_t count,
+                                const void **to, int is_bf16) {
     int64_t page = first / a->chunks_per_page, c = first % a->chunks_per_page;
     for (; count > 0; page++, c = 0) {
-        const void *from = at(a->pool, pages[page] * a->page_elems, is_bf16);
+        const void *from = at(a->pool, m->pages[page] * a->page_elems, is_bf16);
         for (; c < a->chunks_per_page && count > 0; c++, count--)
             *to++ = at(from, c * a->chunk, is_bf16);
     }
     return to;
 }
 
-/* delta += weight * B A x for a rank above 0. */
+/* Replace listed chunks by copies that whole steps can be read of; returns the end of the copies. */
+static char *pad_chunks(const lora_args *a, const work *m, const void **from, const void **end,
+                        char *to) {
+    const int64_t elem_bytes = a->is_bf16 ? 2 : 4;
+    for (; from < end; from++, to += m->chunk * elem_bytes) {
+        memset(to, 0, (size_t)(m->chunk * elem_bytes));
+        memcpy(to, *from, (size_t)(a->chunk * elem_bytes));
+        *from = to;
+    }
+    return to;
+}
+
+/* delta += weight * B A x. */
 INLINE void add_delta(const lora_args *a, work *m, int64_t a_at, int64_t b_at, int64_t rank,
                       int is_bf16) {
     for (int64_t j = 0; j < rank; j += RANK_BLOCK) {
         int64_t ranks = rank - j < RANK_BLOCK ? rank - j : RANK_BLOCK;
-        m->b = list_chunks(a, m->pages, a_at + j * m->in, ranks * m->in, m->a, is_bf16);
+        m->b = list_chunks(a, m, a_at + j * m->in, ranks * m->in, m->a, is_bf16);
         /* The first rows are on their way before anything else is looked up. */
         for (const void **w = m->a; w < m->a + m->ahead && w < m->b; w++)
-            prefetch(*w, m->chunk * (is_bf16 ? 2 : 4));
-        const void **end =
-            list_chunks(a, m->pages, b_at + j * m->out, ranks * m->out, m->b, is_bf16);
+            prefetch(*w, a->chunk * (is_bf16 ? 2 : 4));
+        const void **end = list_chunks(a, m, b_at + j * m->out, ranks * m->out, m->b, is_bf16);
+        if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
         for (int64_t i = 0; i < m->ahead; i++) end[i] = end[-1];
         shrink(m, ranks, is_bf16);
         expand(m, ranks, is_bf16);
     }
 }
 
-/* STEP elements in their order, those behind `count` 0. */
-INLINE pair load_step(const void *p, int64_t i, int count, int is_bf16) {
-    vf buffer[2];
-    const void *from = padded(at(p, i, is_bf16), count, buffer, is_bf16);
-    return in_order(load_pair(from, is_bf16), is_bf16);
+INLINE pair load_in_order(const void *p, int64_t i, int is_bf16) {
+    return in_order(split(load_step(p, i, is_bf16), is_bf16), is_bf16);
 }
 
-/* y = scale * (y + delta) + bias over a step of columns; a scale or bias of NULL is none. */
+/* y = scale * (y + delta) + bias over `count` columns, a step or less; scale and bias may be NULL. */
 INLINE void finish_step(float *y, const float *delta, const void *scale, const void *bias,
-                        int64_t i, int count, int is_bf16) {
-    pair v = load_step(y, i, count, 0), d;
-    memcpy(&d, delta, sizeof d);
+                        int64_t i, int64_t count, int is_bf16) {
+    pair v = {{0}, {0}}, d;
+    memcpy(&v, y + i, (size_t)count * sizeof *y);
+    memcpy(&d, delta + i, sizeof d);
     d = in_order(d, is_bf16);
     v.low += d.low, v.high += d.high;
     if (scale) {
-        pair s = load_step(scale, i, count, is_bf16);
+        pair s = load_in_order(scale, i, is_bf16);
         v.low *= s.low, v.high *= s.high;
     }
     if (bias) {
-        pair b = load_step(bias, i, count, is_bf16);
+        pair b = load_in_order(bias, i, is_bf16);
         v.low += b.low, v.high += b.high;
     }
     memcpy(y + i, &v, (size_t)count * sizeof *y);
 }
 
 /* Not inlined: one code for a row, whoever it is computed with. */
-static __attribute__((noinline)) void finish_row(const work *m, float *y, const float *delta,
-                                                 const void **scale, const void **bias,
-                                                 int is_bf16) {
-    for (int64_t c = 0; c < m->out; c++, y += m->chunk) {
+static __attribute__((noinline)) void finish_row(const work *m, int64_t chunk, float *y,
+                                                 const float *delta, const void **scale,
+                                                 const void **bias, int is_bf16) {
+    for (int64_t c = 0; c < m->out; c++, y += chunk, delta += m->chunk) {
         const void *s = scale ? scale[c] : NULL, *b = bias ? bias[c] : NULL;
         int64_t i = 0;
-        for (; i + STEP <= m->chunk; i += STEP, delta += STEP)
-            finish_step(y, delta, s, b, i, STEP, is_bf16);
-        if (i == m->chunk) continue;
-        finish_step(y, delta, s, b, i, (int)(m->chunk - i), is_bf16);
-        delta += STEP;
+        for (; i + STEP <= chunk; i += STEP) finish_step(y, delta, s, b, i, STEP, is_bf16);
+        if (i < chunk) finish_step(y, delta, s, b, i, chunk - i, is_bf16);
     }
 }
 
+/* y = scale * (y + delta) + bias, of which -1 is none. */
 INLINE void finish(const lora_args *a, const work *m, int64_t scale_at, int64_t bias_at,
                    int is_bf16) {
-    const void **scale = NULL, **bias = NULL;
-    if (scale_at >= 0) list_chunks(a, m->pages, scale_at, m->out, scale = m->a, is_bf16);
-    if (bias_at >= 0) list_chunks(a, m->pages, bias_at, m->out, bias = m->a + m->out, is_bf16);
+    const void **scale = NULL, **bias = NULL, **end = m->a;
+    if (scale_at >= 0) end = list_chunks(a, m, scale_at, m->out, scale = end, is_bf16);
+    if (bias_at >= 0) end = list_chunks(a, m, bias_at, m->out, bias = end, is_bf16);
+    if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
     for (int r = 0; r < m->n; r++)
-        finish_row(m, m->y[r], m->delta + r * m->width, scale, bias, is_bf16);
+        finish_row(m, a->chunk, m->y[r], m->delta + r * m->out * m->chunk, scale, bias, is_bf16);
 }
 
 INLINE int64_t chunk_or_none(const int32_t *chunks, int64_t index) {
     return chunks ? chunks[index] : -1;
 }
 
-/* Sizes of a thread's scratch: the chunk list, h, and deltas of the widest module. */
-typedef struct {
-    int64_t list, h, delta;
-} sizes;
-
-INLINE int64_t padded_width(const lora_args *a, int64_t width) {
-    return width / a->chunk * ((a->chunk + STEP - 1) / STEP * STEP);
-}
+INLINE int64_t padded_chunk(const lora_args *a) { return (a->chunk + STEP - 1) / STEP * STEP; }
 
 INLINE int64_t chunks_ahead(const lora_args *a) {
     return 1 + AHEAD / (a->chunk * (a->is_bf16 ? 2 : 4));
 }
 
-static sizes scratch_sizes(const lora_args *a) {
+INLINE int64_t whole_lines(int64_t bytes) {
+    return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+/* Where the parts of a thread's scratch begin, and its bytes. */
+typedef struct {
+    int64_t h, delta, copies, end;
+} parts;
+
+static parts scratch_parts(const lora_args *a) {
     int64_t widest = 0;
     for (int p = 0; p < a->num_projections; p++)
         if (a->out_features[p] > widest) widest = a->out_features[p];
-    int64_t chunks = RANK_BLOCK * ((a->K + widest) / a->chunk) + chunks_ahead(a);
-    int64_t lines = (chunks * (int64_t)sizeof(void *) + CACHE_LINE - 1) / CACHE_LINE;
-    return (sizes){lines * CACHE_LINE, RANK_BLOCK * ROWS * (int64_t)sizeof(float),
-                   ROWS * padded_width(a, widest) * (int64_t)sizeof(float)};
+    int64_t chunk = padded_chunk(a), in = a->K / a->chunk, out = widest / a->chunk;
+    int64_t listed = RANK_BLOCK * (in + out), copied = chunk == a->chunk ? 0 : listed + ROWS * in;
+    parts s;
+    s.h = whole_lines((listed + chunks_ahead(a)) * (int64_t)sizeof(void *));
+    s.delta = s.h + RANK_BLOCK * ROWS * (int64_t)sizeof(float);
+    s.copies = s.delta + ROWS * out * chunk * (int64_t)sizeof(float);
+    s.end = s.copies + copied * chunk * (a->is_bf16 ? 2 : 4);
+    return s;
+}
+
+/* Replace the rows of x by copies that consist of whole steps. */
+static void pad_activations(const lora_args *a, work *m) {
+    for (int r = 0; r < m->n; r++) {
+        for (int64_t c = 0; c < m->in; c++) m->a[c] = at(m->x[r], c * a->chunk, a->is_bf16);
+        m->x[r] = m->copies;
+        m->copies = pad_chunks(a, m, m->a, m->a + m->in, m->copies);
+    }
 }
 
 INLINE void run_module(const lora_args *a, int64_t g, int p, const int32_t *rows, int n,
                        char *scratch, int is_bf16) {
-    int64_t index = g * 7 + a->projections[p], column = 0, rank = a->ranks[index];
+    int64_t index = g * 7 + a->projections[p], rank = a->ranks[index], column = 0;
     int64_t scale_at = chunk_or_none(a->scale_chunks, index);
     int64_t bias_at = chunk_or_none(a->bias_chunks, index);
     if (rank == 0 && scale_at < 0 && bias_at < 0) return;
     for (int i = 0; i < p; i++) column += a->out_features[i];
-    sizes s = scratch_sizes(a);
+    parts s = scratch_parts(a);
     work m = {
         .pages = a->page_table + g * a->page_table_width,
         .a = (const void **)scratch,
-        .h = (float *)(scratch + s.list),
-        .delta = (float *)(scratch + s.list + s.h),
+        .h = (float *)(scratch + s.h),
+        .delta = (float *)(scratch + s.delta),
+        .copies = s.copies == s.end ? NULL : scratch + s.copies,
         .in = a->K / a->chunk,
         .out = a->out_features[p] / a->chunk,
-        .chunk = a->chunk,
+        .chunk = padded_chunk(a),
         .ahead = chunks_ahead(a),
-        .width = padded_width(a, a->out_features[p]),
         .weight = a->weights ? a->weights[g] : 1.0f,
         .n = n,
     };
@@ -333,21 +372,19 @@ INLINE void run_module(const lora_args *a, int64_t g, int p, const int32_t *rows
         m.x[r] = at(a->x, rows[r] * a->K, is_bf16);
         m.y[r] = a->y + rows[r] * a->N + column;
     }
-    memset(m.delta, 0, (size_t)(n * m.width) * sizeof *m.delta);
+    memset(m.delta, 0, (size_t)(n * m.out * m.chunk) * sizeof *m.delta);
+    if (m.copies) pad_activations(a, &m);
     add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], rank, is_bf16);
     finish(a, &m, scale_at, bias_at, is_bf16);
 }
 
-/* Blocks of up to ROWS rows, numbered so that a block's segment is found by halving: those of segment
- * g begin at row / ROWS + g for its first row. Some numbers are nobody's. */
+/* Blocks of up to ROWS rows are numbered so that the segment of one is found by halving: those of
+ * segment g begin at first_row / ROWS + g. Some numbers are nobody's. */
 INLINE int64_t first_block(const lora_args *a, int64_t g) { return a->seg_indptr[g] / ROWS + g; }
 
 int64_t lora_items(const lora_args *a) { return first_block(a, a->G) * a->num_projections; }
 
-int64_t lora_scratch_bytes(const lora_args *a) {
-    sizes s = scratch_sizes(a);
-    return s.list + s.h + s.delta;
-}
+int64_t lora_scratch_bytes(const lora_args *a) { return scratch_parts(a).end; }
 
 void lora_item(const void *args, int64_t item, void *scratch) {
     const lora_args *a = args;
