@@ -193,10 +193,12 @@ INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int64_t j0, 
 
 INLINE void expand_chunk(const work *m, int64_t c, int64_t j0, int64_t j1, int r, int n,
                          int is_bf16) {
-    const int wide = n == TILE_ROWS ? WIDE / 2 : WIDE;
     int64_t k = 0;
-    for (; k + wide * STEP <= m->chunk; k += wide * STEP)
-        expand_tile(m, c, k, wide, j0, j1, r, n, is_bf16);
+    if (n < TILE_ROWS) /* else registers would not do */
+        for (; k + WIDE * STEP <= m->chunk; k += WIDE * STEP)
+            expand_tile(m, c, k, WIDE, j0, j1, r, n, is_bf16);
+    for (; k + 2 * STEP <= m->chunk; k += 2 * STEP)
+        expand_tile(m, c, k, 2, j0, j1, r, n, is_bf16);
     for (; k < m->chunk; k += STEP) expand_tile(m, c, k, 1, j0, j1, r, n, is_bf16);
 }
 
