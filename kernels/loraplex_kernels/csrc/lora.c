@@ -1,214 +1,409 @@
 /* LoRA over paged weights, at true ranks. All arithmetic is float32, and every sum runs in an order
  * fixed by the shape alone: explicit vectors, no fast-math, no atomics. The result of a row is
- * therefore bit-identical in any batch. */
+ * therefore bit-identical in any batch.
+ *
+ * An item is one module of one adapter for up to ROWS token rows. In a decode step an adapter has a
+ * row or two, and all time goes into reading weights from memory: A and then B are read once, as
+ * they lie, while what comes next is prefetched (pages are scattered, and hardware prefetchers stop
+ * where one ends). With many rows the weights stay in the caches while rows pass over them,
+ * TILE_ROWS at a time with their sums in registers. */
 #include "lora.h"
 
-#include <stdlib.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "elements.h"
 #include "team.h"
 
-#define ROWS 4  /* token rows that share one pass over the weights */
-#define RANKS 4 /* rank rows that share one pass over the activations */
+#define ROWS 16       /* token rows of an item */
+#define TILE_ROWS 4   /* token rows whose sums are in registers together */
+#define TILE_RANKS 4  /* rank rows of A that share one pass over the activations */
+#define SWEEP 8       /* rank rows of B read together while a few token rows use them */
+#define RANK_BLOCK 64 /* rank rows that are shrunk and then expanded */
+#define STEP 32       /* elements taken at once: a cache line of bfloat16 */
+#define WIDE 4        /* most steps of columns whose sums are in registers together */
+#define AHEAD 6144    /* bytes of weights between a prefetch and its use */
+#define CACHE_LINE 64
 
+/* Unrolls a loop of constant count, so that an array can live in registers. */
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+/* STEP elements as they lie; of bfloat16 they fill the first vector. */
 typedef struct {
-    const void *pool;     /* [P, page_elems], one layer */
-    const int32_t *pages; /* this adapter's pages */
-    int64_t page_elems;
-    int32_t chunk, chunks_per_page;
-} paged;
+    vu first, second;
+} step;
 
-INLINE const void *chunk_at(const paged *m, int64_t chunk, int is_bf16) {
-    int64_t page = m->pages[chunk / m->chunks_per_page];
-    return at(m->pool, page * m->page_elems + (chunk % m->chunks_per_page) * m->chunk, is_bf16);
+/* STEP elements as float32. Bfloat16 ones are split into those at even and those at odd places, for
+ * which a shift and a mask do; `in_order` undoes it. */
+typedef struct {
+    vf low, high;
+} pair;
+
+INLINE step load_step(const void *p, int64_t i, int is_bf16) {
+    step v = {{0}, {0}};
+    memcpy(&v, at(p, i, is_bf16), is_bf16 ? sizeof v.first : sizeof v);
+    return v;
 }
 
-/* h[j][r] = sum_k x[r][k] * A[j][k] for J rank rows of A, which begin `stride` chunks apart, and n
- * token rows of x (float32, length K). */
-INLINE void shrink_rows(const paged *m, int64_t chunk, int64_t stride, int J, const float *x,
-                        int64_t K, int n, float h[][ROWS], int is_bf16) {
-    vf acc[RANKS][ROWS][2];
-    float tail[RANKS][ROWS];
-    memset(acc, 0, sizeof acc);
-    memset(tail, 0, sizeof tail);
-    for (int64_t k0 = 0; k0 < K; k0 += m->chunk, chunk++) {
-        const void *w[RANKS];
-        for (int j = 0; j < J; j++) w[j] = chunk_at(m, chunk + j * stride, is_bf16);
-        int k = 0;
-        for (; k + 2 * LANES <= m->chunk; k += 2 * LANES)
-            for (int j = 0; j < J; j++) {
-                vf w0 = load16(w[j], k, is_bf16), w1 = load16(w[j], k + LANES, is_bf16);
-                for (int r = 0; r < n; r++) {
-                    acc[j][r][0] += load16(x, r * K + k0 + k, 0) * w0;
-                    acc[j][r][1] += load16(x, r * K + k0 + k + LANES, 0) * w1;
-                }
-            }
-        for (; k + LANES <= m->chunk; k += LANES)
-            for (int j = 0; j < J; j++) {
-                vf w0 = load16(w[j], k, is_bf16);
-                for (int r = 0; r < n; r++) acc[j][r][0] += load16(x, r * K + k0 + k, 0) * w0;
-            }
-        for (; k < m->chunk; k++)
-            for (int j = 0; j < J; j++)
-                for (int r = 0; r < n; r++)
-                    tail[j][r] += x[r * K + k0 + k] * load1(w[j], k, is_bf16);
+INLINE pair split(step v, int is_bf16) {
+    if (is_bf16) {
+        v.second = v.first & 0xffff0000u;
+        v.first <<= 16;
     }
-    for (int j = 0; j < J; j++)
-        for (int r = 0; r < n; r++) h[j][r] = sum16(acc[j][r][0] + acc[j][r][1]) + tail[j][r];
+    pair out;
+    memcpy(&out, &v, sizeof out);
+    return out;
 }
 
-/* d[r][i] += sum_j h[j][r] * B[j][i], j in order, for J rank rows of B (length N) and n token rows;
- * d has row stride ld. */
-INLINE void expand_rows(const paged *m, int64_t chunk, int64_t stride, int J, float h[][ROWS],
-                        int64_t N, int n, float *d, int64_t ld, int is_bf16) {
-    for (int64_t i0 = 0; i0 < N; i0 += m->chunk, chunk++) {
-        const void *w[RANKS];
-        for (int j = 0; j < J; j++) w[j] = chunk_at(m, chunk + j * stride, is_bf16);
-        int i = 0;
-        for (; i + LANES <= m->chunk; i += LANES) {
-            vf wv[RANKS];
-            for (int j = 0; j < J; j++) wv[j] = load16(w[j], i, is_bf16);
-            for (int r = 0; r < n; r++) {
-                float *to = d + r * ld + i0 + i;
-                vf v = load16(to, 0, 0);
-                for (int j = 0; j < J; j++) v += h[j][r] * wv[j];
-                memcpy(to, &v, sizeof v);
+INLINE pair in_order(pair v, int is_bf16) {
+    if (!is_bf16) return v;
+    return (pair){
+        PICK(v.low, v.high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+        PICK(v.low, v.high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+}
+
+/* acc + x * w, two products in each lane; those of bfloat16 are exact in float32. */
+INLINE vf dot_step(vf acc, step x, step w, int is_bf16) {
+#ifdef __AVX512BF16__
+    if (is_bf16)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x.first, (__m512bh)w.first);
+#endif
+    pair xs = split(x, is_bf16), ws = split(w, is_bf16);
+    acc += xs.low * ws.low;
+    acc += xs.high * ws.high;
+    return acc;
+}
+
+/* Sums of the lanes of up to 16 vectors, a power of two of them, each by the tree of sum16: lane i
+ * of the result is that of v[i]. */
+INLINE vf sums16(vf *v, int count) {
+#define FOLD(...) \
+    UNROLL for (int i = 0; i < (count + 1) / 2; i++) { \
+        vf a = v[2 * i], b = v[count == 1 ? 0 : 2 * i + 1]; \
+        v[i] = __VA_ARGS__; \
+    } \
+    count = (count + 1) / 2;
+    FOLD(PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    FOLD(PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+    FOLD(PICK(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+         PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+    FOLD(PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#undef FOLD
+    return v[0];
+}
+
+/* One module of one adapter and the token rows that it is for. A chunk is whole steps here: where the
+ * pool's are not, copies padded with 0 stand in for them. */
+typedef struct {
+    const int32_t *pages; /* of the adapter */
+    const void *x[ROWS];
+    float *y[ROWS];      /* columns of the module */
+    const void **a, **b; /* chunks of the rank rows at hand, then `ahead` more */
+    float *h;            /* [RANK_BLOCK, ROWS]: weight * A x */
+    float *delta;        /* [ROWS, out * chunk], each step as `split` leaves it */
+    char *copies;        /* of x, and of what is listed; or NULL */
+    int64_t in, out;     /* chunks of a row of A, and of one of B */
+    int64_t chunk, ahead;
+    float weight;
+    int n; /* token rows */
+} work;
+
+INLINE void prefetch(const void *p, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += CACHE_LINE) __builtin_prefetch((const char *)p + i);
+}
+
+/* h[j][r] = weight * sum_k x[r][k] * A[j][k] for J rank rows and n token rows. */
+INLINE void shrink_tile(const work *m, int64_t j0, int J, int r0, int n, int is_bf16) {
+    vf acc[TILE_RANKS * TILE_ROWS];
+    UNROLL for (int i = 0; i < J * n; i++) acc[i] = (vf){0};
+    for (int64_t c = 0; c < m->in; c++) {
+        const void *w[TILE_RANKS], *next[TILE_RANKS], *x[TILE_ROWS];
+        UNROLL for (int j = 0; j < J; j++) {
+            const void **from = m->a + (j0 + j) * m->in + c;
+            w[j] = from[0];
+            next[j] = from[m->ahead];
+        }
+        UNROLL for (int r = 0; r < n; r++) x[r] = at(m->x[r0 + r], c * m->chunk, is_bf16);
+        for (int64_t k = 0; k < m->chunk; k += STEP) {
+            step xs[TILE_ROWS];
+            UNROLL for (int r = 0; r < n; r++) xs[r] = load_step(x[r], k, is_bf16);
+            UNROLL for (int j = 0; j < J; j++) {
+                step ws = load_step(w[j], k, is_bf16);
+                prefetch(at(next[j], k, is_bf16), STEP * (is_bf16 ? 2 : 4));
+                UNROLL for (int r = 0; r < n; r++)
+                    acc[j * n + r] = dot_step(acc[j * n + r], xs[r], ws, is_bf16);
             }
         }
-        for (; i < m->chunk; i++)
-            for (int r = 0; r < n; r++)
-                for (int j = 0; j < J; j++)
-                    d[r * ld + i0 + i] += h[j][r] * load1(w[j], i, is_bf16);
     }
+    vf sums = m->weight * sums16(acc, J * n);
+    float h[LANES];
+    memcpy(h, &sums, sizeof h);
+    UNROLL for (int j = 0; j < J; j++)
+        memcpy(m->h + (j0 + j) * ROWS + r0, h + j * n, (size_t)n * sizeof *h);
+}
+
+/* Constant numbers of rows let the compiler unroll; the order of every sum stays the same. */
+INLINE void shrink_rows(const work *m, int64_t j, int J, int is_bf16) {
+    int r = 0;
+    for (; r + TILE_ROWS <= m->n; r += TILE_ROWS) shrink_tile(m, j, J, r, TILE_ROWS, is_bf16);
+    for (; r + 2 <= m->n; r += 2) shrink_tile(m, j, J, r, 2, is_bf16);
+    if (r < m->n) shrink_tile(m, j, J, r, 1, is_bf16);
+}
+
+INLINE void shrink(const work *m, int64_t rank, int is_bf16) {
+    int64_t j = 0;
+    for (; j + TILE_RANKS <= rank; j += TILE_RANKS) shrink_rows(m, j, TILE_RANKS, is_bf16);
+    for (; j < rank; j++) shrink_rows(m, j, 1, is_bf16);
+}
+
+/* delta[r] += sum_j h[j][r] * B[j], j in order, over U steps of columns from element k of chunk c
+ * on, for rank rows [j0, j1) and n token rows. */
+INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int64_t j0, int64_t j1, int r0,
+                        int n, int is_bf16) {
+    const int64_t width = m->out * m->chunk;
+    float *delta = m->delta + r0 * width + c * m->chunk + k;
+    pair acc[TILE_ROWS][WIDE];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            memcpy(&acc[r][u], delta + r * width + u * STEP, sizeof acc[r][u]);
+    for (int64_t j = j0; j < j1; j++) {
+        const void **from = m->b + j * m->out + c;
+        const float *h = m->h + j * ROWS + r0;
+        prefetch(at(from[m->ahead], k, is_bf16), U * STEP * (is_bf16 ? 2 : 4));
+        UNROLL for (int u = 0; u < U; u++) {
+            pair b = split(load_step(from[0], k + u * STEP, is_bf16), is_bf16);
+            UNROLL for (int r = 0; r < n; r++) {
+                acc[r][u].low += h[r] * b.low;
+                acc[r][u].high += h[r] * b.high;
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            memcpy(delta + r * width + u * STEP, &acc[r][u], sizeof acc[r][u]);
+}
+
+INLINE void expand_chunk(const work *m, int64_t c, int64_t j0, int64_t j1, int r, int n,
+                         int is_bf16) {
+    int64_t k = 0;
+    if (n < TILE_ROWS) /* else registers would not do */
+        for (; k + WIDE * STEP <= m->chunk; k += WIDE * STEP)
+            expand_tile(m, c, k, WIDE, j0, j1, r, n, is_bf16);
+    for (; k + 2 * STEP <= m->chunk; k += 2 * STEP)
+        expand_tile(m, c, k, 2, j0, j1, r, n, is_bf16);
+    for (; k < m->chunk; k += STEP) expand_tile(m, c, k, 1, j0, j1, r, n, is_bf16);
+}
+
+INLINE void expand_rows(const work *m, int64_t c, int64_t j0, int64_t j1, int is_bf16) {
+    int r = 0;
+    for (; r + TILE_ROWS <= m->n; r += TILE_ROWS)
+        expand_chunk(m, c, j0, j1, r, TILE_ROWS, is_bf16);
+    for (; r + 2 <= m->n; r += 2) expand_chunk(m, c, j0, j1, r, 2, is_bf16);
+    if (r < m->n) expand_chunk(m, c, j0, j1, r, 1, is_bf16);
+}
+
+/* Few token rows wait for memory, so B is read as it lies. Many compute, so their sums stay in
+ * registers over all ranks. */
+INLINE void expand(const work *m, int64_t rank, int is_bf16) {
+    const int64_t sweep = m->n <= TILE_ROWS ? SWEEP : rank;
+    for (int64_t j = 0; j < rank; j += sweep) {
+        int64_t end = j + sweep < rank ? j + sweep : rank;
+        for (int64_t c = 0; c < m->out; c++) expand_rows(m, c, j, end, is_bf16);
+    }
+}
+
+/* List where chunks of the adapter lie, `count` from `first` on; returns the end of the list. */
+INLINE const void **list_chunks(const lora_args *a, const work *m, int64_t first, int64_t count,
+                                const void **to, int is_bf16) {
+    int64_t page = first / a->chunks_per_page, c = first % a->chunks_per_page;
+    for (; count > 0; page++, c = 0) {
+        const void *from = at(a->pool, m->pages[page] * a->page_elems, is_bf16);
+        for (; c < a->chunks_per_page && count > 0; c++, count--)
+            *to++ = at(from, c * a->chunk, is_bf16);
+    }
+    return to;
+}
+
+/* Replace listed chunks by copies that whole steps can be read of; returns the end of the copies. */
+static char *pad_chunks(const lora_args *a, const work *m, const void **from, const void **end,
+                        char *to) {
+    const int64_t elem_bytes = a->is_bf16 ? 2 : 4;
+    for (; from < end; from++, to += m->chunk * elem_bytes) {
+        memset(to, 0, (size_t)(m->chunk * elem_bytes));
+        memcpy(to, *from, (size_t)(a->chunk * elem_bytes));
+        *from = to;
+    }
+    return to;
+}
+
+/* delta += weight * B A x. */
+INLINE void add_delta(const lora_args *a, work *m, int64_t a_at, int64_t b_at, int64_t rank,
+                      int is_bf16) {
+    for (int64_t j = 0; j < rank; j += RANK_BLOCK) {
+        int64_t ranks = rank - j < RANK_BLOCK ? rank - j : RANK_BLOCK;
+        m->b = list_chunks(a, m, a_at + j * m->in, ranks * m->in, m->a, is_bf16);
+        /* The first rows are on their way before anything else is looked up. */
+        for (const void **w = m->a; w < m->a + m->ahead && w < m->b; w++)
+            prefetch(*w, a->chunk * (is_bf16 ? 2 : 4));
+        const void **end = list_chunks(a, m, b_at + j * m->out, ranks * m->out, m->b, is_bf16);
+        if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
+        for (int64_t i = 0; i < m->ahead; i++) end[i] = end[-1];
+        shrink(m, ranks, is_bf16);
+        expand(m, ranks, is_bf16);
+    }
+}
+
+INLINE pair load_in_order(const void *p, int64_t i, int is_bf16) {
+    return in_order(split(load_step(p, i, is_bf16), is_bf16), is_bf16);
+}
+
+/* y = scale * (y + delta) + bias over `count` columns, a step or less; scale and bias may be NULL. */
+INLINE void finish_step(float *y, const float *delta, const void *scale, const void *bias,
+                        int64_t i, int64_t count, int is_bf16) {
+    pair v = {{0}, {0}}, d;
+    memcpy(&v, y + i, (size_t)count * sizeof *y);
+    memcpy(&d, delta + i, sizeof d);
+    d = in_order(d, is_bf16);
+    v.low += d.low, v.high += d.high;
+    if (scale) {
+        pair s = load_in_order(scale, i, is_bf16);
+        v.low *= s.low, v.high *= s.high;
+    }
+    if (bias) {
+        pair b = load_in_order(bias, i, is_bf16);
+        v.low += b.low, v.high += b.high;
+    }
+    memcpy(y + i, &v, (size_t)count * sizeof *y);
+}
+
+/* Not inlined: one code for a row, whoever it is computed with. */
+static __attribute__((noinline)) void finish_row(const work *m, int64_t chunk, float *y,
+                                                 const float *delta, const void **scale,
+                                                 const void **bias, int is_bf16) {
+    for (int64_t c = 0; c < m->out; c++, y += chunk, delta += m->chunk) {
+        const void *s = scale ? scale[c] : NULL, *b = bias ? bias[c] : NULL;
+        int64_t i = 0;
+        for (; i + STEP <= chunk; i += STEP) finish_step(y, delta, s, b, i, STEP, is_bf16);
+        if (i < chunk) finish_step(y, delta, s, b, i, chunk - i, is_bf16);
+    }
+}
+
+/* y = scale * (y + delta) + bias, of which -1 is none. */
+INLINE void finish(const lora_args *a, const work *m, int64_t scale_at, int64_t bias_at,
+                   int is_bf16) {
+    const void **scale = NULL, **bias = NULL, **end = m->a;
+    if (scale_at >= 0) end = list_chunks(a, m, scale_at, m->out, scale = end, is_bf16);
+    if (bias_at >= 0) end = list_chunks(a, m, bias_at, m->out, bias = end, is_bf16);
+    if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
+    for (int r = 0; r < m->n; r++)
+        finish_row(m, a->chunk, m->y[r], m->delta + r * m->out * m->chunk, scale, bias, is_bf16);
 }
 
 INLINE int64_t chunk_or_none(const int32_t *chunks, int64_t index) {
     return chunks ? chunks[index] : -1;
 }
 
-/* y = scale * (y + d) + bias over one module's columns of one row; a chunk of -1 is a vector of 1,
- * or of 0. Not inlined: one code for a row, whoever it is computed with. */
-static __attribute__((noinline)) void finish_row(const paged *m, int64_t scale_at, int64_t bias_at,
-                                                 int64_t width, float *y, const float *d,
-                                                 int is_bf16) {
-    for (int64_t i0 = 0; i0 < width; i0 += m->chunk) {
-        const void *scale = scale_at < 0 ? NULL : chunk_at(m, scale_at++, is_bf16);
-        const void *bias = bias_at < 0 ? NULL : chunk_at(m, bias_at++, is_bf16);
-        for (int i = 0; i < m->chunk; i++) {
-            float v = y[i0 + i] + d[i0 + i];
-            if (scale) v *= load1(scale, i, is_bf16);
-            if (bias) v += load1(bias, i, is_bf16);
-            y[i0 + i] = v;
-        }
-    }
+INLINE int64_t padded_chunk(const lora_args *a) { return (a->chunk + STEP - 1) / STEP * STEP; }
+
+INLINE int64_t chunks_ahead(const lora_args *a) {
+    return 1 + AHEAD / (a->chunk * (a->is_bf16 ? 2 : 4));
 }
 
-/* d *= weight; each element is multiplied alone, so their number does not matter. */
-static __attribute__((noinline)) void scale_delta(float *d, int64_t n, float weight) {
-    for (int64_t i = 0; i < n; i++) d[i] *= weight;
+INLINE int64_t whole_lines(int64_t bytes) {
+    return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
 }
 
-/* Whether segment g scales or shifts the output of any of the site's modules. */
-INLINE int has_epilogue(const lora_args *a, int64_t g) {
-    for (int p = 0; p < a->num_projections; p++) {
-        int64_t index = g * 7 + a->projections[p];
-        if (chunk_or_none(a->scale_chunks, index) >= 0) return 1;
-        if (chunk_or_none(a->bias_chunks, index) >= 0) return 1;
-    }
-    return 0;
-}
+/* Where the parts of a thread's scratch begin, and its bytes. */
+typedef struct {
+    int64_t h, delta, copies, end;
+} parts;
 
-/* Add the deltas d of n rows to y, module by module, each with its scale and bias. */
-INLINE void finish_modules(const lora_args *a, int64_t g, const paged *m, const int32_t *rows, int n,
-                           const float *d, int is_bf16) {
-    int64_t column = 0;
-    for (int p = 0; p < a->num_projections; p++) {
-        int64_t index = g * 7 + a->projections[p], width = a->out_features[p];
-        int64_t scale_at = chunk_or_none(a->scale_chunks, index);
-        int64_t bias_at = chunk_or_none(a->bias_chunks, index);
-        for (int r = 0; r < n; r++) {
-            int64_t to = rows[r] * a->N + column;
-            const float *delta = d + r * a->N + column;
-            finish_row(m, scale_at, bias_at, width, a->y + to, delta, is_bf16);
-        }
-        column += width;
-    }
-}
-
-/* x A^T then B for n rows of one segment; scratch: x rows, then delta rows, as float32. */
-INLINE void lora_rows(const lora_args *a, int64_t g, const int32_t *rows, int n, float *scratch,
-                      int is_bf16) {
-    float *x = scratch, *d = scratch + ROWS * a->K, h[RANKS][ROWS];
-    paged m = {a->pool, a->page_table + g * a->page_table_width, a->page_elems, a->chunk,
-               a->chunks_per_page};
-    for (int r = 0; r < n; r++)
-        for (int64_t k = 0; k < a->K; k++) x[r * a->K + k] = load1(a->x, rows[r] * a->K + k, is_bf16);
-    memset(d, 0, sizeof(float) * n * a->N);
-    int64_t column = 0, in = a->K / a->chunk;
-    for (int p = 0; p < a->num_projections; p++) {
-        int64_t index = g * 7 + a->projections[p], width = a->out_features[p];
-        int64_t a_at = a->a_chunks[index], b_at = a->b_chunks[index], out = width / a->chunk;
-        int rank = a->ranks[index], j = 0;
-        for (; j + RANKS <= rank; j += RANKS) {
-            shrink_rows(&m, a_at + j * in, in, RANKS, x, a->K, n, h, is_bf16);
-            expand_rows(&m, b_at + j * out, out, RANKS, h, width, n, d + column, a->N, is_bf16);
-        }
-        for (; j < rank; j++) {
-            shrink_rows(&m, a_at + j * in, in, 1, x, a->K, n, h, is_bf16);
-            expand_rows(&m, b_at + j * out, out, 1, h, width, n, d + column, a->N, is_bf16);
-        }
-        column += width;
-    }
-    if (a->weights) scale_delta(d, n * a->N, a->weights[g]);
-    if (has_epilogue(a, g)) {
-        finish_modules(a, g, &m, rows, n, d, is_bf16);
-        return;
-    }
-    for (int r = 0; r < n; r++)
-        for (int64_t i = 0; i < a->N; i++) a->y[rows[r] * a->N + i] += d[r * a->N + i];
-}
-
-/* Constant n and dtype let the compiler unroll; the order of every sum stays the same. */
-static void rows_of_item(const lora_args *a, int64_t g, const int32_t *rows, int n, float *scratch) {
-    if (a->is_bf16) {
-        if (n == 1) lora_rows(a, g, rows, 1, scratch, 1);
-        else if (n == ROWS) lora_rows(a, g, rows, ROWS, scratch, 1);
-        else lora_rows(a, g, rows, n, scratch, 1);
-    } else {
-        if (n == 1) lora_rows(a, g, rows, 1, scratch, 0);
-        else if (n == ROWS) lora_rows(a, g, rows, ROWS, scratch, 0);
-        else lora_rows(a, g, rows, n, scratch, 0);
-    }
-}
-
-/* Whether segment g has none of the site's modules: its rows then cost nothing. */
-static int is_absent(const lora_args *a, int64_t g) {
+static parts scratch_parts(const lora_args *a) {
+    int64_t widest = 0;
     for (int p = 0; p < a->num_projections; p++)
-        if (a->ranks[g * 7 + a->projections[p]]) return 0;
-    return !has_epilogue(a, g);
+        if (a->out_features[p] > widest) widest = a->out_features[p];
+    int64_t chunk = padded_chunk(a), in = a->K / a->chunk, out = widest / a->chunk;
+    int64_t listed = RANK_BLOCK * (in + out), copied = chunk == a->chunk ? 0 : listed + ROWS * in;
+    parts s;
+    s.h = whole_lines((listed + chunks_ahead(a)) * (int64_t)sizeof(void *));
+    s.delta = s.h + RANK_BLOCK * ROWS * (int64_t)sizeof(float);
+    s.copies = s.delta + ROWS * out * chunk * (int64_t)sizeof(float);
+    s.end = s.copies + copied * chunk * (a->is_bf16 ? 2 : 4);
+    return s;
 }
 
-static int64_t items_of(const lora_args *a, int64_t g) {
-    return is_absent(a, g) ? 0 : (a->seg_indptr[g + 1] - a->seg_indptr[g] + ROWS - 1) / ROWS;
+/* Replace the rows of x by copies that consist of whole steps. */
+static void pad_activations(const lora_args *a, work *m) {
+    for (int r = 0; r < m->n; r++) {
+        for (int64_t c = 0; c < m->in; c++) m->a[c] = at(m->x[r], c * a->chunk, a->is_bf16);
+        m->x[r] = m->copies;
+        m->copies = pad_chunks(a, m, m->a, m->a + m->in, m->copies);
+    }
 }
 
-int64_t lora_items(const lora_args *a) {
-    int64_t count = 0;
-    for (int64_t g = 0; g < a->G; g++) count += items_of(a, g);
-    return count;
+INLINE void run_module(const lora_args *a, int64_t g, int p, const int32_t *rows, int n,
+                       char *scratch, int is_bf16) {
+    int64_t index = g * 7 + a->projections[p], rank = a->ranks[index], column = 0;
+    int64_t scale_at = chunk_or_none(a->scale_chunks, index);
+    int64_t bias_at = chunk_or_none(a->bias_chunks, index);
+    if (rank == 0 && scale_at < 0 && bias_at < 0) return;
+    for (int i = 0; i < p; i++) column += a->out_features[i];
+    parts s = scratch_parts(a);
+    work m = {
+        .pages = a->page_table + g * a->page_table_width,
+        .a = (const void **)scratch,
+        .h = (float *)(scratch + s.h),
+        .delta = (float *)(scratch + s.delta),
+        .copies = s.copies == s.end ? NULL : scratch + s.copies,
+        .in = a->K / a->chunk,
+        .out = a->out_features[p] / a->chunk,
+        .chunk = padded_chunk(a),
+        .ahead = chunks_ahead(a),
+        .weight = a->weights ? a->weights[g] : 1.0f,
+        .n = n,
+    };
+    for (int r = 0; r < n; r++) {
+        m.x[r] = at(a->x, rows[r] * a->K, is_bf16);
+        m.y[r] = a->y + rows[r] * a->N + column;
+    }
+    memset(m.delta, 0, (size_t)(n * m.out * m.chunk) * sizeof *m.delta);
+    if (m.copies) pad_activations(a, &m);
+    add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], rank, is_bf16);
+    finish(a, &m, scale_at, bias_at, is_bf16);
 }
 
-int64_t lora_scratch_bytes(const lora_args *a) {
-    return (int64_t)sizeof(float) * ROWS * (a->K + a->N);
-}
+/* Blocks of up to ROWS rows are numbered so that the segment of one is found by halving: those of
+ * segment g begin at first_row / ROWS + g. Some numbers are nobody's. */
+INLINE int64_t first_block(const lora_args *a, int64_t g) { return a->seg_indptr[g] / ROWS + g; }
+
+int64_t lora_items(const lora_args *a) { return first_block(a, a->G) * a->num_projections; }
+
+int64_t lora_scratch_bytes(const lora_args *a) { return scratch_parts(a).end; }
 
 void lora_item(const void *args, int64_t item, void *scratch) {
     const lora_args *a = args;
-    int64_t g = 0, block = item;
-    for (; block >= items_of(a, g); g++) block -= items_of(a, g);
-    int64_t first = a->seg_indptr[g] + block * ROWS;
-    int n = (int)(a->seg_indptr[g + 1] - first);
-    rows_of_item(a, g, a->row_ids + first, n < ROWS ? n : ROWS, scratch);
+    /* Module by module: the widest ones come first, and short items end the phase evenly. */
+    int64_t num_blocks = first_block(a, a->G), block = item % num_blocks, g = 0;
+    int p = (int)(item / num_blocks);
+    for (int64_t end = a->G; end - g > 1;) {
+        int64_t middle = (g + end) / 2;
+        if (first_block(a, middle) <= block) g = middle;
+        else end = middle;
+    }
+    int64_t row = a->seg_indptr[g] + (block - first_block(a, g)) * ROWS;
+    int64_t n = a->seg_indptr[g + 1] - row;
+    if (n <= 0) return;
+    if (n > ROWS) n = ROWS;
+    if (a->is_bf16) run_module(a, g, p, a->row_ids + row, (int)n, scratch, 1);
+    else run_module(a, g, p, a->row_ids + row, (int)n, scratch, 0);
 }
 
 int loraplex_add_lora(const lora_args *a) {
