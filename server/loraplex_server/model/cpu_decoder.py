@@ -33,7 +33,6 @@ class CpuDecoder:
     ) -> None:
         native = load_native()
         assert native is not None, "ask `can_decode` first"
-        self.model = model
         self._weights = weights
         rope = build_rope_table(
             spec.rope, max_model_len, dtype=torch.float32, device=torch.device("cpu")

@@ -14,7 +14,7 @@ from loraplex_kernels.cpu import CpuOps
 from loraplex_kernels.model_tables import HeadNorms, KernelModel, LoRASite
 from loraplex_kernels.ops import StepOps
 from loraplex_memory.adapter_spec import INPUT_NORM, POST_NORM
-from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Site
+from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, PoolLayout, Site
 from loraplex_memory.pool import PagePool
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.cpu_decoder import CpuDecoder, can_decode
@@ -58,6 +58,7 @@ class Transformer:
         self._sites = {site: lora_site(site, spec.geometry) for site in SITES}
         self._can_decode = can_decode(spec, weights)
         self._decoder: CpuDecoder | None = None
+        self._decoder_layout: PoolLayout | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,9 +117,10 @@ class Transformer:
 
     def _decoder_of(self, pool: PagePool) -> CpuDecoder:
         """Return the compiled program for pools of this layout; there is one, but in tests."""
-        model = kernel_model(pool)
-        if self._decoder is None or self._decoder.model != model:
+        if self._decoder is None or self._decoder_layout is not pool.layout:
+            model = kernel_model(pool)
             self._decoder = CpuDecoder(self.spec, self._weights, model, self.max_model_len)
+            self._decoder_layout = pool.layout
         return self._decoder
 
     def _embed(self, token_ids: torch.Tensor, edits: AdapterEdits | None) -> torch.Tensor:
