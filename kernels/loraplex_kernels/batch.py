@@ -27,9 +27,9 @@ class PagedAdapter:
         ranks: true ranks, 0 for an absent module.
         a_chunks: first chunk of A inside the adapter's pages.
         b_chunks: first chunk of B.
-        scale_chunks: first chunk of a module's output scale, a vector as long as its output;
-            -1 for none. A module of rank 0 may have one.
-        bias_chunks: the same for its bias.
+        scale_chunks: first chunk of a module's output scale: two vectors as long as its output,
+            each from a chunk on, whose sum it is; -1 for none. A module of rank 0 may have one.
+        bias_chunks: the same for its bias, one vector.
         weight: factor on `B A x`, for the rows of this segment.
     """
 

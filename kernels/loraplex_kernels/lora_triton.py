@@ -328,8 +328,10 @@ def expand_kernel(
                 scale_start = tl.load(items_ptr + epilogue * _ITEM)
                 if scale_start >= 0:
                     e = scale_start + cols
-                    scale = _load_elements(vectors_ptr, pages, e, inside, PAGE_ELEMS)
-                    y *= scale.to(tl.float32)[None, :]
+                    scale = _load_elements(vectors_ptr, pages, e, inside, PAGE_ELEMS).to(tl.float32)
+                    e += weight_pitch  # what rounding left over of the scale is the next row
+                    rest = _load_elements(vectors_ptr, pages, e, inside, PAGE_ELEMS)
+                    y *= (scale + rest.to(tl.float32))[None, :]
                 bias_start = tl.load(items_ptr + epilogue * _ITEM + 1)
                 if bias_start >= 0:
                     e = bias_start + cols

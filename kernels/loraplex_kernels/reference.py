@@ -77,7 +77,7 @@ def add_lora(
                 b = read_rows(pool_layer, pages, b_at, (rank, width), elems).float()
                 total += weight * ((x[rows].float() @ a.T) @ b)
             if (at := _chunk(batch.scale_chunks, layer, g, projection)) >= 0:
-                total *= read_rows(pool_layer, pages, at, (1, width), elems).float()
+                total *= read_rows(pool_layer, pages, at, (2, width), elems).float().sum(0)
             if (at := _chunk(batch.bias_chunks, layer, g, projection)) >= 0:
                 total += read_rows(pool_layer, pages, at, (1, width), elems).float()
             y[rows, columns] = total.to(y.dtype)

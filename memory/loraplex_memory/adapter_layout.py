@@ -17,7 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from loraplex_memory.adapter_spec import EMBEDDING_A, AdapterRanks, AdapterSpec, Part
+from loraplex_memory.adapter_spec import (
+    EMBEDDING_A,
+    AdapterRanks,
+    AdapterSpec,
+    Part,
+    is_out_scale,
+)
 from loraplex_memory.layout import PROJECTIONS, SITES, PoolLayout
 
 
@@ -105,7 +111,11 @@ class AdapterLayout:
         chunk = self.pool.chunk_elems
         if part.name == EMBEDDING_A:  # looked up element by element: rows of a rank need no chunk
             return -(-part.num_rows * part.row_elems // chunk)
-        return part.num_rows * (self.row_pitch(part) // chunk)
+        return self.paged_rows(part) * (self.row_pitch(part) // chunk)
+
+    def paged_rows(self, part: Part) -> int:
+        """Return the rows of a part in the pages: of an output scale, two that are added."""
+        return 2 if is_out_scale(part.name) else part.num_rows
 
     def row_pitch(self, part: Part) -> int:
         """Return the elements between the rows of a part."""

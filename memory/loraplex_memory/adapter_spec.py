@@ -20,8 +20,13 @@ AdapterRanks = tuple[tuple[int, ...], ...]
 
 
 def out_scale(projection: Projection) -> str:
-    """`y = out_scale * (W x + b + s B A x) + bias`; `[1, out]`."""
+    """`y = out_scale * (W x + b + s B A x) + bias`; `[1, out]`, in pages `[2, out]` to be added."""
     return f"out_scale.{projection}"
+
+
+def is_out_scale(name: str) -> bool:
+    """Whether a part is an `out_scale`."""
+    return name.startswith("out_scale.")
 
 
 def bias(projection: Projection) -> str:

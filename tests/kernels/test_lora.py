@@ -124,7 +124,7 @@ def make_epilogue_batch(layout, pool, rows):
     """Return a batch of one adapter with a pair, a scale and a bias on o."""
     generator = torch.Generator().manual_seed(0)
     width = layout.geometry.hidden_size
-    matrices = [torch.randn(n, width, generator=generator) for n in (5, 5, 1, 1)]
+    matrices = [torch.randn(n, width, generator=generator) for n in (5, 5, 2, 1)]
     writer = PageWriter(layout)
     chunks = [writer.add(matrix) for matrix in matrices]
     pages = writer.write(pool, list(range(pool.shape[0])))
@@ -153,7 +153,7 @@ def test_a_row_with_scale_and_bias_is_bit_identical_in_any_company(geometry, dty
         assert torch.equal(y[others], base[others])
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
     a, b, scale, bias = (m.to(dtype).float() for m in matrices)
-    expected = scale[0] * (base[4].float() + (x[4].float() @ a.T) @ b) + bias[0]
+    expected = scale.sum(0) * (base[4].float() + (x[4].float() @ a.T) @ b) + bias[0]
     slack = 1e-3 if dtype is torch.float32 else 1e-1
     torch.testing.assert_close(outcomes[0].float(), expected, atol=slack, rtol=slack / 4)
 
@@ -163,7 +163,7 @@ def test_scale_and_bias_apply_after_the_delta(add_lora):
     layout = PoolLayout(ODD)
     pool = torch.full((9, layout.page_elems), torch.nan)
     writer = PageWriter(layout)
-    a, b, scale, bias = (torch.randn(n, 40) for n in (3, 3, 1, 1))
+    a, b, scale, bias = (torch.randn(n, 40) for n in (3, 3, 2, 1))
     chunks = [writer.add(matrix) for matrix in (a, b, scale, bias)]
     pages = writer.write(pool, [7, 2, 5])
     absent = [-1] * 6
@@ -175,7 +175,7 @@ def test_scale_and_bias_apply_after_the_delta(add_lora):
     x, y = torch.randn(4, 40), torch.randn(4, 40)
     expected = y.clone()
     delta = (x @ a.T) @ b
-    expected[0] = scale[0] * (y[0] + delta[0]) + bias[0]
+    expected[0] = scale.sum(0) * (y[0] + delta[0]) + bias[0]
     expected[3] += bias[0]
     expected[1] += delta[1]
     add_lora(y, x, pool, batch, layer=0, projections=(0,), out_features=(40,))

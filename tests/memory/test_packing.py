@@ -211,8 +211,22 @@ def test_parts_come_back_and_lie_where_the_layout_says(weights, tmp_path):
         rows = flat[start * POOL.chunk_elems :][: part.num_rows * pitch].view(-1, pitch)
         assert torch.equal(rows[:, : part.row_elems], tensor)
         assert not rows[:, part.row_elems :].any()
+    # What the rounding of an output scale left over is 0 in float32.
     elems = sum(pair.a.numel() + pair.b.numel() for pair in weights.lora.values())
     assert packed.count_nonzero() == elems + sum(tensor.numel() for tensor in parts.values())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_an_output_scale_loses_nothing_to_a_bfloat16_pool(size):
+    generator = torch.Generator().manual_seed(0)
+    scales = size * (1 + 0.1 * torch.randn(1, 32, generator=generator))
+    weights = AdapterWeights(parts={("out_scale.q", 0): scales})
+    layout = AdapterLayout(POOL, weights.spec(GEOMETRY.num_layers))
+    packed = pack_adapter(weights, layout, dtype=torch.bfloat16)
+    pitch = layout.row_pitch(layout.spec.part("out_scale.q"))
+    served = packed[0].flatten()[: 2 * pitch].float().view(2, pitch).sum(0)[:32]
+    torch.testing.assert_close(served, scales[0], rtol=2**-16, atol=0)
+    assert not torch.isclose(scales, scales.bfloat16().float(), rtol=1e-3, atol=0).all()
 
 
 def make_parts():

@@ -325,14 +325,14 @@ def _epilogue_adapter(
     for module in range(3):
         width = geometry.out_features(PROJECTIONS[module])
         ranks[0, module] = rank
-        vectors = torch.randn(2, width, generator=generator)
+        vectors = torch.randn(3, width, generator=generator)
         if module in scaled:
-            tables["scale"][0, module] = writer.add(vectors[0])
+            tables["scale"][0, module] = writer.add(vectors[:2])
         tables["b"][0, module] = writer.add(torch.randn(rank, width, generator=generator))
         a = torch.randn(rank, geometry.hidden_size, generator=generator) / 10
         tables["a"][0, module] = writer.add(a)
         if module in biased:
-            tables["bias"][0, module] = writer.add(vectors[1])
+            tables["bias"][0, module] = writer.add(vectors[2])
     writer.add(torch.zeros(1))
     pages = writer.write(pool, free)
     has_epilogue = bool(scaled or biased)

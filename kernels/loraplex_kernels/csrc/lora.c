@@ -265,17 +265,18 @@ INLINE pair load_in_order(const void *p, int64_t i, int is_bf16) {
     return in_order(split(load_step(p, i, is_bf16), is_bf16), is_bf16);
 }
 
-/* y = scale * (y + delta) + bias over `count` columns, a step or less; scale and bias may be NULL. */
-INLINE void finish_step(float *y, const float *delta, const void *scale, const void *bias,
-                        int64_t i, int64_t count, int is_bf16) {
+/* y = scale * (y + delta) + bias over `count` columns, a step or less. The scale is the sum of two
+ * vectors; it and the bias may be NULL. */
+INLINE void finish_step(float *y, const float *delta, const void *scale, const void *scale_rest,
+                        const void *bias, int64_t i, int64_t count, int is_bf16) {
     pair v = {{0}, {0}}, d;
     memcpy(&v, y + i, (size_t)count * sizeof *y);
     memcpy(&d, delta + i, sizeof d);
     d = in_order(d, is_bf16);
     v.low += d.low, v.high += d.high;
     if (scale) {
-        pair s = load_in_order(scale, i, is_bf16);
-        v.low *= s.low, v.high *= s.high;
+        pair s = load_in_order(scale, i, is_bf16), rest = load_in_order(scale_rest, i, is_bf16);
+        v.low *= s.low + rest.low, v.high *= s.high + rest.high;
     }
     if (bias) {
         pair b = load_in_order(bias, i, is_bf16);
@@ -289,10 +290,11 @@ static __attribute__((noinline)) void finish_row(const work *m, int64_t chunk, f
                                                  const float *delta, const void **scale,
                                                  const void **bias, int is_bf16) {
     for (int64_t c = 0; c < m->out; c++, y += chunk, delta += m->chunk) {
-        const void *s = scale ? scale[c] : NULL, *b = bias ? bias[c] : NULL;
+        const void *s = scale ? scale[c] : NULL, *rest = scale ? scale[m->out + c] : NULL;
+        const void *b = bias ? bias[c] : NULL;
         int64_t i = 0;
-        for (; i + STEP <= chunk; i += STEP) finish_step(y, delta, s, b, i, STEP, is_bf16);
-        if (i < chunk) finish_step(y, delta, s, b, i, chunk - i, is_bf16);
+        for (; i + STEP <= chunk; i += STEP) finish_step(y, delta, s, rest, b, i, STEP, is_bf16);
+        if (i < chunk) finish_step(y, delta, s, rest, b, i, chunk - i, is_bf16);
     }
 }
 
@@ -300,7 +302,7 @@ static __attribute__((noinline)) void finish_row(const work *m, int64_t chunk, f
 INLINE void finish(const lora_args *a, const work *m, int64_t scale_at, int64_t bias_at,
                    int is_bf16) {
     const void **scale = NULL, **bias = NULL, **end = m->a;
-    if (scale_at >= 0) end = list_chunks(a, m, scale_at, m->out, scale = end, is_bf16);
+    if (scale_at >= 0) end = list_chunks(a, m, scale_at, 2 * m->out, scale = end, is_bf16);
     if (bias_at >= 0) end = list_chunks(a, m, bias_at, m->out, bias = end, is_bf16);
     if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
     for (int r = 0; r < m->n; r++)

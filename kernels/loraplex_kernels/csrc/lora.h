@@ -8,7 +8,8 @@ typedef struct {
     const void *pool; /* [P, page_elems] */
     const int32_t *row_ids, *seg_indptr, *page_table; /* see LoRABatch */
     const int32_t *ranks, *a_chunks, *b_chunks;       /* [G, 7], this layer */
-    const int32_t *scale_chunks, *bias_chunks;        /* likewise, -1 for none; or both NULL */
+    /* Likewise, -1 for none; or both NULL. A scale is two rows, to be added. */
+    const int32_t *scale_chunks, *bias_chunks;
     const float *weights;                             /* [G], or NULL */
     const int32_t *projections, *out_features;        /* [num_projections] */
     int64_t T, K, N, G, page_table_width, page_elems;

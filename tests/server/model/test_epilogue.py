@@ -10,8 +10,8 @@ import torch
 from loraplex_memory.adapter_spec import bias, out_scale
 from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.layout import PROJECTIONS
-from tests.support.served import served_logits
-from tests.support.tiny_models import VOCAB, tiny_config, tiny_reference
+from tests.support.served import ServedModel, served_logits
+from tests.support.tiny_models import VOCAB, tiny_config, tiny_reference, transformer_of
 
 PROMPTS = [[5, 9, 11, 4, 60, 33, 8], [12], [90, 3, 3, 41, 7, 20, 19, 18, 6]]
 
@@ -90,3 +90,30 @@ def test_a_scale_of_one_layer_leaves_the_other_alone(reference):
     weights = random_weights(reference, has_pairs=False, has_scale=True, has_bias=True)
     first = {key: part for key, part in weights.parts.items() if key[1] == 1}
     assert_served(reference, {"one layer": AdapterWeights(parts=first)})
+
+
+@torch.inference_mode()
+def test_scales_near_one_cost_no_accuracy_in_bfloat16(reference):
+    """A pool of bfloat16 is no further from float32 than a model that has the scale merged."""
+    rounded = copy.deepcopy(reference).bfloat16().float()
+    adapters = {}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = random_weights(reference, has_pairs=False, has_scale=True, has_bias=False).parts
+        parts = {k: 1 + 0.03 * torch.randn(v.shape, generator=generator) for k, v in drawn.items()}
+        adapters[str(seed)] = AdapterWeights(parts=parts)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        (n, torch.randint(VOCAB, (24,), generator=generator)) for n in adapters for _ in range(8)
+    ]
+    served = ServedModel(transformer_of(rounded, dtype=torch.bfloat16), adapters)
+    ours, theirs = [], []
+    for (name, prompt), logits in zip(
+        prompts, served.logits([(n, p.tolist()) for n, p in prompts]), strict=True
+    ):
+        exact = patched(rounded, adapters[name])
+        expected = exact(prompt[None]).logits[0]
+        ours.append((logits - expected).square().mean())
+        merged = exact.bfloat16()(prompt[None]).logits[0].float()
+        theirs.append((merged - expected).square().mean())
+    assert torch.stack(ours).mean().sqrt() < 1.03 * torch.stack(theirs).mean().sqrt()
