@@ -56,10 +56,12 @@ def _fail(error: Exception, code: int) -> int:
 def _bind(config: Config) -> socket.socket:
     """Take the port at once: finding it busy after loading a model would be late."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind)
+        # With the protocol: of a socket that does not name it, asyncio does not know that it is
+        # TCP, and leaves Nagle's algorithm on, which holds the end of an answer back for 40 ms.
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
