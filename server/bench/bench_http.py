@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,12 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name:
         folder = Path(name)
         if options.streams:
-            with server(folder, options.port, options.pace_ms) as api:
+            with server(folder, options.pace_ms) as api:
                 for num_streams in options.streams:
                     rows.append(api.measure_streams(num_streams, options))
                     print(json.dumps(rows[-1]), flush=True)
         if options.requests:
-            with server(folder, options.port, _FAST_PACE_MS) as api:
+            with server(folder, _FAST_PACE_MS) as api:
                 adapter = push_adapter(folder, api.base_url)
                 for arm, wish in request_arms(adapter).items():
                     rows.append(api.measure_requests(arm, wish, options))
@@ -68,7 +69,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--pace-ms", type=float, default=20.0, help="from step to step")
     parser.add_argument("--requests", type=int, default=400, help="of each arm; 0: none")
-    parser.add_argument("--port", type=int, default=8766)
     return parser.parse_args()
 
 
@@ -179,9 +179,16 @@ def push_adapter(folder: Path, base_url: str) -> str:
     return "bench"
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
-def server(folder: Path, port: int, pace_ms: float) -> Iterator[Api]:
+def server(folder: Path, pace_ms: float) -> Iterator[Api]:
     """Run the API process and its stub engine while the block runs."""
+    port = free_port()
     log_path = folder / "emitted"
     command = [sys.executable, str(_HERE / "stub_server.py"), "--log", str(log_path)]
     command += ["--pace-s", str(pace_ms / 1e3), "--port", str(port), "--max-running", "512"]
@@ -210,7 +217,9 @@ def wait_until_ready(base_url: str, process: subprocess.Popen[bytes], log: Path)
 
 def report(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
     """Print the tables and one JSON line."""
-    print("\n| streams | tokens/s | API us/token | API, of a core | late p50 / p99 / max ms |", end="")
+    print(
+        "\n| streams | tokens/s | API us/token | API, of a core | late p50 / p99 / max ms |", end=""
+    )
     print(" tokens/event | engine us outside a step |\n|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         if "streams" in row:
