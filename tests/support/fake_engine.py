@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import (
@@ -37,27 +37,13 @@ INFO = EngineInfo(
 )
 
 
-class FakeStream:
+class FakeSubmission:
     def __init__(self, engine: FakeEngine, request_ids: Sequence[str]) -> None:
         self._engine = engine
-        self._open = set(request_ids)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def push(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while self._open:
-            event = await self._events.get()
-            if event.finish_reason is not None:
-                self._open.discard(event.request_id)
-            yield event
+        self._request_ids = request_ids
 
     def cancel(self, request_ids: Sequence[str] | None = None) -> None:
-        self._engine.cancelled.update(self._open if request_ids is None else request_ids)
-
-    async def aclose(self) -> None:
-        self.cancel()
+        self._engine.cancelled.update(self._request_ids if request_ids is None else request_ids)
 
 
 class FakeEngine:
@@ -106,15 +92,14 @@ class FakeEngine:
         self.state = EngineState.STOPPED
         self.cancelled.update(request.request_id for request in self.submitted)
 
-    def submit(self, requests: Sequence[Request]) -> FakeStream:
+    def submit(self, requests: Sequence[Request], take: Callable[[Event], None]) -> FakeSubmission:
         self._check_ready()
         self.submitted += requests
-        stream = FakeStream(self, [request.request_id for request in requests])
         for request in requests:
-            task = asyncio.create_task(self._answer(request, stream))
+            task = asyncio.create_task(self._answer(request, take))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return stream
+        return FakeSubmission(self, [request.request_id for request in requests])
 
     def discard_adapter(self, adapter_id: str) -> None:
         self.discarded.append(adapter_id)
@@ -133,7 +118,7 @@ class FakeEngine:
         if self.state is not EngineState.READY:
             raise EngineUnavailable(reason=f"the engine is {self.state.value}", retry_after_s=5.0)
 
-    async def _answer(self, request: Request, stream: FakeStream) -> None:
+    async def _answer(self, request: Request, take: Callable[[Event], None]) -> None:
         for num_sent, event in enumerate(self._events(request)):
             await asyncio.sleep(self.step_s)
             if request.request_id in self.cancelled:
@@ -142,7 +127,7 @@ class FakeEngine:
                 event = dataclasses.replace(self.end_with, request_id=request.request_id)
             if event.finish_reason is not None:
                 self.ended[request.request_id] = event.finish_reason
-            stream.push(event)
+            take(event)
             if event.finish_reason is not None:
                 return
 

@@ -120,19 +120,24 @@ class GenerationAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._abandon_when_gone(receive))
         try:
-            first = await self._generation.take()
-            self._raise_failure(first)
-            if self._generation.is_abandoned:
-                return
-            if self._is_stream:
-                await self._send_stream(first, send)
-            else:
-                await self._send_complete(first, send)
+            # In a task of its own: each token wakes up all callers of who waits for it, and above
+            # us there are twenty of the framework's.
+            await asyncio.create_task(self._send(send))
         except _ClientGone:
             return
         finally:
             watcher.cancel()
             self._generation.close()
+
+    async def _send(self, send: Send) -> None:
+        first = await self._generation.take()
+        self._raise_failure(first)
+        if self._generation.is_abandoned:
+            return
+        if self._is_stream:
+            await self._send_stream(first, send)
+        else:
+            await self._send_complete(first, send)
 
     async def _abandon_when_gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

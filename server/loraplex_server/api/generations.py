@@ -71,8 +71,8 @@ class Generations:
         self._promises = promises
         self._tenants = tenants
         self._clock = clock
-        self._pumps: set[asyncio.Task[None]] = set()
-        self._live: dict[Generation, Job] = {}
+        self._live: set[Generation] = set()
+        self._releases: set[asyncio.Task[None]] = set()
         self._num_live = 0
 
     @property
@@ -107,32 +107,29 @@ class Generations:
         with self._counted_rejections():
             bill = self._tenants.open(job)
         requests = self._requests(job, self._clock())
-        try:
-            stream = self._engine.submit(requests)
-        except BaseException:
-            bill.close()
-            raise
-        self._num_live += job.num_sequences
         generation = Generation(
             job,
-            stream,
             requests,
             self._assemblers(job),
             timeout_error=self._timeout_error(job),
             bill=bill,
             metrics=self._metrics,
             clock=self._clock,
+            on_end=self._end,
         )
-        self._live[generation] = job
-        pump = asyncio.create_task(self._run(generation, job))
-        self._pumps.add(pump)
-        pump.add_done_callback(self._pumps.discard)
+        try:
+            generation.submit(self._engine)
+        except BaseException:
+            bill.close()
+            raise
+        self._num_live += job.num_sequences
+        self._live.add(generation)
         return generation
 
     def cancel_users(self, name: str, adapter_ids: Collection[str]) -> None:
         """End whatever runs on these adapters by this name, as it was deleted."""
-        for generation, job in list(self._live.items()):
-            records = [adapter.lease.record for adapter in job.adapters]
+        for generation in list(self._live):
+            records = [adapter.lease.record for adapter in generation.job.adapters]
             if any(record.name == name and record.id in adapter_ids for record in records):
                 generation.cancel(AdapterDeleted(name))
 
@@ -144,14 +141,15 @@ class Generations:
             self._metrics.reject(type(error))
             raise
 
-    async def _run(self, generation: Generation, job: Job) -> None:
-        try:
-            await generation.pump()
-        finally:
-            self._num_live -= job.num_sequences
-            del self._live[generation]
-            if job.adapters:
-                await asyncio.to_thread(_release, job)
+    def _end(self, generation: Generation) -> None:
+        """The engine has ended all of it."""
+        job = generation.job
+        self._num_live -= job.num_sequences
+        self._live.remove(generation)
+        if job.adapters:
+            release = asyncio.create_task(asyncio.to_thread(_release, job))
+            self._releases.add(release)
+            release.add_done_callback(self._releases.discard)
 
     def _requests(self, job: Job, now: float) -> tuple[Request, ...]:
         terms = job.terms

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
 from loraplex_scheduler.plan import FinishReason
 from loraplex_server.api.errors import REJECTIONS, Overloaded, shape_of
+from loraplex_server.api.latency_histogram import LatencyHistogram
 
 # Bucket borders in seconds, as vLLM has them, so that its dashboards fit.
 _TTFT_S: Final = (
@@ -40,19 +41,19 @@ class RequestMetrics:
             ["reason"],
             registry=registry,
         )
-        self._first_token_s = Histogram(
+        self._first_token_s = LatencyHistogram(
             "loraplex_time_to_first_token_seconds",
             "From the request's arrival to its first token.",
             buckets=_TTFT_S,
             registry=registry,
         )
-        self._inter_token_s = Histogram(
+        self._inter_token_s = LatencyHistogram(
             "loraplex_inter_token_latency_seconds",
             "Between two deliveries of tokens of one sequence.",
             buckets=_INTER_TOKEN_S,
             registry=registry,
         )
-        self._e2e_s = Histogram(
+        self._e2e_s = LatencyHistogram(
             "loraplex_e2e_request_latency_seconds",
             "From the request's arrival to its end.",
             buckets=_E2E_S,

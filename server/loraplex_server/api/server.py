@@ -18,6 +18,7 @@ from typing import Final
 import uvicorn
 
 from loraplex_server.api.app import create_app
+from loraplex_server.api.http_protocol import HttpProtocol
 from loraplex_server.api.services import Services
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._app,
+                http=HttpProtocol,
                 log_config=None,
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",

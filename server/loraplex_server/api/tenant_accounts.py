@@ -118,12 +118,13 @@ class TenantBill:
 
     def book(self, index: int, event: Event) -> None:
         """Take an event of sequence `index`."""
-        if isinstance(event, TokenEvent):
-            self._num_generated += 1
-            self._used_prompts.add(index // self._job.n)
-        if index in self._waiting:
+        is_token = isinstance(event, TokenEvent)
+        self._num_generated += is_token
+        if index in self._waiting:  # its first event
             self._waiting.discard(index)
             self._accounts.leave_queue(self._job.terms.tenant, 1)
+            if is_token:
+                self._used_prompts.add(index // self._job.n)
 
     def close(self) -> None:
         """Give back what was charged and not used; call it once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from loraplex_memory.adapter_manifest import AdapterManifest
@@ -10,21 +10,11 @@ from loraplex_scheduler.plan import Event, Request
 from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats, FreedMemory
 
 
-class RequestStream(Protocol):
-    """Events of one submission (one or several requests), in order per request.
-
-    Ends after the terminal event of every request: each gets exactly one, also when the engine
-    dies. Closing it early cancels what still runs.
-    """
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
+class Submission(Protocol):
+    """One or several requests that were handed over together."""
 
     def cancel(self, request_ids: Sequence[str] | None = None) -> None:
         """Ask the engine to end these requests (default: all); their `cancelled` events follow."""
-        ...
-
-    async def aclose(self) -> None:
-        """Cancel what still runs and forget about it. Idempotent."""
         ...
 
 
@@ -53,8 +43,14 @@ class EngineHandle(Protocol):
         """End every request as cancelled, then the engine. Idempotent."""
         ...
 
-    def submit(self, requests: Sequence[Request]) -> RequestStream:
-        """Hand over requests; raises EngineUnavailable when the engine is not ready."""
+    def submit(self, requests: Sequence[Request], take: Callable[[Event], None]) -> Submission:
+        """Hand over requests; raises EngineUnavailable when the engine is not ready.
+
+        Args:
+            take: called in the event loop with every event, in their order per request, and never
+                before this returns. Each request gets exactly one terminal event, its last, also
+                when the engine dies. It must not raise: others' events come after.
+        """
         ...
 
     def discard_adapter(self, adapter_id: str) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_scheduler.plan import Event, Request
+from loraplex_scheduler.plan import (
+    EndEvent,
+    Event,
+    FinishReason,
+    Request,
+    SampledToken,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 
 class EngineState(StrEnum):
@@ -130,6 +140,9 @@ Command = Submit | Cancel | DiscardAdapter | KeepAdapters | PrefetchAdapter | Sh
 
 # From the engine process to the API process.
 
+#: Of a token event: its log probabilities, its finish reason, its `num_cached`.
+TokenDetails = tuple[TokenLogprobs | None, FinishReason | None, int]
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -138,10 +151,54 @@ class Ready:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """All events of one step; every so often, and whenever the engine falls idle, its state."""
+    """All events of one step; every so often, and whenever the engine falls idle, its state.
 
-    events: tuple[Event, ...]
+    Tokens travel in columns, which are packed in a tenth of the time that as many objects take,
+    and most tokens have nothing to tell but their ids.
+
+    Attributes:
+        request_ids, token_ids: of all token events, in their order.
+        details: what else there is of those that have it, by their position.
+        ends: events without a token. No request has a token behind one.
+    """
+
+    request_ids: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    details: dict[int, TokenDetails]
+    ends: tuple[EndEvent, ...]
     stats: EngineStats | None
+
+    @classmethod
+    def of(cls, events: Iterable[Event], stats: EngineStats | None = None) -> Self:
+        """Return the message for a step's events."""
+        request_ids: list[str] = []
+        token_ids: list[int] = []
+        details: dict[int, TokenDetails] = {}
+        ends: list[EndEvent] = []
+        for event in events:
+            if isinstance(event, EndEvent):
+                ends.append(event)
+                continue
+            request_id, (token_id, logprobs), finish_reason, num_cached = event
+            if logprobs is not None or finish_reason is not None or num_cached:
+                details[len(token_ids)] = logprobs, finish_reason, num_cached
+            request_ids.append(request_id)
+            token_ids.append(token_id)
+        return cls(tuple(request_ids), tuple(token_ids), details, tuple(ends), stats)
+
+    @property
+    def events(self) -> list[Event]:
+        """The events, made anew: those of each request in their order."""
+        events: list[Event] = [
+            TokenEvent(request_id, SampledToken(token_id))
+            for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True)
+        ]
+        for index, (logprobs, finish_reason, num_cached) in self.details.items():
+            token = SampledToken(self.token_ids[index], logprobs)
+            request_id = self.request_ids[index]
+            events[index] = TokenEvent(request_id, token, finish_reason, num_cached)
+        events += self.ends
+        return events
 
 
 @dataclass(frozen=True)

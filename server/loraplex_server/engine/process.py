@@ -7,6 +7,7 @@ API process decides, by `Shutdown` or, should it die, by the pipe that closes wi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -34,6 +35,7 @@ from loraplex_server.engine.messages import (
     StepOutput,
     Submit,
 )
+from loraplex_server.engine.reply_pipe import ReplySender
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -60,21 +62,22 @@ def run_engine(connection: Connection, build_core: CoreFactory) -> None:
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-    core = _try_build(connection, build_core, lambda: inbox.put(None))
-    if core is None:
-        return
-    collector = CycleCollector(time.monotonic())
-    try:
-        connection.send(Ready(core.info))
-        _serve(core, connection, inbox, collector)
-    except (BrokenPipeError, ConnectionResetError):
-        log.warning("the API process is gone")
-    finally:
-        core.close()
+    with contextlib.closing(ReplySender(connection)) as replies:
+        core = _try_build(replies, build_core, lambda: inbox.put(None))
+        if core is None:
+            return
+        collector = CycleCollector(time.monotonic())
+        try:
+            replies.send(Ready(core.info))
+            _serve(core, replies, inbox, collector)
+        except (BrokenPipeError, ConnectionResetError):
+            log.warning("the API process is gone")
+        finally:
+            core.close()
 
 
 def _try_build(
-    connection: Connection, build_core: CoreFactory, wake: Callable[[], None]
+    replies: ReplySender, build_core: CoreFactory, wake: Callable[[], None]
 ) -> EngineCore | None:
     """Build the core; None when that is not possible, and the other end was told why."""
     try:
@@ -84,19 +87,24 @@ def _try_build(
     except Exception as error:
         log.exception("the engine could not start")
         message = f"{type(error).__name__}: {error}"
-    connection.send(StartFailed(message))
+    replies.send(StartFailed(message))
+    replies.flush()
     return None
 
 
 def _serve(
     core: EngineCore,
-    connection: Connection,
+    replies: ReplySender,
     inbox: queue.SimpleQueue[Command | None],
     collector: CycleCollector,
 ) -> None:
     stats_due = 0.0
     discards = PendingDiscards(core)
     while True:
+        if core.has_work:
+            replies.push()
+        else:
+            replies.flush()  # an API process that reads nothing sends nothing new either
         events: list[Event] = []
         for command in _drain(core, inbox):
             if isinstance(command, Shutdown):
@@ -105,13 +113,13 @@ def _serve(
         if core.has_work:
             events += core.step()
         for discarded in discards.take_done():
-            connection.send(discarded)
+            replies.send(discarded)
         now = time.monotonic()
         is_due = now >= stats_due or not core.has_work
         if is_due:
             stats_due = now + STATS_EVERY_S
         if events or is_due:
-            connection.send(StepOutput(tuple(events), core.stats() if is_due else None))
+            replies.send(StepOutput.of(events, core.stats() if is_due else None))
         collector.collect_if_due(now, is_idle=not core.has_work)
 
 

@@ -20,6 +20,7 @@ from loraplex_scheduler.plan import FinishReason, Request
 from loraplex_server.engine.child import EngineChild
 from loraplex_server.engine.discards import DiscardAnswers
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
+from loraplex_server.engine.event_receivers import EventReceivers, ProcessSubmission, TakeEvent
 from loraplex_server.engine.messages import (
     AdapterDiscarded,
     Command,
@@ -37,7 +38,6 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 from loraplex_server.engine.process import CoreFactory
-from loraplex_server.engine.request_streams import ProcessRequestStream, RequestStreams
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ProcessEngine:
     def __init__(self, build_core: CoreFactory, *, start_timeout_s: float = 600.0) -> None:
         self._build_core = build_core
         self._start_timeout_s = start_timeout_s
-        self._streams = RequestStreams(self._send)
+        self._receivers = EventReceivers(self._send)
         self._discards = DiscardAnswers()
         self._kept: frozenset[str] = frozenset()
         self._state = EngineState.STOPPED
@@ -131,7 +131,7 @@ class ProcessEngine:
     async def stop(self) -> None:
         self._is_stopping.set()
         self._state = EngineState.STOPPED
-        self._streams.end_all(FinishReason.CANCELLED, "the server is stopping")
+        self._receivers.end_all(FinishReason.CANCELLED, "the server is stopping")
         if self._supervisor is None:
             return
         try:
@@ -140,12 +140,12 @@ class ProcessEngine:
             if self._child is not None:
                 self._child.kill()
 
-    def submit(self, requests: Sequence[Request]) -> ProcessRequestStream:
+    def submit(self, requests: Sequence[Request], take: TakeEvent) -> ProcessSubmission:
         """See `EngineHandle`; raises ValueError when a request id is live."""
         self._check_ready()
-        stream = self._streams.open(requests)
+        submission = self._receivers.open(requests, take)
         self._send(Submit(tuple(requests)))
-        return stream
+        return submission
 
     def discard_adapter(self, adapter_id: str) -> None:
         if self._state is EngineState.READY:
@@ -201,7 +201,7 @@ class ProcessEngine:
             log.exception("the engine's supervisor failed")
         finally:
             self._state = EngineState.STOPPED
-            self._streams.end_all(FinishReason.FAILED, "the engine has stopped")
+            self._receivers.end_all(FinishReason.FAILED, "the engine has stopped")
             if not started.done():
                 started.set_exception(self._unavailable("the engine was stopped"))
 
@@ -253,14 +253,14 @@ class ProcessEngine:
             self._state = EngineState.RESTARTING
         self._stats = EngineStats()
         self._discards.end_all()
-        self._streams.end_all(FinishReason.FAILED, "the engine failed and is being restarted")
+        self._receivers.end_all(FinishReason.FAILED, "the engine failed and is being restarted")
 
     def _receive(self, reply: Reply) -> None:
         if self._is_stopping.is_set():
             return
         if isinstance(reply, StepOutput):
             self._stats = reply.stats or self._stats
-            self._streams.deliver(reply.events)
+            self._receivers.deliver(reply.events)
         elif isinstance(reply, AdapterDiscarded):
             self._discards.take(reply)
         elif isinstance(reply, StartFailed):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, SampledToken
-from loraplex_server.text.detokenizer import Detokenizer
+from loraplex_server.text.detokenizer import make_detokenizer
 from loraplex_server.text.stops import StopMatcher
 from loraplex_server.text.vocabulary import Vocabulary
 
@@ -73,11 +73,8 @@ class TextAssembler:
             prompt_ids: the prompt; its last tokens decide how the first new one is written.
             stop_token_ids: those of its SamplingParams; only to report `stop_reason`.
         """
-        skip = options.skip_special_tokens
-        self._detokenizer = Detokenizer(
-            vocabulary.decoder(skip_special_tokens=skip),
-            skipped_ids=vocabulary.special_ids if skip else (),
-            prompt_ids=prompt_ids,
+        self._detokenizer = make_detokenizer(
+            vocabulary, skip_special_tokens=options.skip_special_tokens, prompt_ids=prompt_ids
         )
         self._matcher = StopMatcher(
             options.stop, include_in_output=options.include_stop_str_in_output

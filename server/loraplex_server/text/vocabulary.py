@@ -55,7 +55,7 @@ class Vocabulary:
         self._template_args = frozenset(
             inspect.signature(tokenizer.apply_chat_template).parameters
         ) - {"kwargs"}
-        self._is_byte_level = "ByteLevel" in str(getattr(self._backend, "decoder", ""))
+        self._is_byte_level = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
         self._size = len(tokenizer) if size is None else size
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_bytes = lru_cache(_TOKEN_CACHE)(self._token_bytes)
@@ -67,6 +67,14 @@ class Vocabulary:
     def special_ids(self) -> frozenset[int]:
         """Tokens that `skip_special_tokens` leaves out."""
         return self._special_ids
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether a text is its tokens' bytes, one after the other, and nothing else.
+
+        Then decoding is the same as reading `token_bytes` as UTF-8 with errors replaced.
+        """
+        return self._is_byte_level
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; raises InvalidText."""
@@ -163,12 +171,14 @@ class Vocabulary:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(token, str):  # ids the model has but the tokenizer does not
             return b""
-        if token_id not in self._special_ids:
-            if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in token):
+        if self._is_byte_level:
+            if all(char in _BYTE_OF_CHAR for char in token):
                 return bytes(_BYTE_OF_CHAR[char] for char in token)
+            return token.encode("utf-8")  # one that was added as it is
+        if token_id not in self._special_ids:
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 return bytes([int(token[3:5], 16)])
-            if not self._is_byte_level and "\u2581" in token:
+            if "\u2581" in token:
                 return token.replace("\u2581", " ").encode("utf-8")
         return self.decoder(skip_special_tokens=False)([token_id]).encode("utf-8")
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.api.app import create_app
+from loraplex_server.api.http_protocol import HttpProtocol
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
 from loraplex_server.text.vocabulary import Vocabulary
@@ -121,7 +122,9 @@ def running_server(data_dir: Path, vocabulary: Vocabulary, **settings) -> Iterat
     )
     services = Services(config, engine, catalog, vocabulary, base_names=(BASE,))
     app = create_app(services)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=HttpProtocol, port=0, log_level="warning", lifespan="off")
+    )
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:

@@ -148,10 +148,10 @@ def test_a_failure_of_a_dying_engine_asks_to_retry(server):
     server.engine.end_after = 2
     submit = server.engine.submit
 
-    def submit_and_die(requests):
-        stream = submit(requests)
+    def submit_and_die(requests, take):
+        submission = submit(requests, take)
         server.engine.state = EngineState.RESTARTING
-        return stream
+        return submission
 
     server.engine.submit = submit_and_die
     try:

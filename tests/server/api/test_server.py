@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 
-from loraplex_server.__main__ import main
+from loraplex_server.__main__ import bind, main
 from loraplex_server.api.server import Server
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
@@ -43,6 +43,28 @@ def stoppable(tmp_path, vocabulary):
 
     yield start
     catalog.close()
+
+
+def test_connections_send_small_chunks_at_once():
+    """Of a socket that does not say it is TCP, asyncio leaves Nagle's algorithm on."""
+
+    async def nodelay() -> int:
+        options: asyncio.Queue[int] = asyncio.Queue()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = writer.get_extra_info("socket")
+            options.put_nowait(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind(Config(port=0)) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+                async with asyncio.timeout(10):
+                    found = await options.get()
+                writer.close()
+                return found
+
+    assert asyncio.run(nodelay())
 
 
 def stream_until_stopped(url, stop, max_tokens: int) -> str:

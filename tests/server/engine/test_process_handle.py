@@ -95,8 +95,32 @@ async def engine():
     await engine.stop()
 
 
-async def collect(stream):
-    return [event async for event in stream]
+class Taken:
+    """What came of one submission."""
+
+    def __init__(self, engine, requests):
+        self.events = []
+        self._num_open = len(requests)
+        self._ended = asyncio.Event()
+        self.cancel = engine.submit(requests, self._take).cancel
+
+    def _take(self, event):
+        self.events.append(event)
+        self._num_open -= event.finish_reason is not None
+        if not self._num_open:
+            self._ended.set()
+
+    async def all(self):
+        await self._ended.wait()
+        return self.events
+
+
+def submit(engine, *requests):
+    return Taken(engine, requests)
+
+
+async def collect(taken):
+    return await taken.all()
 
 
 async def wait_for(condition, timeout_s=60.0):
@@ -132,44 +156,44 @@ async def assert_stopped(engine):
 
 
 async def test_several_requests_of_one_submission_each_end_once(engine):
-    events = await collect(engine.submit([request("a"), request("b", 4)]))
+    events = await collect(submit(engine, request("a"), request("b", 4)))
     ends = [e.request_id for e in events if e.finish_reason]
     assert sorted(ends) == ["a", "b"]
     assert len([e for e in events if e.request_id == "b"]) == 4
     assert engine.info.num_pages == 2048
 
 
-async def test_a_closed_stream_cancels_what_still_runs(engine):
-    stream = engine.submit([request("a", ENDLESS)])
+async def test_what_is_cancelled_gives_its_pages_back(engine):
+    stream = submit(engine, request("a", ENDLESS))
     await wait_for(lambda: engine.stats.num_running == 1)
-    await stream.aclose()
+    stream.cancel()
     await wait_for(lambda: engine.stats.num_running == 0 and engine.stats.pages_kv == 0, 5.0)
     assert engine.stats.generated_tokens < ENDLESS
 
 
 async def test_a_cancelled_request_gets_its_event(engine):
-    stream = engine.submit([request("a", ENDLESS), request("b", 4)])
+    stream = submit(engine, request("a", ENDLESS), request("b", 4))
     stream.cancel(["a"])
     reasons = {e.request_id: e.finish_reason for e in await collect(stream) if e.finish_reason}
     assert reasons == {"a": FinishReason.CANCELLED, "b": FinishReason.LENGTH}
 
 
 async def test_a_live_request_id_is_refused_and_its_stream_goes_on(engine):
-    stream = engine.submit([request("a", ENDLESS)])
+    stream = submit(engine, request("a", ENDLESS))
     with pytest.raises(ValueError, match="in use"):
-        engine.submit([request("b"), request("a")])
+        submit(engine, request("b"), request("a"))
     with pytest.raises(ValueError, match="in use"):
-        engine.submit([request("c"), request("c")])
+        submit(engine, request("c"), request("c"))
     stream.cancel()
     assert (await collect(stream))[-1].finish_reason is FinishReason.CANCELLED
-    assert len(await collect(engine.submit([request("a")]))) == 8
+    assert len(await collect(submit(engine, request("a")))) == 8
 
 
 async def test_a_load_wakes_the_idle_engine(tmp_path):
     gate = tmp_path / "gate"
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
     engine = await start(functools.partial(build_gated, gate=gate))
-    stream = engine.submit([greedy_request("r", [5, 6], adapter, max_tokens=3, ignore_eos=True)])
+    stream = submit(engine, greedy_request("r", [5, 6], adapter, max_tokens=3, ignore_eos=True))
     await wait_for(lambda: engine.stats.loading == ("a",))
     gate.touch()
     async with asyncio.timeout(10.0):
@@ -181,7 +205,7 @@ async def test_a_load_is_booked_although_its_request_was_cancelled(tmp_path):
     gate = tmp_path / "gate"
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
     engine = await start(functools.partial(build_gated, gate=gate))
-    stream = engine.submit([request("r", adapter=adapter)])
+    stream = submit(engine, request("r", adapter=adapter))
     await wait_for(lambda: engine.stats.loading == ("a",))
     stream.cancel()
     assert (await collect(stream))[-1].finish_reason is FinishReason.CANCELLED
@@ -200,19 +224,19 @@ async def test_a_hint_wakes_the_idle_engine(engine, tmp_path):
 
 
 async def test_when_the_process_dies_requests_fail_once_and_it_comes_back(engine):
-    stream = engine.submit([request("a", ENDLESS)])
+    stream = submit(engine, request("a", ENDLESS))
     os.kill(engine.process_id, signal.SIGKILL)
     events = await collect(stream)
     assert [e.finish_reason for e in events if e.finish_reason] == [FinishReason.FAILED]
     assert engine.state is EngineState.RESTARTING
     with pytest.raises(EngineUnavailable) as refused:
-        engine.submit([request("b")])
+        submit(engine, request("b"))
     assert refused.value.retry_after_s >= 1.0
     with pytest.raises(EngineUnavailable):
         engine.prefetch(AdapterManifest("a", "a.safetensors", ()))
     await wait_for(lambda: engine.state is EngineState.READY)
     assert engine.num_restarts == 1
-    assert len(await collect(engine.submit([request("c")]))) == 8
+    assert len(await collect(submit(engine, request("c")))) == 8
 
 
 async def test_a_spawn_that_fails_is_one_more_failure_of_a_run():
@@ -270,13 +294,13 @@ async def test_a_start_that_takes_too_long_is_named_and_killed():
 
 
 async def test_stopping_ends_open_requests_as_cancelled(engine):
-    stream = engine.submit([request("a", ENDLESS)])
+    stream = submit(engine, request("a", ENDLESS))
     await stop_quickly(engine)
     assert (await collect(stream))[-1].finish_reason is FinishReason.CANCELLED
     await engine.stop()
     await assert_stopped(engine)
     with pytest.raises(EngineUnavailable):
-        engine.submit([request("b")])
+        submit(engine, request("b"))
 
 
 async def test_stopping_while_it_starts_is_not_undone():
@@ -327,7 +351,7 @@ async def test_a_frozen_process_is_killed_after_its_grace(engine, monkeypatch):
 async def test_signals_to_the_whole_group_leave_the_engine_to_its_parent(engine):
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(engine.process_id, number)
-    assert len(await collect(engine.submit([request("a")]))) == 8
+    assert len(await collect(submit(engine, request("a")))) == 8
     assert engine.num_restarts == 0
 
 
@@ -343,7 +367,7 @@ async def test_signals_do_not_strike_a_process_that_is_being_born():
 
 async def test_what_a_discard_freed_is_told_when_it_is_free(engine, tmp_path):
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
-    await collect(engine.submit([request("r", adapter=adapter)]))
+    await collect(submit(engine, request("r", adapter=adapter)))
     engine.discard_adapter(adapter.adapter_id)
     freed = await engine.freed(adapter.adapter_id)
     assert freed.weight_pages > 0
@@ -355,7 +379,7 @@ async def test_what_a_discard_freed_is_told_when_it_is_free(engine, tmp_path):
 async def test_a_discard_of_a_loading_adapter_is_told_when_the_load_has_ended(tmp_path):
     gate = tmp_path / "gate"
     engine = await start(functools.partial(build_gated, gate=gate), start_timeout_s=60.0)
-    stream = engine.submit([request("r", adapter=save_adapter(tmp_path, tiny_spec().geometry))])
+    stream = submit(engine, request("r", adapter=save_adapter(tmp_path, tiny_spec().geometry)))
     await wait_for(lambda: engine.stats.loading)
     stream.cancel()
     await collect(stream)
@@ -370,7 +394,7 @@ async def test_a_discard_of_a_loading_adapter_is_told_when_the_load_has_ended(tm
 
 async def test_a_discard_is_over_when_the_process_is(engine, tmp_path):
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
-    await collect(engine.submit([request("r", adapter=adapter)]))
+    await collect(submit(engine, request("r", adapter=adapter)))
     os.kill(engine.process_id, signal.SIGSTOP)
     engine.discard_adapter(adapter.adapter_id)
     os.kill(engine.process_id, signal.SIGKILL)
