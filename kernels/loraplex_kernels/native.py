@@ -51,7 +51,7 @@ def struct_fields(
 
 class _LoRAArgs(ctypes.Structure):
     _fields_ = struct_fields(
-        "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
+        "y deltas x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
         "scale_chunks bias_chunks weights projections out_features",
         "T K N G page_table_width page_elems",
         [

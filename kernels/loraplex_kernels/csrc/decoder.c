@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 #include "attention.h"
 #include "elements.h"
@@ -14,6 +15,7 @@
 typedef struct {
     const decoder *d;
     const decoder_step *s;
+    float *deltas; /* see lora_args */
     int64_t layer;
     int op;
 } place;
@@ -129,6 +131,7 @@ static lora_args lora_of(const place *here, const decoder_lora *l, const site *a
     int64_t table = here->layer * l->G * NUM_PROJECTIONS;
     return (lora_args){
         .y = y,
+        .deltas = here->deltas,
         .x = x,
         .pool = here->s->pool + here->layer * here->s->num_pages * d->page_elems * elem_size(d),
         .row_ids = l->row_ids,
@@ -194,16 +197,22 @@ static product product_of(const place *here) {
     return (product){&layer->down, s->product, s->delta};
 }
 
+/* The first adapter of each row is computed beside the base: it waits for memory, the base for
+ * arithmetic, unless there are few rows. */
 static void multiply(worker *w, const place *here) {
     product p = product_of(here);
     linear_args base = {p.layer, p.x, p.y, here->s->T};
-    run_phase(w, linear_item, &base, linear_items(&base));
+    phase outputs = {linear_item, &base, linear_items(&base)};
     site at = site_of(here->d, here->op);
     for (int64_t i = 0; i < here->s->num_loras; i++) {
         lora_args lora = lora_of(here, &here->s->loras[i], &at, p.layer, p.x, p.y);
         int64_t count = lora_items(&lora);
-        if (count) run_phase(w, lora_item, &lora, count);
+        phase deltas = {lora_delta_item, &lora, count};
+        run_phases(w, &outputs, &deltas);
+        run_phase(w, lora_add_item, &lora, count);
+        outputs.count = 0;
     }
+    if (outputs.count) run_phase(w, outputs.run, outputs.args, outputs.count);
 }
 
 /* ---- the program --------------------------------------------------------------------------- */
@@ -236,11 +245,12 @@ static void run_op(worker *w, const place *here) {
 typedef struct {
     const decoder *d;
     const decoder_step *s;
+    float *deltas;
     int64_t first, stop;
 } stretch;
 
 static place place_of(const stretch *all, int64_t index) {
-    return (place){all->d, all->s, index / NUM_OPS, (int)(index % NUM_OPS)};
+    return (place){all->d, all->s, all->deltas, index / NUM_OPS, (int)(index % NUM_OPS)};
 }
 
 static void run_stretch(worker *w, const void *args) {
@@ -251,31 +261,38 @@ static void run_stretch(worker *w, const void *args) {
     }
 }
 
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static void raise_to(int64_t *most, int64_t value) {
+    if (value > *most) *most = value;
+}
 
-static int64_t scratch_of(const place *here) {
-    int64_t bytes = 0;
-    if (here->layer == here->d->num_layers) return 0;
+/* Memory that an operation needs. */
+static void measure(const place *here, int64_t *scratch_bytes, int64_t *delta_elems) {
+    if (here->layer == here->d->num_layers) return;
     if (here->op == ATTEND) {
         attention_args attention = attention_of(here);
-        return attention_scratch_bytes(&attention);
+        raise_to(scratch_bytes, attention_scratch_bytes(&attention));
+        return;
     }
-    if (here->op != QKV && here->op != O && here->op != GATE_UP && here->op != DOWN) return 0;
+    if (here->op != QKV && here->op != O && here->op != GATE_UP && here->op != DOWN) return;
     product p = product_of(here);
     site at = site_of(here->d, here->op);
     for (int64_t i = 0; i < here->s->num_loras; i++) {
         lora_args lora = lora_of(here, &here->s->loras[i], &at, p.layer, p.x, p.y);
-        bytes = most(bytes, lora_scratch_bytes(&lora));
+        raise_to(scratch_bytes, lora_scratch_bytes(&lora));
+        raise_to(delta_elems, lora_delta_elems(&lora));
     }
-    return bytes;
 }
 
 int loraplex_decode(const decoder *d, const decoder_step *s, int64_t first, int64_t stop) {
-    stretch all = {d, s, first, stop};
-    int64_t bytes = 0;
+    stretch all = {d, s, NULL, first, stop};
+    int64_t scratch_bytes = 0, delta_elems = 0;
     for (int64_t i = first; i < stop; i++) {
         place here = place_of(&all, i);
-        bytes = most(bytes, scratch_of(&here));
+        measure(&here, &scratch_bytes, &delta_elems);
     }
-    return run_team(run_stretch, &all, bytes);
+    all.deltas = allocate(delta_elems * (int64_t)sizeof *all.deltas);
+    if (all.deltas == NULL) return 1;
+    int failed = run_team(run_stretch, &all, scratch_bytes);
+    free(all.deltas);
+    return failed;
 }

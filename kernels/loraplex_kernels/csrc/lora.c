@@ -2,12 +2,15 @@
  * fixed by the shape alone: explicit vectors, no fast-math, no atomics. The result of a row is
  * therefore bit-identical in any batch.
  *
- * An item is one module of one adapter for up to ROWS token rows. In a decode step an adapter has a
+ * An item is one module of one adapter for up to ROWS token rows. Deltas are computed apart from the
+ * base's outputs, and added once both are there: in a decode step an adapter has a
  * row or two, and all time goes into reading weights from memory: A and then B are read once, as
  * they lie, while what comes next is prefetched (pages are scattered, and hardware prefetchers stop
  * where one ends). With many rows the weights stay in the caches while rows pass over them,
  * TILE_ROWS at a time with their sums in registers. */
 #include "lora.h"
+
+#include <stdlib.h>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -325,7 +328,7 @@ INLINE int64_t whole_lines(int64_t bytes) {
 
 /* Where the parts of a thread's scratch begin, and its bytes. */
 typedef struct {
-    int64_t h, delta, copies, end;
+    int64_t h, copies, end;
 } parts;
 
 static parts scratch_parts(const lora_args *a) {
@@ -336,10 +339,19 @@ static parts scratch_parts(const lora_args *a) {
     int64_t listed = RANK_BLOCK * (in + out), copied = chunk == a->chunk ? 0 : listed + ROWS * in;
     parts s;
     s.h = whole_lines((listed + chunks_ahead(a)) * (int64_t)sizeof(void *));
-    s.delta = s.h + RANK_BLOCK * ROWS * (int64_t)sizeof(float);
-    s.copies = s.delta + ROWS * out * chunk * (int64_t)sizeof(float);
+    s.copies = s.h + RANK_BLOCK * ROWS * (int64_t)sizeof(float);
     s.end = s.copies + copied * chunk * (a->is_bf16 ? 2 : 4);
     return s;
+}
+
+INLINE int64_t delta_width(const lora_args *a, int p) {
+    return a->out_features[p] / a->chunk * padded_chunk(a);
+}
+
+int64_t lora_delta_elems(const lora_args *a) {
+    int64_t width = 0;
+    for (int p = 0; p < a->num_projections; p++) width += delta_width(a, p);
+    return a->seg_indptr[a->G] * width;
 }
 
 /* Replace the rows of x by copies that consist of whole steps. */
@@ -351,35 +363,61 @@ static void pad_activations(const lora_args *a, work *m) {
     }
 }
 
-INLINE void run_module(const lora_args *a, int64_t g, int p, const int32_t *rows, int n,
-                       char *scratch, int is_bf16) {
-    int64_t index = g * 7 + a->projections[p], rank = a->ranks[index], column = 0;
-    int64_t scale_at = chunk_or_none(a->scale_chunks, index);
-    int64_t bias_at = chunk_or_none(a->bias_chunks, index);
-    if (rank == 0 && scale_at < 0 && bias_at < 0) return;
-    for (int i = 0; i < p; i++) column += a->out_features[i];
+/* One module of one segment, for some of its rows. */
+typedef struct {
+    int64_t g, row, n; /* `row` counts in row_ids */
+    int p;
+} block;
+
+/* Whether the adapter leaves the module alone. */
+INLINE int is_absent(const lora_args *a, const block *b) {
+    int64_t index = b->g * 7 + a->projections[b->p];
+    return a->ranks[index] == 0 && chunk_or_none(a->scale_chunks, index) < 0 &&
+           chunk_or_none(a->bias_chunks, index) < 0;
+}
+
+INLINE work work_of(const lora_args *a, const block *b, char *scratch) {
     parts s = scratch_parts(a);
+    const int32_t *rows = a->row_ids + b->row;
+    int64_t column = 0;
+    float *delta = a->deltas;
+    for (int i = 0; i < b->p; i++) {
+        column += a->out_features[i];
+        delta += a->seg_indptr[a->G] * delta_width(a, i);
+    }
     work m = {
-        .pages = a->page_table + g * a->page_table_width,
+        .pages = a->page_table + b->g * a->page_table_width,
         .a = (const void **)scratch,
         .h = (float *)(scratch + s.h),
-        .delta = (float *)(scratch + s.delta),
+        .delta = delta + b->row * delta_width(a, b->p),
         .copies = s.copies == s.end ? NULL : scratch + s.copies,
         .in = a->K / a->chunk,
-        .out = a->out_features[p] / a->chunk,
+        .out = a->out_features[b->p] / a->chunk,
         .chunk = padded_chunk(a),
         .ahead = chunks_ahead(a),
-        .weight = a->weights ? a->weights[g] : 1.0f,
-        .n = n,
+        .weight = a->weights ? a->weights[b->g] : 1.0f,
+        .n = (int)b->n,
     };
-    for (int r = 0; r < n; r++) {
-        m.x[r] = at(a->x, rows[r] * a->K, is_bf16);
+    for (int r = 0; r < m.n; r++) {
+        m.x[r] = at(a->x, rows[r] * a->K, a->is_bf16);
         m.y[r] = a->y + rows[r] * a->N + column;
     }
-    memset(m.delta, 0, (size_t)(n * m.out * m.chunk) * sizeof *m.delta);
+    return m;
+}
+
+INLINE void compute_delta(const lora_args *a, const block *b, char *scratch, int is_bf16) {
+    int64_t index = b->g * 7 + a->projections[b->p];
+    work m = work_of(a, b, scratch);
+    memset(m.delta, 0, (size_t)(m.n * m.out * m.chunk) * sizeof *m.delta);
     if (m.copies) pad_activations(a, &m);
-    add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], rank, is_bf16);
-    finish(a, &m, scale_at, bias_at, is_bf16);
+    add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], a->ranks[index], is_bf16);
+}
+
+INLINE void finish_block(const lora_args *a, const block *b, char *scratch, int is_bf16) {
+    int64_t index = b->g * 7 + a->projections[b->p];
+    work m = work_of(a, b, scratch);
+    finish(a, &m, chunk_or_none(a->scale_chunks, index), chunk_or_none(a->bias_chunks, index),
+           is_bf16);
 }
 
 /* Blocks of up to ROWS rows are numbered so that the segment of one is found by halving: those of
@@ -390,24 +428,49 @@ int64_t lora_items(const lora_args *a) { return first_block(a, a->G) * a->num_pr
 
 int64_t lora_scratch_bytes(const lora_args *a) { return scratch_parts(a).end; }
 
-void lora_item(const void *args, int64_t item, void *scratch) {
-    const lora_args *a = args;
-    /* Module by module: the widest ones come first, and short items end the phase evenly. */
-    int64_t num_blocks = first_block(a, a->G), block = item % num_blocks, g = 0;
-    int p = (int)(item / num_blocks);
+/* Module by module: the widest ones come first, and short items end the phase evenly. */
+static block block_of(const lora_args *a, int64_t item) {
+    int64_t num_blocks = first_block(a, a->G), at = item % num_blocks, g = 0;
     for (int64_t end = a->G; end - g > 1;) {
         int64_t middle = (g + end) / 2;
-        if (first_block(a, middle) <= block) g = middle;
+        if (first_block(a, middle) <= at) g = middle;
         else end = middle;
     }
-    int64_t row = a->seg_indptr[g] + (block - first_block(a, g)) * ROWS;
-    int64_t n = a->seg_indptr[g + 1] - row;
-    if (n <= 0) return;
-    if (n > ROWS) n = ROWS;
-    if (a->is_bf16) run_module(a, g, p, a->row_ids + row, (int)n, scratch, 1);
-    else run_module(a, g, p, a->row_ids + row, (int)n, scratch, 0);
+    block b = {.g = g, .p = (int)(item / num_blocks)};
+    b.row = a->seg_indptr[g] + (at - first_block(a, g)) * ROWS;
+    b.n = a->seg_indptr[g + 1] - b.row;
+    if (b.n > ROWS) b.n = ROWS;
+    return b;
 }
 
-int loraplex_add_lora(const lora_args *a) {
-    return run_alone(lora_item, a, lora_items(a), lora_scratch_bytes(a));
+void lora_delta_item(const void *args, int64_t item, void *scratch) {
+    const lora_args *a = args;
+    block b = block_of(a, item);
+    if (b.n <= 0 || is_absent(a, &b)) return;
+    if (a->is_bf16) compute_delta(a, &b, scratch, 1);
+    else compute_delta(a, &b, scratch, 0);
+}
+
+void lora_add_item(const void *args, int64_t item, void *scratch) {
+    const lora_args *a = args;
+    block b = block_of(a, item);
+    if (b.n <= 0 || is_absent(a, &b)) return;
+    if (a->is_bf16) finish_block(a, &b, scratch, 1);
+    else finish_block(a, &b, scratch, 0);
+}
+
+static void run_both(worker *w, const void *args) {
+    const lora_args *a = args;
+    run_phase(w, lora_delta_item, a, lora_items(a));
+    run_phase(w, lora_add_item, a, lora_items(a));
+}
+
+int loraplex_add_lora(const lora_args *given) {
+    lora_args a = *given;
+    if (lora_items(&a) == 0) return 0;
+    a.deltas = allocate(lora_delta_elems(&a) * (int64_t)sizeof *a.deltas);
+    if (a.deltas == NULL) return 1;
+    int failed = run_team(run_both, &a, lora_scratch_bytes(&a));
+    free(a.deltas);
+    return failed;
 }

@@ -1,9 +1,10 @@
-/* LoRA of one site over paged weights: items of one phase. */
+/* LoRA of one site over paged weights. */
 #pragma once
 #include <stdint.h>
 
 typedef struct {
     float *y;         /* [T, N], changed in place */
+    float *deltas;    /* lora_delta_elems: room for what is to be added to y */
     const void *x;    /* [T, K], of the dtype of the pool */
     const void *pool; /* [P, page_elems] */
     const int32_t *row_ids, *seg_indptr, *page_table; /* see LoRABatch */
@@ -16,11 +17,13 @@ typedef struct {
     int32_t num_projections, chunk, chunks_per_page, is_bf16;
 } lora_args;
 
-/* How many items there are, what scratch one needs, and one of them (an item_fn). Items change rows
- * of `y` that no other item changes. */
+/* LoRA takes two phases of so many items each: the deltas, which need no y and may be computed
+ * while it is, and adding them. Each item writes what no other item of its phase writes. */
 int64_t lora_items(const lora_args *a);
 int64_t lora_scratch_bytes(const lora_args *a);
-void lora_item(const void *args, int64_t item, void *scratch);
+int64_t lora_delta_elems(const lora_args *a);
+void lora_delta_item(const void *args, int64_t item, void *scratch);
+void lora_add_item(const void *args, int64_t item, void *scratch);
 
-/* All of it on a team of its own. Returns 0, or 1 when memory could not be had. */
+/* Both on a team of its own; `deltas` is not used. Returns 0, or 1 when memory could not be had. */
 int loraplex_add_lora(const lora_args *a);

@@ -16,11 +16,14 @@
 #define SPINS 4000 /* of some 10 ns: longer than a phase's last item takes */
 
 struct team {
-    _Alignas(CACHE_LINE) _Atomic int64_t next; /* the first item nobody has claimed */
-    _Alignas(CACHE_LINE) _Atomic int arrived;
-    _Alignas(CACHE_LINE) _Atomic int phase; /* phases that have ended */
+    /* Which phase it is (upper half) and its first item that nobody has claimed, for each of two
+     * sorts of items. */
+    struct {
+        _Alignas(CACHE_LINE) _Atomic uint64_t claim;
+    } next[2];
+    _Alignas(CACHE_LINE) _Atomic int64_t done; /* items of the phase */
+    _Alignas(CACHE_LINE) _Atomic uint32_t phase; /* phases that are over */
     _Atomic int sleepers;
-    int num_threads;
 };
 
 static inline void pause_briefly(void) {
@@ -31,7 +34,7 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static void sleep_while(team *t, int phase) {
+static void sleep_during(team *t, uint32_t phase) {
     atomic_fetch_add(&t->sleepers, 1);
     while (atomic_load(&t->phase) == phase) {
 #ifdef __linux__
@@ -43,76 +46,91 @@ static void sleep_while(team *t, int phase) {
     atomic_fetch_sub(&t->sleepers, 1);
 }
 
-static void wait_for_all(team *t) {
-    int phase = atomic_load(&t->phase);
-    if (atomic_fetch_add(&t->arrived, 1) + 1 == t->num_threads) {
-        atomic_store(&t->arrived, 0);
-        atomic_store(&t->next, 0);
-        atomic_store(&t->phase, phase + 1);
-#ifdef __linux__
-        if (atomic_load(&t->sleepers))
-            syscall(SYS_futex, &t->phase, FUTEX_WAKE_PRIVATE, t->num_threads, NULL, NULL, 0);
-#endif
-        return;
-    }
+static void wait_for_end(team *t, uint32_t phase) {
     for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(&t->phase, memory_order_acquire) != phase) return;
         pause_briefly();
     }
-    sleep_while(t, phase);
+    sleep_during(t, phase);
+}
+
+static void end_phase(team *t, uint32_t phase) {
+    atomic_store(&t->done, 0);
+    for (int i = 1; i >= 0; i--) atomic_store(&t->next[i].claim, (uint64_t)(phase + 1) << 32);
+    atomic_store(&t->phase, phase + 1);
+#ifdef __linux__
+    if (atomic_load(&t->sleepers))
+        syscall(SYS_futex, &t->phase, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#endif
+}
+
+void *allocate(int64_t num_bytes) {
+    return aligned_alloc(CACHE_LINE, (size_t)((num_bytes + CACHE_LINE) / CACHE_LINE * CACHE_LINE));
+}
+
+/* Do items as long as there are any; returns how many it did. */
+static int64_t do_items(worker *w, const phase *p, int sort) {
+    _Atomic uint64_t *next = &w->team->next[sort].claim;
+    uint64_t seen = atomic_load_explicit(next, memory_order_acquire);
+    int64_t num_done = 0;
+    while (seen >> 32 == w->phase && (int64_t)(uint32_t)seen < p->count) {
+        if (!atomic_compare_exchange_weak(next, &seen, seen + 1)) continue;
+        p->run(p->args, (uint32_t)seen, w->scratch);
+        num_done++;
+        seen = atomic_load_explicit(next, memory_order_acquire);
+    }
+    return num_done;
+}
+
+void run_phases(worker *w, const phase *first, const phase *second) {
+    const phase *phases[2] = {first, second};
+    team *t = w->team;
+    int64_t count = first->count + second->count, num_done = 0;
+    if (count == 0) return;
+    for (int i = 0; i < 2; i++) {
+        int sort = (w->index + i) % 2;
+        num_done += do_items(w, phases[sort], sort);
+    }
+    if (num_done && atomic_fetch_add(&t->done, num_done) + num_done == count)
+        end_phase(t, w->phase);
+    else wait_for_end(t, w->phase);
+    w->phase++;
 }
 
 void run_phase(worker *w, item_fn run, const void *args, int64_t count) {
-    team *t = w->team;
-    if (t->num_threads == 1) {
-        for (int64_t item = 0; item < count; item++) run(args, item, w->scratch);
-        return;
-    }
-    for (;;) {
-        int64_t item = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
-        if (item >= count) break;
-        run(args, item, w->scratch);
-    }
-    wait_for_all(t);
+    phase only = {run, args, count}, none = {0};
+    run_phases(w, &only, &none);
 }
 
 int run_team(void (*body)(worker *, const void *), const void *args, int64_t scratch_bytes) {
     int num_threads = omp_get_max_threads();
     int64_t stride = (scratch_bytes + CACHE_LINE) / CACHE_LINE * CACHE_LINE;
-    char *memory = aligned_alloc(CACHE_LINE, (size_t)(stride * num_threads));
+    char *memory = allocate(stride * num_threads);
     if (memory == NULL) return 1;
     team t = {0};
     #pragma omp parallel num_threads(num_threads)
     {
-        /* OpenMP may give fewer than asked for. */
-        #pragma omp single
-        t.num_threads = omp_get_num_threads();
-        worker w = {&t, memory + stride * omp_get_thread_num()};
+        int index = omp_get_thread_num();
+        worker w = {&t, memory + stride * index, index, 0};
         body(&w, args);
     }
     free(memory);
     return 0;
 }
 
-typedef struct {
-    item_fn run;
-    const void *args;
-    int64_t count;
-} lone_phase;
-
 static void run_lone_phase(worker *w, const void *args) {
-    const lone_phase *p = args;
+    const phase *p = args;
     run_phase(w, p->run, p->args, p->count);
 }
 
 int run_alone(item_fn run, const void *args, int64_t count, int64_t scratch_bytes) {
     if (count <= 1) { /* waking the others would cost more than it */
-        void *scratch = malloc((size_t)scratch_bytes + 1);
+        void *scratch = allocate(scratch_bytes);
         if (scratch == NULL) return 1;
         if (count == 1) run(args, 0, scratch);
         free(scratch);
         return 0;
     }
-    lone_phase p = {run, args, count};
+    phase p = {run, args, count};
     return run_team(run_lone_phase, &p, scratch_bytes);
 }
