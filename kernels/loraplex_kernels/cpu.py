@@ -26,11 +26,16 @@ class CpuBackend:
 
 
 class CpuOps:
-    """Implements `ops.StepOps`."""
+    """Implements `ops.StepOps`.
+
+    Attributes:
+        attention: the batch these are bound to.
+        lora: likewise, added one after the other.
+    """
 
     def __init__(self, attention: AttentionBatch, lora: Sequence[LoRABatch]) -> None:
-        self._attention = attention
-        self._lora = lora
+        self.attention = attention
+        self.lora = lora
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -53,7 +58,7 @@ class CpuOps:
         eps: float,
     ) -> torch.Tensor:
         if self._cos_sin is None:  # every layer rotates by the same angles
-            self._cos_sin = rope.at(self._attention.positions)
+            self._cos_sin = rope.at(self.attention.positions)
         kv_heads, head_dim = kv.shape[3:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         num_heads = heads.shape[1] - 2 * kv_heads
@@ -68,13 +73,13 @@ class CpuOps:
             )
             qk = reference.rms_norm(qk, weight, eps)
         qk = reference.rotate(qk, *self._cos_sin)
-        reference.write_kv(kv, qk[:, num_heads:], value, self._attention)
+        reference.write_kv(kv, qk[:, num_heads:], value, self.attention)
         return qk[:, :num_heads]
 
     def attend(
         self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
-        return paged_attention(query, kv, self._attention, scale=scale, window=window)
+        return paged_attention(query, kv, self.attention, scale=scale, window=window)
 
     def add_lora(
         self,
@@ -85,7 +90,7 @@ class CpuOps:
         layer: int,
         site: LoRASite,
     ) -> None:
-        for batch in self._lora:
+        for batch in self.lora:
             add_lora(
                 y,
                 x,
@@ -110,14 +115,17 @@ def add_lora(
     """See `reference.add_lora`."""
     native = load_native()
     x = x.contiguous()
-    implementation = (
-        native.add_lora
-        if native is not None and native.takes(y, x, pool_layer)
-        else reference.add_lora
+    if native is None or not native.takes(x, pool_layer):
+        reference.add_lora(
+            y, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
+        )
+        return
+    total = y.float().contiguous()
+    native.add_lora(
+        total, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
     )
-    implementation(
-        y, x, pool_layer, batch, layer=layer, projections=projections, out_features=out_features
-    )
+    if total is not y:
+        y.copy_(total)
 
 
 def paged_attention(
@@ -129,11 +137,11 @@ def paged_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`."""
-    query = query.contiguous()
     native = load_native()
     groups = query.shape[1] // kv.shape[3]
-    if native is not None and native.takes(query, kv) and groups <= MAX_GROUPS:
-        return native.paged_attention(query, kv, batch, scale=scale, window=window)
+    if native is not None and native.takes(kv) and groups <= MAX_GROUPS:
+        exact = query.float().contiguous()
+        return native.paged_attention(exact, kv, batch, scale=scale, window=window)
     out = torch.empty_like(query)
     row = 0
     for s, (num_queries, context) in enumerate(batch.seq_lens):

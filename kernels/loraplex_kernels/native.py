@@ -1,4 +1,4 @@
-"""Compiling and calling `cpu_kernels.c` and `packing.c`.
+"""Compiling and calling the C files of `csrc`.
 
 They are compiled once per machine (about a second) with the C compiler found there, for that
 machine's own instruction set, and kept in the user's cache folder. OpenMP symbols resolve to the
@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from loraplex_kernels.batch import AttentionBatch, LoRABatch
 
 log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("cpu_kernels.c", "packing.c"))
-_HEADERS = (_FOLDER / "vectors.h",)
+_FOLDER = Path(__file__).parent / "csrc"
+_SOURCES = sorted(_FOLDER.glob("*.c"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,14 +40,17 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUPS = 64
 
 
-def _fields(pointers: str, longs: str, others: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def struct_fields(
+    pointers: str, longs: str, others: Sequence[tuple[str, Any]] = ()
+) -> list[tuple[str, Any]]:
+    """Return the fields of a C struct: pointers, then int64, then others; names by spaces."""
     fields: list[tuple[str, Any]] = [(name, ctypes.c_void_p) for name in pointers.split()]
     fields += [(name, ctypes.c_int64) for name in longs.split()]
-    return fields + others
+    return [*fields, *others]
 
 
 class _LoRAArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "y x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
         "scale_chunks bias_chunks weights projections out_features",
         "T K N G page_table_width page_elems",
@@ -58,15 +62,16 @@ class _LoRAArgs(ctypes.Structure):
 
 
 class _AttentionArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "out query kv query_indptr context_lens block_tables",
-        "S block_table_width num_heads num_kv_heads head_dim page_tokens max_context window",
+        "S block_table_width num_heads num_kv_heads head_dim page_tokens max_context "
+        "query_stride window",
         [("scale", ctypes.c_float), ("is_bf16", ctypes.c_int32)],
     )
 
 
 class _PackArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = struct_fields(
         "data modules scales ends slab pages",
         "num_modules num_layers num_pages page_elems",
         [("is_bf16", ctypes.c_int32)],
@@ -74,16 +79,29 @@ class _PackArgs(ctypes.Structure):
 
 
 class NativeKernels:
-    """The compiled kernels. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
+    """The compiled kernels. Tensors must be contiguous and on the CPU.
+
+    Weights, KV and the inputs of linears are of one dtype, float32 or bfloat16; what is computed
+    from them is float32.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._add_lora = library.loraplex_add_lora
-        self._add_lora.argtypes = [ctypes.POINTER(_LoRAArgs)]
-        self._attention = library.loraplex_attention
-        self._attention.argtypes = [ctypes.POINTER(_AttentionArgs)]
+        self._library = library
         self._pack = library.loraplex_pack
         self._pack.argtypes = [ctypes.POINTER(_PackArgs)]
         self._pack.restype = None
+
+    def call(self, name: str, *args: ctypes.Structure | int) -> None:
+        """Call a function by name, structs by reference and integers as int64.
+
+        Raises:
+            MemoryError: it could not get scratch memory.
+        """
+        passed = [
+            ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.byref(arg) for arg in args
+        ]
+        if self._library[name](*passed):
+            raise MemoryError(f"no memory for the scratch of {name}")
 
     @staticmethod
     def takes(*tensors: torch.Tensor) -> bool:
@@ -102,7 +120,8 @@ class NativeKernels:
         projections: tuple[int, ...],
         out_features: tuple[int, ...],
     ) -> None:
-        """See `reference.add_lora`."""
+        """See `reference.add_lora`; `y` is float32, `x` of the pool's dtype."""
+        assert y.dtype is torch.float32
         count = len(projections)
         args = _LoRAArgs(
             y=y.data_ptr(),
@@ -128,10 +147,9 @@ class NativeKernels:
             num_projections=count,
             chunk=batch.chunk_elems,
             chunks_per_page=pool_layer.shape[1] // batch.chunk_elems,
-            is_bf16=y.dtype is torch.bfloat16,
+            is_bf16=x.dtype is torch.bfloat16,
         )
-        if self._add_lora(ctypes.byref(args)):
-            raise MemoryError("no memory for the LoRA kernel's scratch")
+        self.call("loraplex_add_lora", args)
 
     def paged_attention(
         self,
@@ -142,8 +160,16 @@ class NativeKernels:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """See `reference.paged_attention`; a query's result depends on its own prefix alone."""
-        out = torch.empty_like(query)
+        """See `reference.paged_attention`; a query's result depends on its own prefix alone.
+
+        Args:
+            query: float32 `[T, num_heads, head_dim]`.
+
+        Returns:
+            `[T, num_heads, head_dim]` in the dtype of `kv`.
+        """
+        assert query.dtype is torch.float32
+        out = torch.empty_like(query, dtype=kv.dtype)
         args = _AttentionArgs(
             out=out.data_ptr(),
             query=query.data_ptr(),
@@ -158,12 +184,12 @@ class NativeKernels:
             head_dim=kv.shape[4],
             page_tokens=kv.shape[2],
             max_context=batch.max_context,
+            query_stride=query.shape[1] * query.shape[2],
             window=window or 0,
             scale=scale,
-            is_bf16=query.dtype is torch.bfloat16,
+            is_bf16=kv.dtype is torch.bfloat16,
         )
-        if self._attention(ctypes.byref(args)):
-            raise MemoryError("no memory for the attention kernel's scratch")
+        self.call("loraplex_attention", args)
         return out
 
     def pack(

@@ -40,9 +40,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_five_packages_and_their_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == set(PACKAGES)
-    assert {f"loraplex_kernels/{n}" for n in ("cpu_kernels.c", "packing.c", "vectors.h")} <= {
-        *names
-    }
+    assert {f"loraplex_kernels/csrc/{n}" for n in ("lora.c", "packing.c", "vectors.h")} <= {*names}
     assert all(f"{package}/py.typed" in names for package in PACKAGES)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

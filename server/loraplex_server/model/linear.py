@@ -1,15 +1,18 @@
 """One linear layer, stored in the form that its device multiplies fastest.
 
-On CPU the weight is handed to oneDNN once, in oneDNN's blocked layout. Against `F.linear` (MKL,
-which lays the weight out anew in every call) that halves the time from 1 to 256 rows on AVX-512
-machines from AMD, where decoding is nothing but these products. And a row's result does not depend
-on how many rows are beside it, to the last bit; MKL's does ("same answer in any company").
+On a CPU the weight is packed once: for our own kernels where there is a compiler, for oneDNN where
+there is none. Either way a row's result does not depend on how many rows are beside it, to the last
+bit ("same answer in any company"); that of `F.linear`, which lays the weight out anew in every call,
+does.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from loraplex_kernels.native import load_native
+from loraplex_kernels.packed_linear import PackedLinear
 
 _OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 
@@ -18,34 +21,51 @@ class Linear:
     """`x W^T + b`; filled through `weight` and `bias`, then packed, then only called.
 
     Attributes:
-        weight: `[out, in]`; in oneDNN's layout once packed.
         bias: `[out]`, or None.
+        packed: what the kernels take, once packed for them.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight = weight
+        self._weight: torch.Tensor | None = weight
         self.bias = bias
-        self._is_packed = False
+        self.packed: PackedLinear | None = None
+        self._is_onednn = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]`, to be filled; in a layout of its own, or gone, once packed."""
+        assert self._weight is not None, "packed already"
+        return self._weight
 
     @property
     def num_bytes(self) -> int:
+        if self.packed is not None:
+            return self.packed.num_bytes
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def pack(self) -> None:
         """Give the weight its fastest layout; the dense one is dropped. Once, after filling."""
-        if can_pack(self.weight):
+        native = load_native() if PackedLinear.takes(self.weight) else None
+        if native is not None:
+            self.packed = PackedLinear(native, self.weight, self.bias)
+            self._weight = None
+        elif can_pack(self.weight):
             # Without a number of rows: the layout for many serves few rows as well, not vice versa.
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-            self._is_packed = True
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+            self._is_onednn = True
 
     def dense_weight(self) -> torch.Tensor:
         """Return the weight `[out, in]` in plain layout."""
-        return self.weight.to_dense() if self._is_packed else self.weight
+        if self.packed is not None:
+            return self.packed.dense()
+        return self.weight.to_dense() if self._is_onednn else self.weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[T, out]` for `x` `[T, in]`, in the dtype of `x`."""
-        if not self._is_packed:
+        if self.packed is not None:
+            return self.packed(x).to(x.dtype)
+        if not self._is_onednn:
             return F.linear(x, self.weight, self.bias)
         if x.shape[0] == 1:
             # oneDNN sums one row in another order than several; two rows cost the same.

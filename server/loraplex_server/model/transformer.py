@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from loraplex_kernels.cpu import CpuOps
 from loraplex_kernels.model_tables import HeadNorms, KernelModel, LoRASite
 from loraplex_kernels.ops import StepOps
 from loraplex_memory.adapter_spec import INPUT_NORM, POST_NORM
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Site
 from loraplex_memory.pool import PagePool
 from loraplex_server.model.adapter_edits import AdapterEdits
+from loraplex_server.model.cpu_decoder import CpuDecoder, can_decode
 from loraplex_server.model.errors import UnsupportedModel
 from loraplex_server.model.linear import Linear
 from loraplex_server.model.rope import build_rope_table
@@ -54,6 +56,8 @@ class Transformer:
             spec.rope, self.max_model_len, dtype=weights.dtype, device=weights.device
         )
         self._sites = {site: lora_site(site, spec.geometry) for site in SITES}
+        self._can_decode = can_decode(spec, weights)
+        self._decoder: CpuDecoder | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,6 +91,11 @@ class Transformer:
         Returns:
             float32 `[N, vocab_size]`.
         """
+        if self._can_decode and isinstance(ops, CpuOps) and pool.dtype is self.dtype:
+            decoder = self._decoder_of(pool)
+            return decoder.forward(
+                token_ids, ops.attention, ops.lora, pool, logit_rows, out=out, edits=edits
+            )
         layers, eps = self._weights.layers, self.spec.rms_norm_eps
         residual = self._embed(token_ids, edits)
         x = ops.rms_norm(residual, _norm(edits, INPUT_NORM, 0, layers[0].input_norm), eps)
@@ -104,6 +113,13 @@ class Transformer:
         if edits is not None:
             edits.head(logits, x)
         return logits
+
+    def _decoder_of(self, pool: PagePool) -> CpuDecoder:
+        """Return the compiled program for pools of this layout; there is one, but in tests."""
+        model = kernel_model(pool)
+        if self._decoder is None or self._decoder.model != model:
+            self._decoder = CpuDecoder(self.spec, self._weights, model, self.max_model_len)
+        return self._decoder
 
     def _embed(self, token_ids: torch.Tensor, edits: AdapterEdits | None) -> torch.Tensor:
         weight = self._weights.embedding

@@ -6,9 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loraplex_kernels.packed_linear import PANEL
+from loraplex_server.model import linear as linear_module
 from loraplex_server.model.linear import Linear, can_pack
 
 SHAPES = [(97, 32), (960, 576), (576, 1536), (64, 4096)]
+
+
+@pytest.fixture(params=["own kernels", "oneDNN"])
+def packing(request, monkeypatch):
+    """Weights are packed by either; without a compiler it is oneDNN."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(linear_module, "load_native", lambda: None)
+    return request.param
 
 
 def packed(out_features, in_features, *, has_bias=False, dtype=torch.float32):
@@ -27,7 +37,7 @@ def random_rows(count, width, dtype=torch.float32):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 33])
-def test_a_packed_linear_gives_the_values_of_a_plain_one(shape, has_bias, rows):
+def test_a_packed_linear_gives_the_values_of_a_plain_one(shape, has_bias, rows, packing):
     linear, weight = packed(*shape, has_bias=has_bias)
     x = random_rows(rows, shape[1])
     expected = F.linear(x.double(), weight.double(), None if not has_bias else linear.bias.double())
@@ -36,9 +46,9 @@ def test_a_packed_linear_gives_the_values_of_a_plain_one(shape, has_bias, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_does_not_depend_on_how_many_are_beside_it(shape, dtype):
+def test_a_row_does_not_depend_on_how_many_are_beside_it(shape, dtype, packing):
     linear, weight = packed(*shape, dtype=dtype)
-    if not can_pack(weight):
+    if linear.packed is None and not can_pack(weight):
         pytest.skip("this machine's oneDNN does not take the dtype")
     x = random_rows(130, shape[1], dtype)
     together = linear(x)
@@ -47,10 +57,15 @@ def test_a_row_does_not_depend_on_how_many_are_beside_it(shape, dtype):
     assert torch.equal(linear(x[77:78]), together[77:78])
 
 
-def test_the_plain_weight_can_be_read_back():
-    linear, weight = packed(97, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_weight_can_be_read_back(dtype, packing):
+    linear, weight = packed(97, 32, dtype=dtype)
     assert torch.equal(linear.dense_weight(), weight)
-    assert linear.num_bytes == weight.numel() * 4
+
+
+def test_a_packed_weight_takes_whole_panels():
+    linear, weight = packed(97, 32)
+    assert linear.num_bytes == -(-97 // PANEL) * PANEL * 32 * weight.element_size()
 
 
 def test_a_dtype_that_is_not_packed_is_multiplied_plainly():

@@ -1,0 +1,124 @@
+"""A linear layer whose weight lies as the compiled kernels read it (`csrc/linear.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+import torch
+
+from loraplex_kernels.native import NativeKernels
+
+#: Outputs whose weights lie together (PANEL).
+PANEL: Final = 48
+
+_DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+class LinearStruct(ctypes.Structure):
+    """`linear` of `csrc/linear.h`."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("K", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int32),
+    ]
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.POINTER(LinearStruct)),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("T", ctypes.c_int64),
+    ]
+
+
+class _PackArgs(ctypes.Structure):
+    _fields_ = [
+        ("dense", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("K", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int32),
+    ]
+
+
+class PackedLinear:
+    """`x W^T + b`, summed in float32 over the inputs in their order; immutable.
+
+    A row's result does not depend on how many rows are beside it, to the last bit.
+
+    Attributes:
+        struct: what the kernels take; lives as long as this object.
+    """
+
+    def __init__(
+        self, native: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """Pack a weight.
+
+        Args:
+            weight: `[out, in]`, of a kind that `takes` accepts; not kept.
+            bias: `[out]`.
+        """
+        assert self.takes(weight)
+        weight = weight.contiguous()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._native = native
+        num_panels = -(-self.out_features // PANEL)
+        self._packed = torch.empty((num_panels, self.in_features, PANEL), dtype=self.dtype)
+        self._bias = None if bias is None else bias.float().contiguous()
+        native.call(
+            "loraplex_pack_linear",
+            _PackArgs(
+                dense=weight.data_ptr(),
+                packed=self._packed.data_ptr(),
+                K=self.in_features,
+                N=self.out_features,
+                is_bf16=self.dtype is torch.bfloat16,
+            ),
+        )
+        self.struct = LinearStruct(
+            weight=self._packed.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            K=self.in_features,
+            N=self.out_features,
+            is_bf16=self.dtype is torch.bfloat16,
+        )
+
+    @staticmethod
+    def takes(weight: torch.Tensor) -> bool:
+        """Whether such a weight can be packed: on the CPU, and of pairs of inputs if bfloat16."""
+        if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+            return False
+        return weight.dtype is torch.float32 or weight.shape[1] % 2 == 0
+
+    @property
+    def num_bytes(self) -> int:
+        bias = 0 if self._bias is None else self._bias.numel() * 4
+        return self._packed.numel() * self._packed.element_size() + bias
+
+    def dense(self) -> torch.Tensor:
+        """Return the weight `[out, in]`."""
+        panels, width = self._packed.shape[0], self.in_features
+        if self.dtype is torch.float32:
+            dense = self._packed.transpose(1, 2)
+        else:
+            pairs = self._packed.view(panels, width // 2, PANEL, 2)
+            dense = pairs.transpose(1, 2)
+        return dense.reshape(panels * PANEL, width)[: self.out_features].contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return float32 `[T, out]` for `x` `[T, in]` of the weight's dtype."""
+        assert x.dtype is self.dtype
+        x = x.contiguous()
+        y = torch.empty((x.shape[0], self.out_features))
+        args = _Args(
+            layer=ctypes.pointer(self.struct), x=x.data_ptr(), y=y.data_ptr(), T=x.shape[0]
+        )
+        self._native.call("loraplex_linear", args)
+        return y

@@ -1,0 +1,133 @@
+"""The forward pass on a CPU with compiled kernels: one call per step, whoever is in it.
+
+Where adapters change something between operations, the program runs in pieces: the same code on the
+same buffers, so nobody else's bits change. Activations stay float32 between linears; a linear reads
+them rounded to the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.decoder import Decoder, DecoderLayer, DecoderStep, Op
+from loraplex_kernels.model_tables import HeadNorms, KernelModel
+from loraplex_kernels.native import MAX_GROUPS, load_native
+from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_memory.adapter_spec import INPUT_NORM, POST_NORM
+from loraplex_memory.pool import PagePool
+from loraplex_server.model.adapter_edits import AdapterEdits
+from loraplex_server.model.rope import build_rope_table
+from loraplex_server.model.spec import ModelSpec
+from loraplex_server.model.weights import LayerWeights, ModelWeights
+
+
+class CpuDecoder:
+    """A model's weights as the kernels take them, bound to the geometry of one pool."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, model: KernelModel, max_model_len: int
+    ) -> None:
+        native, head = load_native(), weights.lm_head.packed
+        assert native is not None and head is not None, "ask `can_decode` first"
+        self.model = model
+        self._weights = weights
+        rope = build_rope_table(
+            spec.rope, max_model_len, dtype=torch.float32, device=torch.device("cpu")
+        )
+        layers = [
+            _decoder_layer(layer, window)
+            for layer, window in zip(weights.layers, spec.sliding_windows, strict=True)
+        ]
+        self._decoder = Decoder(native, model, layers, weights.norm, head, rope, spec.rms_norm_eps)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        attention: AttentionBatch,
+        lora: Sequence[LoRABatch],
+        pool: PagePool,
+        logit_rows: torch.Tensor | None,
+        *,
+        out: torch.Tensor | None,
+        edits: AdapterEdits | None,
+    ) -> torch.Tensor:
+        """See `Transformer.forward`."""
+        if logit_rows is None:
+            logit_rows = torch.arange(token_ids.shape[0])
+        embedding = self._weights.embedding
+        embedded = (
+            F.embedding(token_ids, embedding)
+            if edits is None
+            else edits.embed(token_ids, embedding)
+        )
+        step = self._decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
+        num_ops = self._decoder.num_layers * len(Op)
+        if edits is not None:
+            for layer in range(self._decoder.num_layers):
+                self._edited_layer(step, layer, edits, pool)
+            step.run(
+                num_ops, num_ops + 1, norm=edits.final_norm(self._weights.norm, len(logit_rows))
+            )
+            step.run(num_ops + 1, num_ops + 2)
+            edits.head(step.logits, step.head_input)
+        else:
+            step.run(0, num_ops + 2 if len(logit_rows) else num_ops)
+        return step.logits if out is None or out is step.logits else out.copy_(step.logits)
+
+    def _edited_layer(
+        self, step: DecoderStep, index: int, edits: AdapterEdits, pool: PagePool
+    ) -> None:
+        layer, at = self._weights.layers[index], index * len(Op)
+        step.run(
+            at + Op.INPUT_NORM, at + Op.QKV, norm=edits.norm(INPUT_NORM, index, layer.input_norm)
+        )
+        edits.scale_input(step.x, index, "qkv")
+        step.run(at + Op.QKV, at + Op.ROTATE)
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = edits.head_norms(HeadNorms(layer.q_norm, layer.k_norm), index)
+        step.run(at + Op.ROTATE, at + Op.ATTEND, head_norms=norms)
+        edits.write_prefix(pool.kv(index), index)
+        step.run(at + Op.ATTEND, at + Op.O)
+        edits.scale_input(step.mixed, index, "o")
+        step.run(at + Op.O, at + Op.POST_NORM)
+        step.run(
+            at + Op.POST_NORM, at + Op.GATE_UP, norm=edits.norm(POST_NORM, index, layer.post_norm)
+        )
+        edits.scale_input(step.x, index, "gate_up")
+        step.run(at + Op.GATE_UP, at + Op.DOWN)
+        edits.scale_input(step.product, index, "down")
+        step.run(at + Op.DOWN, at + len(Op))
+
+
+def can_decode(spec: ModelSpec, weights: ModelWeights) -> bool:
+    """Whether this machine has compiled kernels, and they take all of these weights."""
+    geometry = spec.geometry
+    return (
+        load_native() is not None
+        and all(linear.packed is not None for linear in weights.linears)
+        and geometry.num_heads // geometry.num_kv_heads <= MAX_GROUPS
+    )
+
+
+def _decoder_layer(layer: LayerWeights, window: int | None) -> DecoderLayer:
+    return DecoderLayer(
+        layer.input_norm,
+        _packed(layer.qkv.packed),
+        layer.q_norm,
+        layer.k_norm,
+        _packed(layer.o.packed),
+        layer.post_norm,
+        _packed(layer.gate_up.packed),
+        _packed(layer.down.packed),
+        window,
+    )
+
+
+def _packed(linear: PackedLinear | None) -> PackedLinear:
+    assert linear is not None, "ask `can_decode` first"
+    return linear
