@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cell_run import run_cell, run_cold, warm_up
+from cell_run import run_cell, run_cold, wait_for_silence, warm_up
 from peer_adapters import register_adapters, weight_bytes, write_missing
 from peer_cells import CELLS, OUR_CELLS, Cell
 from peer_report import OURS, render
@@ -42,6 +42,7 @@ HERE = Path(__file__).parent
 _CELL_LIMIT_S = 900
 _HOLD_S = 120.0
 _ATTEMPTS = 2
+_SILENCE_LIMIT_S = 60.0
 #: Fields of a record that are printed at once.
 _SHOWN = (
     *("kind", "server", "repeat", "cell", "out_tok_s", "latency_p99_s", "failed", "mismatched"),
@@ -206,6 +207,7 @@ def run_until_quiet(
     """Run one cell, and again with other prompts while something else takes the processor."""
     for attempt in range(_ATTEMPTS):
         setting.lock.breathe()
+        wait_for_silence(server, setting.quiet_below, _SILENCE_LIMIT_S)
         figures = run_cell(server, cell, about["repeat"] + 1, setting.adapters, attempt)
         is_last = attempt == _ATTEMPTS - 1
         is_quiet = figures["other_cpu_share"] <= setting.quiet_below

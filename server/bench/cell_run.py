@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from process_tree import ProcessTree, machine_cpu_s
 from workload import Work, make_skewed_work, summarize
 
 _SAMPLE_S = 5.0
+_SILENCE_S = 1.0
 #: Prompt and answer of the requests that look at first uses.
 _COLD_PROMPT, _COLD_OUTPUT = (32, 32), (8, 8)
 
@@ -47,6 +49,19 @@ class PeakMemory:
             ended.set()
             thread.join()
             self.sample()
+
+
+def wait_for_silence(server: RunningServer, quiet_below: float, limit_s: float) -> None:
+    """Return once others take less than `quiet_below` cores; after `limit_s` in any case."""
+    tree, deadline = ProcessTree(server.pid), time.monotonic() + limit_s
+    while True:
+        others_s = machine_cpu_s() - tree.cpu_s()
+        started = time.monotonic()
+        time.sleep(_SILENCE_S)
+        others_s = machine_cpu_s() - tree.cpu_s() - others_s
+        now = time.monotonic()
+        if others_s / (now - started) < quiet_below or now > deadline:
+            return
 
 
 def run_cell(

@@ -13,7 +13,7 @@ A TOML file names them; `docs/benchmarks/cpu.md` shows one for vLLM and llama.cp
     starts = [32, 512]                     # one start with 32 adapters, one with 512
     adapter_file = "DIR/a{index:04d}.gguf" # of one adapter, for {adapter_files}
 
-Placeholders in `command` and `env`: {model} and {adapters} are folders, {num_adapters} how many
+Placeholders in `command`: {model} and {adapters} are folders, {num_adapters} how many
 this start is for, {adapter_files} the comma-separated files of as many adapters. Without `starts`
 one start serves all cells.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import subprocess
 import time
 import tomllib
@@ -68,6 +69,17 @@ class Peer:
         # llama.cpp takes an empty list for every adapter at once, so the base is the first at 0.
         lora = {"id": item.adapter or 0, "scale": 0.0 if item.adapter is None else 1.0}
         return completion_body(item, self.base_model) | {"lora": [lora], "cache_prompt": False}
+
+    def command_for(self, num_adapters: int, *, model: Path, adapters: Path) -> list[str]:
+        """Return the program and its arguments, placeholders filled."""
+        files = (self.adapter_file.format(index=i) for i in range(num_adapters))
+        values = {
+            "model": model,
+            "adapters": adapters,
+            "num_adapters": num_adapters,
+            "adapter_files": ",".join(files),
+        }
+        return [part.format(**values) for part in shlex.split(self.command)]
 
     def groups(self, cells: Sequence[Cell]) -> list[tuple[int, list[Cell]]]:
         """Return how many adapters each start is for, and the cells to run then."""
@@ -178,19 +190,15 @@ def running(
     Raises:
         PeerError: it could not be started.
     """
-    files = (peer.adapter_file.format(index=i) for i in range(num_adapters))
-    values = {
-        "model": str(model),
-        "adapters": str(adapters),
-        "num_adapters": str(num_adapters),
-        "adapter_files": ",".join(files),
-    }
-    command = [part.format(**values) for part in shlex.split(peer.command)]
-    env = os.environ | {key: value.format(**values) for key, value in peer.env.items()}
+    command = peer.command_for(num_adapters, model=model, adapters=adapters)
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=env, start_new_session=True
+                command,
+                stdout=output,
+                stderr=output,
+                env=os.environ | peer.env,
+                start_new_session=True,
             )
         except OSError as error:
             raise PeerError(f"{peer.name}: {error}") from error
@@ -201,8 +209,9 @@ def running(
             yield server
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            # What it started must not live on beside the next server.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -136,6 +136,19 @@ def test_decoding_alone_is_held_against_reading_every_weight_once(bench):
     assert target.is_met(value)
 
 
+def test_the_servers_of_the_docs_are_read_with_all_their_adapters(bench, tmp_path):
+    servers = bench("peer_servers")
+    text = (BENCH.parents[1] / "docs/benchmarks/cpu.md").read_text()
+    (tmp_path / "peers.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    vllm, llama = servers.read_peers(tmp_path / "peers.toml")
+    cells = bench("peer_cells").CELLS
+    assert [count for count, _ in vllm.groups(cells)] == [512]
+    assert [count for count, _ in llama.groups(cells)] == [32, 512]
+    command = llama.command_for(2, model=Path("m"), adapters=Path("a"))
+    assert command[command.index("--lora") + 1] == "FILES/gguf/a0000.gguf,FILES/gguf/a0001.gguf"
+    assert "m" in vllm.command_for(2, model=Path("m"), adapters=Path("a"))
+
+
 @pytest.mark.slow
 def test_a_run_starts_each_server_and_counts_what_went_wrong(bench, tmp_path):
     asked_for = [item.adapter for item in bench("peer_cells").Cell.parse("4:8").work(1)]
