@@ -40,7 +40,7 @@ from loraplex_server.model.source import resolve_model
 
 HERE = Path(__file__).parent
 _CELL_LIMIT_S = 900
-_HOLD_S = 120.0
+_HOLD_S = 165.0
 _ATTEMPTS = 2
 _SILENCE_LIMIT_S = 60.0
 #: Fields of a record that are printed at once.
