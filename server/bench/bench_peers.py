@@ -204,14 +204,13 @@ def run_turn(
 def run_until_quiet(
     server: RunningServer, cell: Cell, about: dict[str, Any], setting: Setting
 ) -> None:
-    """Run one cell, and again with other prompts while something else takes the processor."""
+    """Run one cell, and again with other prompts if something else took the processor."""
     for attempt in range(_ATTEMPTS):
         setting.lock.breathe()
         wait_for_silence(server, setting.quiet_below, _SILENCE_LIMIT_S)
         figures = run_cell(server, cell, about["repeat"] + 1, setting.adapters, attempt)
-        is_last = attempt == _ATTEMPTS - 1
         is_quiet = figures["other_cpu_share"] <= setting.quiet_below
-        kind = "cell" if is_quiet or is_last else "disturbed"
+        kind = "cell" if is_quiet else "disturbed"
         setting.write({"kind": kind, "cell": cell.name} | about | figures)
         if is_quiet:
             return

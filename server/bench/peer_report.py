@@ -239,7 +239,7 @@ def _first_uses(found: Findings) -> str:
 def _problems(found: Findings) -> str:
     lines = [f"- {r['server']}: {r['error']}" for r in found.of_kind("broken")]
     if disturbed := found.of_kind("disturbed"):
-        lines.append(f"- {len(disturbed)} runs beside other work were run again and are left out")
+        lines.append(f"- {len(disturbed)} runs beside other work are left out")
     for record in (*found.of_kind("cell"), *found.of_kind("cold")):
         where = f"{record['server']}, {record.get('cell', 'first uses')}"
         lines += [f"- {where}: {problem}" for problem in record.get("problems", [])]
