@@ -108,7 +108,8 @@ def _cold(found: Findings) -> tuple[float, str] | None:
 def _bandwidth(found: Findings) -> tuple[float, str] | None:
     """Return how close decoding comes to reading each weight once per token."""
     tpot_ms = found.median(OURS, "1:0", "tpot_p50_ms")
-    rate = _median(found.of_kind("machine"), "bytes_per_s")
+    # A disturbed pass reads less and would flatter us: the best is what the machine can do.
+    rate = max((record["bytes_per_s"] for record in found.of_kind("machine")), default=None)
     size = _median(found.of_kind("environment"), "weight_bytes")
     if not (tpot_ms and rate and size):
         return None
@@ -156,10 +157,10 @@ def _machine(found: Findings) -> str:
         )
     machines = found.of_kind("machine")
     if machines:
-        rate, flops = (_median(machines, key) or 0 for key in ("bytes_per_s", "bf16_flops"))
+        rate, flops = (max(m[key] for m in machines) for key in ("bytes_per_s", "bf16_flops"))
         lines.append(
             f"{machines[0]['threads']} threads read {rate / 1e9:.1f} GB/s and multiply bfloat16 at "
-            f"{flops / 1e9:.0f} GFLOP/s (medians of the repeats' best passes)."
+            f"{flops / 1e9:.0f} GFLOP/s (the best pass of all repeats)."
         )
     return "\n".join(lines)
 
