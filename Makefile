@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 # Scripts for a machine with a GPU take the Python that has torch and triton there: no environment.
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-gpu check format bench bench-adapters bench-gpu clean help
+.PHONY: demo test test-gpu check format bench bench-peers bench-adapters bench-gpu clean help
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -43,6 +43,17 @@ format: $(READY)  ## format and mend what lint can mend
 
 bench: $(READY)  ## compare with PEFT's mixed batch on this machine
 	$(BIN)/python server/bench/bench_serve.py
+
+# docs/benchmarks/cpu.md tells how to get the other servers. PEERS is the TOML file that names them.
+PEERS          ?= peers.toml
+BENCH_MODEL    ?= bench-files/model
+BENCH_ADAPTERS ?= bench-files/adapters
+BENCH_OUT      ?= peers.jsonl
+BENCH_OPTIONS  ?= --cold 8 --peft 8:32 32:32
+
+bench-peers: $(READY)  ## compare with the servers that PEERS=peers.toml names, over HTTP
+	$(BIN)/python server/bench/bench_peers.py --peers $(PEERS) --model $(BENCH_MODEL) \
+		--adapters $(BENCH_ADAPTERS) --out $(BENCH_OUT) $(BENCH_OPTIONS)
 
 bench-adapters: $(READY)  ## 2,000 adapters where 50 fit; what loads and decisions cost
 	$(BIN)/python server/bench/bench_many_adapters.py

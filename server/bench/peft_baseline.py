@@ -28,10 +28,9 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 class PeftMixedBatch:
     """The base model with every adapter loaded; rows of one batch may use different ones."""
 
-    def __init__(self, gguf: Path, adapters: Sequence[Path], dtype: torch.dtype) -> None:
-        base = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-        )
+    def __init__(self, model: Path, adapters: Sequence[Path], dtype: torch.dtype) -> None:
+        folder, extra = (model, {}) if model.is_dir() else (model.parent, {"gguf_file": model.name})
+        base = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **extra)
         base = base.to(dtype)
         base.generation_config.eos_token_id = None  # exact output lengths
         base.generation_config.pad_token_id = 0
