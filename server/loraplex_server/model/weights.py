@@ -14,7 +14,7 @@ import torch
 
 from loraplex_memory.layout import SITES, Projection
 from loraplex_server.model.errors import CheckpointError
-from loraplex_server.model.linear import Linear
+from loraplex_server.model.linear import Linear, Quantization
 from loraplex_server.model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -180,6 +180,7 @@ def fill_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
     path: str = "(memory)",
 ) -> ModelWeights:
     """Load `(checkpoint name, tensor)` pairs, each used and dropped in turn, and pack the linears.
@@ -188,6 +189,8 @@ def fill_weights(
         spec: says which parameters there must be.
         tensors: all of the checkpoint; dtypes float32, bfloat16 or float16.
         dtype: of the result; float32 or bfloat16.
+        quantization: `int8` rounds the weight of every linear, the head's too; the embedding that
+            a tied head is filled from stays as it is.
         path: where the tensors come from, for messages.
 
     Raises:
@@ -215,7 +218,7 @@ def fill_weights(
         _refuse(path, "tie_word_embeddings is set, yet the head is not the embedding", [LM_HEAD])
     views.clear()
     for linear in weights.linears:
-        linear.pack()
+        linear.pack(is_int8=quantization == "int8")
     return weights
 
 
