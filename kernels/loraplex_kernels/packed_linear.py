@@ -119,6 +119,10 @@ class PackedLinear:
         return weight.dtype is torch.float32 or weight.shape[1] % 2 == 0
 
     @property
+    def is_int8(self) -> bool:
+        return self._scale is not None
+
+    @property
     def num_bytes(self) -> int:
         parts = (self._packed, self._scale, self._bias)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)

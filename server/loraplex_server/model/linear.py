@@ -1,9 +1,9 @@
 """One linear layer, stored in the form that its device multiplies fastest.
 
 On a CPU the weight is packed once: for our own kernels where there is a compiler, for oneDNN where
-there is none. Either way a row's result does not depend on how many rows are beside it, to the last
-bit ("same answer in any company"); that of `F.linear`, which lays the weight out anew in every call,
-does.
+there is none. Either way a row's result does not depend on how many rows are beside it, to the
+last bit ("same answer in any company"); that of `F.linear`, which lays the weight out anew in
+every call, does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from loraplex_kernels.native import load_native
 from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_server.model.errors import UnsupportedModel
 
 #: How weights are rounded besides to the model's dtype.
 Quantization = Literal["none", "int8"]
@@ -43,6 +44,10 @@ class Linear:
         return self._weight
 
     @property
+    def is_int8(self) -> bool:
+        return self.packed is not None and self.packed.is_int8
+
+    @property
     def num_bytes(self) -> int:
         if self.packed is not None:
             return self.packed.num_bytes
@@ -53,10 +58,15 @@ class Linear:
         """Give the weight its fastest layout; the dense one is dropped. Once, after filling.
 
         Args:
-            is_int8: round the weight to int8, for which there must be our own kernels.
+            is_int8: round the weight to int8.
+
+        Raises:
+            UnsupportedModel: our own kernels, which int8 needs, do not take such a weight.
         """
         native = load_native() if PackedLinear.takes(self.weight) else None
-        assert native is not None or not is_int8, "`choose_quantization` refuses this"
+        if is_int8 and native is None:
+            reason = f"needs compiled kernels, and linears of an even width: {self.weight.shape}"
+            raise UnsupportedModel(field="quantization", value="int8", reason=reason)
         if native is not None:
             self.packed = PackedLinear(native, self.weight, self.bias, is_int8=is_int8)
             self._weight = None

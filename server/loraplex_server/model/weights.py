@@ -56,7 +56,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All parameters, of one dtype on one device.
+    """All parameters, of one dtype on one device, but for linears rounded to int8.
 
     A tied `lm_head` is filled from `embedding`; once packed it is a second copy, as looking rows
     up needs the plain layout.
@@ -74,6 +74,11 @@ class ModelWeights:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the linears were rounded to int8."""
+        return self.lm_head.is_int8
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -194,6 +199,7 @@ def fill_weights(
         path: where the tensors come from, for messages.
 
     Raises:
+        UnsupportedModel: this machine, or the model, has a linear that int8 is not for.
         CheckpointError: a tensor is unknown, missing, twice there, or of a wrong shape or dtype.
     """
     weights = allocate(spec, dtype, device)
