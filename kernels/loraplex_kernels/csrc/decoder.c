@@ -194,11 +194,6 @@ static product product_of(const place *here) {
     return (product){&layer->down, s->product, s->delta};
 }
 
-static linear_args head_of(const place *here) {
-    const decoder_step *s = here->s;
-    return (linear_args){&here->d->head, s->x, s->logits, s->N};
-}
-
 static void multiply(worker *w, const place *here) {
     product p = product_of(here);
     linear_args base = {p.layer, p.x, p.y, here->s->T};
@@ -219,7 +214,7 @@ static void run_op(worker *w, const place *here) {
         if (here->op == INPUT_NORM) {
             run_phase(w, final_norm_item, here, row_items(s->N));
         } else {
-            linear_args head = head_of(here);
+            linear_args head = {&here->d->head, s->x, s->logits, s->N};
             run_phase(w, linear_item, &head, linear_items(&head));
         }
         return;
@@ -259,18 +254,14 @@ static void run_stretch(worker *w, const void *args) {
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t scratch_of(const place *here) {
-    if (here->layer == here->d->num_layers) {
-        linear_args head = head_of(here);
-        return here->op == INPUT_NORM ? 0 : linear_scratch_bytes(&head);
-    }
+    int64_t bytes = 0;
+    if (here->layer == here->d->num_layers) return 0;
     if (here->op == ATTEND) {
         attention_args attention = attention_of(here);
         return attention_scratch_bytes(&attention);
     }
     if (here->op != QKV && here->op != O && here->op != GATE_UP && here->op != DOWN) return 0;
     product p = product_of(here);
-    linear_args base = {p.layer, p.x, p.y, here->s->T};
-    int64_t bytes = linear_scratch_bytes(&base);
     site at = site_of(here->d, here->op);
     for (int64_t i = 0; i < here->s->num_loras; i++) {
         lora_args lora = lora_of(here, &here->s->loras[i], &at, p.layer, p.x, p.y);

@@ -23,16 +23,6 @@
 #define TILE 2
 #endif
 
-/* What a panel's elements are. */
-typedef enum {
-    PLAIN,   /* of the type of x */
-    NARROW,  /* int8, as it is kept */
-    WIDENING, /* the same, and its values are to be left in `wide`, of the type of x */
-    WIDENED, /* those values: what comes of them is the same to the last bit */
-} panel_kind;
-
-#define IS_INT8(kind) ((kind) == NARROW || (kind) == WIDENING)
-
 /* Sixteen weights as float32; of int8 exact. */
 INLINE vf weights16(const void *w, int64_t i, int is_int8) {
     if (!is_int8) return load16(w, i, 0);
@@ -47,15 +37,11 @@ INLINE vf weights16(const void *w, int64_t i, int is_int8) {
 }
 
 /* Sums of n rows over the inputs [k, stop) of a panel. */
-INLINE void panel_f32(const void *w, float *wide, const float *x, int64_t K, int64_t k,
-                      int64_t stop, int n, panel_kind kind, vf acc[TILE][VECTORS]) {
+INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64_t stop, int n,
+                      int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k++) {
         vf wv[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t i = k * PANEL + v * LANES;
-            wv[v] = weights16(w, i, IS_INT8(kind));
-            if (kind == WIDENING) memcpy(wide + i, &wv[v], sizeof wv[v]);
-        }
+        for (int v = 0; v < VECTORS; v++) wv[v] = weights16(w, k * PANEL + v * LANES, is_int8);
         for (int r = 0; r < n; r++)
             for (int v = 0; v < VECTORS; v++) acc[r][v] += x[r * K + k] * wv[v];
     }
@@ -69,15 +55,11 @@ INLINE __m512bh pairs16(const void *w, int64_t i, int is_int8) {
 }
 
 /* Two inputs per instruction; their products are added one after the other. */
-INLINE void panel_bf16(const void *w, uint16_t *wide, const uint16_t *x, int64_t K, int64_t k,
-                       int64_t stop, int n, panel_kind kind, vf acc[TILE][VECTORS]) {
+INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, int64_t stop, int n,
+                       int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2) {
         __m512bh wv[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t i = k * PANEL + v * 2 * LANES;
-            wv[v] = pairs16(w, i, IS_INT8(kind));
-            if (kind == WIDENING) _mm512_storeu_si512(wide + i, (__m512i)wv[v]);
-        }
+        for (int v = 0; v < VECTORS; v++) wv[v] = pairs16(w, k * PANEL + v * 2 * LANES, is_int8);
         for (int r = 0; r < n; r++) {
             int32_t pair;
             memcpy(&pair, x + r * K + k, sizeof pair);
@@ -88,26 +70,29 @@ INLINE void panel_bf16(const void *w, uint16_t *wide, const uint16_t *x, int64_t
     }
 }
 #else
-INLINE void panel_bf16(const void *w, uint16_t *wide, const uint16_t *x, int64_t K, int64_t k,
-                       int64_t stop, int n, panel_kind kind, vf acc[TILE][VECTORS]) {
+/* Sixteen pairs of weights as float32: the first of each, and the second. */
+INLINE void pairs16(const void *w, int64_t i, int is_int8, vf *first, vf *second) {
+    if (is_int8) {
+        vh bytes;
+        memcpy(&bytes, (const int8_t *)w + i, sizeof bytes);
+        vi pairs = __builtin_convertvector(bytes, vi);
+        *first = __builtin_convertvector((pairs << 24) >> 24, vf);
+        *second = __builtin_convertvector((pairs << 16) >> 24, vf);
+        return;
+    }
+    vu pairs, low, high;
+    memcpy(&pairs, (const uint16_t *)w + i, sizeof pairs);
+    low = pairs << 16, high = pairs & 0xffff0000u;
+    memcpy(first, &low, sizeof low);
+    memcpy(second, &high, sizeof high);
+}
+
+INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, int64_t stop, int n,
+                       int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2) {
         vf even[VECTORS], odd[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t i = k * PANEL + v * 2 * LANES;
-            vu pairs, low, high;
-            if (IS_INT8(kind)) {
-                vf parts[2] = {weights16(w, i, 1), weights16(w, i + LANES, 1)};
-                uint16_t bits[2 * LANES];
-                for (int j = 0; j < 2; j++) store16(bits, j * LANES, parts[j], 1);
-                memcpy(&pairs, bits, sizeof pairs);
-                if (kind == WIDENING) memcpy(wide + i, bits, sizeof bits);
-            } else {
-                memcpy(&pairs, (const uint16_t *)w + i, sizeof pairs);
-            }
-            low = pairs << 16, high = pairs & 0xffff0000u;
-            memcpy(&even[v], &low, sizeof low);
-            memcpy(&odd[v], &high, sizeof high);
-        }
+        for (int v = 0; v < VECTORS; v++)
+            pairs16(w, k * PANEL + v * 2 * LANES, is_int8, &even[v], &odd[v]);
         for (int r = 0; r < n; r++)
             for (int v = 0; v < VECTORS; v++) {
                 acc[r][v] += load1(x, r * K + k, 1) * even[v];
@@ -117,89 +102,63 @@ INLINE void panel_bf16(const void *w, uint16_t *wide, const uint16_t *x, int64_t
 }
 #endif
 
-INLINE void panel_sums(const linear *l, const void *w, void *wide, const void *x, int64_t k,
-                       int64_t stop, int n, int is_bf16, panel_kind kind, vf acc[TILE][VECTORS]) {
+INLINE void panel_sums(const void *w, const void *x, int64_t K, int64_t k, int64_t stop, int n,
+                       int is_bf16, int is_int8, vf acc[TILE][VECTORS]) {
     for (int r = 0; r < n; r++)
         for (int v = 0; v < VECTORS; v++) acc[r][v] = (vf){0};
-    if (is_bf16) panel_bf16(w, wide, x, l->K, k, stop, n, kind, acc);
-    else panel_f32(w, wide, x, l->K, k, stop, n, kind, acc);
+    if (is_bf16) panel_bf16(w, x, K, k, stop, n, is_int8, acc);
+    else panel_f32(w, x, K, k, stop, n, is_int8, acc);
 }
 
 static int64_t num_groups(int64_t K) { return (K + GROUP - 1) / GROUP; }
 
-/* Where the work on a panel takes place. */
-typedef struct {
-    const linear *layer;
-    const void *elements;
-    void *wide;
-    int64_t index, T; /* which panel; rows */
-    const char *x;
-    float *y;
-} panel_work;
-
-/* The first n rows. */
-INLINE void tile(const panel_work *p, int n, int is_bf16, panel_kind kind) {
-    const linear *l = p->layer;
-    vf acc[TILE][VECTORS], sums[TILE][VECTORS];
-    if (kind == PLAIN) {
-        panel_sums(l, p->elements, NULL, p->x, 0, l->K, n, is_bf16, kind, sums);
-    } else {
-        const float *scale = l->scale + p->index * num_groups(l->K) * PANEL;
-        for (int r = 0; r < n; r++)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] = (vf){0};
-        for (int64_t k = 0; k < l->K; k += GROUP, scale += PANEL) {
-            int64_t stop = k + GROUP < l->K ? k + GROUP : l->K;
-            panel_sums(l, p->elements, p->wide, p->x, k, stop, n, is_bf16, kind, acc);
-            for (int v = 0; v < VECTORS; v++) {
-                vf s = load16(scale, v * LANES, 0);
-                for (int r = 0; r < n; r++) sums[r][v] += acc[r][v] * s;
-            }
-        }
+/* The same of an int8 panel over all inputs, each group's sums scaled. */
+INLINE void scaled_sums(const void *w, const float *scale, const void *x, int64_t K, int n,
+                        int is_bf16, vf sums[TILE][VECTORS]) {
+    vf acc[TILE][VECTORS];
+    for (int r = 0; r < n; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vf){0};
+    for (int64_t k = 0; k < K; k += GROUP, scale += PANEL) {
+        panel_sums(w, x, K, k, k + GROUP < K ? k + GROUP : K, n, is_bf16, 1, acc);
+        for (int v = 0; v < VECTORS; v++)
+            for (int r = 0; r < n; r++) sums[r][v] += acc[r][v] * load16(scale, v * LANES, 0);
     }
-    int64_t column = p->index * PANEL, width = l->N - column;
+}
+
+/* Outputs of panel p of n rows. An int8 panel is converted anew for each tile of rows: kept
+ * converted for the next tiles it would be written and read back, which takes longer. */
+INLINE void tile(const linear *l, int64_t p, const void *x, float *y, int n, int is_bf16,
+                 int is_int8) {
+    int64_t size = is_int8 ? 1 : is_bf16 ? 2 : 4, column = p * PANEL, width = l->N - column;
+    const char *panel = (const char *)l->weight + column * l->K * size;
+    vf sums[TILE][VECTORS];
+    if (is_int8) scaled_sums(panel, l->scale + column * num_groups(l->K), x, l->K, n, is_bf16, sums);
+    else panel_sums(panel, x, l->K, 0, l->K, n, is_bf16, 0, sums);
     for (int r = 0; r < n; r++) {
         if (l->bias)
             for (int v = 0; v < VECTORS; v++) sums[r][v] += load16(l->bias, column + v * LANES, 0);
-        float *to = p->y + r * l->N + column;
+        float *to = y + r * l->N + column;
         if (width >= PANEL) memcpy(to, sums[r], sizeof sums[r]);
         else memcpy(to, sums[r], (size_t)width * sizeof *to);
     }
 }
 
-INLINE void tile_done(panel_work *p, int n, int is_bf16) {
-    p->T -= n;
-    p->x += n * p->layer->K * (is_bf16 ? 2 : 4);
-    p->y += n * p->layer->N;
-}
-
 /* Constant n lets the compiler keep all sums in registers. */
-INLINE void all_tiles(panel_work *p, int is_bf16, panel_kind kind) {
-    for (; p->T >= TILE; tile_done(p, TILE, is_bf16)) tile(p, TILE, is_bf16, kind);
-    switch (p->T) {
+INLINE void rows_of_panel(const linear *l, int64_t p, const char *x, float *y, int64_t T,
+                          int is_bf16, int is_int8) {
+    int64_t row_bytes = l->K * (is_bf16 ? 2 : 4);
+    for (; T >= TILE; T -= TILE, x += TILE * row_bytes, y += TILE * l->N)
+        tile(l, p, x, y, TILE, is_bf16, is_int8);
+    switch (T) {
 #if TILE == 8
-    case 7: tile(p, 7, is_bf16, kind); break;
-    case 6: tile(p, 6, is_bf16, kind); break;
-    case 5: tile(p, 5, is_bf16, kind); break;
-    case 4: tile(p, 4, is_bf16, kind); break;
-    case 3: tile(p, 3, is_bf16, kind); break;
-    case 2: tile(p, 2, is_bf16, kind); break;
+    case 7: tile(l, p, x, y, 7, is_bf16, is_int8); break;
+    case 6: tile(l, p, x, y, 6, is_bf16, is_int8); break;
+    case 5: tile(l, p, x, y, 5, is_bf16, is_int8); break;
+    case 4: tile(l, p, x, y, 4, is_bf16, is_int8); break;
+    case 3: tile(l, p, x, y, 3, is_bf16, is_int8); break;
+    case 2: tile(l, p, x, y, 2, is_bf16, is_int8); break;
 #endif
-    case 1: tile(p, 1, is_bf16, kind); break;
-    }
-}
-
-/* All rows. Of an int8 panel, the first of several tiles leaves its values behind for the others:
- * to convert them for each would take longer than to read them from the cache. */
-INLINE void multiply_panel(panel_work *p, int is_bf16) {
-    if (!p->layer->scale) {
-        all_tiles(p, is_bf16, PLAIN);
-    } else if (p->T <= TILE) {
-        all_tiles(p, is_bf16, NARROW);
-    } else {
-        tile(p, TILE, is_bf16, WIDENING);
-        tile_done(p, TILE, is_bf16);
-        p->elements = p->wide;
-        all_tiles(p, is_bf16, WIDENED);
+    case 1: tile(l, p, x, y, 1, is_bf16, is_int8); break;
     }
 }
 
@@ -221,37 +180,27 @@ int64_t linear_items(const linear_args *a) {
     return items_per_block(a) * ((a->T + BLOCK_ROWS - 1) / BLOCK_ROWS);
 }
 
-int64_t linear_scratch_bytes(const linear_args *a) {
-    const linear *l = a->layer;
-    return l->scale && a->T > TILE ? l->K * PANEL * (l->is_bf16 ? 2 : 4) : 0;
-}
-
 void linear_item(const void *args, int64_t item, void *scratch) {
     const linear_args *a = args;
     const linear *l = a->layer;
-    int64_t x_size = l->is_bf16 ? 2 : 4, size = l->scale ? 1 : x_size;
+    (void)scratch;
     int64_t each = panels_per_item(a), per_block = items_per_block(a);
     int64_t first_row = item / per_block * BLOCK_ROWS, rows = a->T - first_row;
     if (rows > BLOCK_ROWS) rows = BLOCK_ROWS;
     int64_t p = item % per_block * each, stop = p + each, all = num_panels(l->N);
     if (stop > all) stop = all;
+    const char *x = (const char *)a->x + first_row * l->K * (l->is_bf16 ? 2 : 4);
+    float *y = a->y + first_row * l->N;
     for (; p < stop; p++) {
-        panel_work work = {
-            .layer = l,
-            .elements = (const char *)l->weight + p * l->K * PANEL * size,
-            .wide = scratch,
-            .index = p,
-            .T = rows,
-            .x = (const char *)a->x + first_row * l->K * x_size,
-            .y = a->y + first_row * l->N,
-        };
-        if (l->is_bf16) multiply_panel(&work, 1);
-        else multiply_panel(&work, 0);
+        if (l->is_bf16 && l->scale) rows_of_panel(l, p, x, y, rows, 1, 1);
+        else if (l->is_bf16) rows_of_panel(l, p, x, y, rows, 1, 0);
+        else if (l->scale) rows_of_panel(l, p, x, y, rows, 0, 1);
+        else rows_of_panel(l, p, x, y, rows, 0, 0);
     }
 }
 
 int loraplex_linear(const linear_args *a) {
-    return run_alone(linear_item, a, linear_items(a), linear_scratch_bytes(a));
+    return run_alone(linear_item, a, linear_items(a), 0);
 }
 
 /* ---- packing ------------------------------------------------------------------------------- */

@@ -25,9 +25,8 @@ typedef struct {
     int64_t T;
 } linear_args;
 
-/* How many items there are, what each needs of scratch, and one of them (an item_fn). */
+/* How many items there are, and one of them (an item_fn that needs no scratch). */
 int64_t linear_items(const linear_args *a);
-int64_t linear_scratch_bytes(const linear_args *a);
 void linear_item(const void *args, int64_t item, void *scratch);
 
 typedef struct {

@@ -112,7 +112,6 @@ def test_an_int8_linear_multiplies_its_rounded_weight(shape, has_bias, rows, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_of_an_int8_linear_does_not_depend_on_how_many_are_beside_it(shape, dtype):
-    """Few rows convert the weight in registers, many read it converted: each count is one path."""
     linear, _ = packed(*shape, has_bias=True, dtype=dtype, is_int8=True)
     x = random_rows(300, shape[1], dtype)
     together = linear.packed(x)
