@@ -130,7 +130,7 @@ class PackedLinear:
     def dense(self) -> torch.Tensor:
         """Return the weight `[out, in]`; float32 if it was rounded to int8."""
         panels, width = self._packed.shape[0], self.in_features
-        if self.dtype is torch.float32:
+        if self.is_int8 or self.dtype is torch.float32:
             dense = self._packed.transpose(1, 2)
         else:
             pairs = self._packed.view(panels, width // 2, PANEL, 2)

@@ -48,10 +48,14 @@ INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64
 }
 
 #if defined(__AVX512BF16__)
-/* Sixteen pairs of weights; of int8 exact, as bfloat16 has eight significant bits. */
-INLINE __m512bh pairs16(const void *w, int64_t i, int is_int8) {
-    if (!is_int8) return (__m512bh)_mm512_loadu_si512((const uint16_t *)w + i);
-    return _mm512_cvtne2ps_pbh((__m512)weights16(w, i + LANES, 1), (__m512)weights16(w, i, 1));
+/* Inputs k and k + 1 of sixteen outputs, as pairs. Of int8 exact, as bfloat16 has eight significant
+ * bits: the upper halves of float32, put together (the instruction that rounds takes longer). */
+INLINE __m512bh pairs16(const void *w, int64_t k, int v, int is_int8) {
+    if (!is_int8)
+        return (__m512bh)_mm512_loadu_si512((const uint16_t *)w + k * PANEL + v * 2 * LANES);
+    __m512i first = (__m512i)weights16(w, k * PANEL + v * LANES, 1);
+    __m512i second = (__m512i)weights16(w, (k + 1) * PANEL + v * LANES, 1);
+    return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(first, 16), second);
 }
 
 /* Two inputs per instruction; their products are added one after the other. */
@@ -59,7 +63,7 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
                        int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2) {
         __m512bh wv[VECTORS];
-        for (int v = 0; v < VECTORS; v++) wv[v] = pairs16(w, k * PANEL + v * 2 * LANES, is_int8);
+        for (int v = 0; v < VECTORS; v++) wv[v] = pairs16(w, k, v, is_int8);
         for (int r = 0; r < n; r++) {
             int32_t pair;
             memcpy(&pair, x + r * K + k, sizeof pair);
@@ -70,18 +74,15 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
     }
 }
 #else
-/* Sixteen pairs of weights as float32: the first of each, and the second. */
-INLINE void pairs16(const void *w, int64_t i, int is_int8, vf *first, vf *second) {
+/* Inputs k and k + 1 of sixteen outputs, as float32. */
+INLINE void pairs16(const void *w, int64_t k, int v, int is_int8, vf *first, vf *second) {
     if (is_int8) {
-        vh bytes;
-        memcpy(&bytes, (const int8_t *)w + i, sizeof bytes);
-        vi pairs = __builtin_convertvector(bytes, vi);
-        *first = __builtin_convertvector((pairs << 24) >> 24, vf);
-        *second = __builtin_convertvector((pairs << 16) >> 24, vf);
+        *first = weights16(w, k * PANEL + v * LANES, 1);
+        *second = weights16(w, (k + 1) * PANEL + v * LANES, 1);
         return;
     }
     vu pairs, low, high;
-    memcpy(&pairs, (const uint16_t *)w + i, sizeof pairs);
+    memcpy(&pairs, (const uint16_t *)w + k * PANEL + v * 2 * LANES, sizeof pairs);
     low = pairs << 16, high = pairs & 0xffff0000u;
     memcpy(first, &low, sizeof low);
     memcpy(second, &high, sizeof high);
@@ -92,7 +93,7 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
     for (; k < stop; k += 2) {
         vf even[VECTORS], odd[VECTORS];
         for (int v = 0; v < VECTORS; v++)
-            pairs16(w, k * PANEL + v * 2 * LANES, is_int8, &even[v], &odd[v]);
+            pairs16(w, k, v, is_int8, &even[v], &odd[v]);
         for (int r = 0; r < n; r++)
             for (int v = 0; v < VECTORS; v++) {
                 acc[r][v] += load1(x, r * K + k, 1) * even[v];
@@ -205,11 +206,6 @@ int loraplex_linear(const linear_args *a) {
 
 /* ---- packing ------------------------------------------------------------------------------- */
 
-/* Where input k of a panel's output i lies. */
-static int64_t place_in_panel(int64_t k, int64_t i, int is_bf16) {
-    return is_bf16 ? (k & ~(int64_t)1) * PANEL + 2 * i + (k & 1) : k * PANEL + i;
-}
-
 /* Symmetric: the largest weight of a group becomes 127. Where one is not finite the scale is not
  * either, and so is whatever comes of it. */
 static void quantize_group(const pack_linear_args *a, int64_t output, int64_t k, float *scale,
@@ -225,7 +221,7 @@ static void quantize_group(const pack_linear_args *a, int64_t output, int64_t k,
     *scale = largest / 127.0f;
     for (; k < stop; k++) {
         float steps = has_steps ? load1(row, k, a->is_bf16) / largest * 127.0f : 0.0f;
-        panel[place_in_panel(k, output % PANEL, a->is_bf16)] = (int8_t)rintf(steps);
+        panel[k * PANEL + output % PANEL] = (int8_t)rintf(steps);
     }
 }
 
@@ -248,15 +244,16 @@ static void pack_panel(const void *args, int64_t p, void *scratch) {
     } else if (a->is_bf16) {
         const uint16_t *from = (const uint16_t *)a->dense + first * a->K;
         uint16_t *to = (uint16_t *)a->packed + first * a->K;
-        for (int64_t k = 0; k < a->K; k++)
+        for (int64_t k = 0; k < a->K; k += 2)
             for (int64_t i = 0; i < PANEL; i++)
-                to[place_in_panel(k, i, 1)] = i < width ? from[i * a->K + k] : 0;
+                for (int64_t j = 0; j < 2; j++)
+                    to[(k * PANEL) + 2 * i + j] = i < width ? from[i * a->K + k + j] : 0;
     } else {
         const float *from = (const float *)a->dense + first * a->K;
         float *to = (float *)a->packed + first * a->K;
         for (int64_t k = 0; k < a->K; k++)
             for (int64_t i = 0; i < PANEL; i++)
-                to[place_in_panel(k, i, 0)] = i < width ? from[i * a->K + k] : 0.0f;
+                to[k * PANEL + i] = i < width ? from[i * a->K + k] : 0.0f;
     }
 }
 

@@ -6,8 +6,8 @@
 #define GROUP 128 /* inputs of an int8 weight that share a scale; the last ones may be fewer */
 
 /* `y = x W^T + bias`. The weight is cut into panels of PANEL outputs, the last one filled up with
- * zeros, and a panel lies input by input: [K][PANEL] where x is float32, [K / 2][PANEL][2] where it
- * is bfloat16. Its elements are of the type of x, or int8: then the sum over each group of inputs is
+ * zeros, and a panel lies input by input: float32 as [K][PANEL], bfloat16 as [K / 2][PANEL][2], int8
+ * as [K][PANEL]. It is of the type of x, or int8: then the sum over each group of inputs is
  * multiplied by the group's scale of that output. */
 typedef struct {
     const void *weight;
