@@ -226,7 +226,9 @@ def main() -> None:
     prompts = make_prompts(source, options.prompts)
     reference = OurModel(source, torch.float32, "none")
     answers = reference.greedy(prompts)
-    texts = [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+    texts = [
+        (prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     expected = [reference.logits(*text) for text in texts]
     check_reference(expected, answers)
     top = torch.cat([logits.topk(2).values for logits in expected])
@@ -237,7 +239,9 @@ def main() -> None:
     }
     if not options.skip_transformers:
         arms["transformers bfloat16"] = lambda: Transformers(source)
-    results = {name: measure(make(), prompts, answers, texts, expected) for name, make in arms.items()}
+    results = {
+        name: measure(make(), prompts, answers, texts, expected) for name, make in arms.items()
+    }
     report(results, _distribution(top[:, 0] - top[:, 1]), source.name, options)
 
 
