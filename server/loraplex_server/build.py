@@ -40,6 +40,7 @@ from loraplex_server.sizing import (
     choose_limits,
     choose_num_pages,
     choose_page_tokens,
+    choose_quantization,
     choose_step_sizes,
 )
 
@@ -104,13 +105,17 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     dtype = choose_dtype(config.dtype, device)
     if device.type == "cpu":
         load_native()  # compiles for seconds on a new machine: the first request would wait
+    quantization = choose_quantization(config.quantization, device)
     # Before the pool is sized: it takes a share of the memory that the weights leave.
-    weights = load_weights(facts.source, facts.spec, dtype=dtype, device=device)
+    weights = load_weights(
+        facts.source, facts.spec, dtype=dtype, device=device, quantization=quantization
+    )
     pool_bytes = config.pool_bytes or auto_pool_bytes(device, _step_bytes(facts, weights, sizes))
     num_pages = choose_num_pages(pool_bytes, facts.layout, dtype.itemsize)
     limits = choose_limits(config, facts.spec, facts.layout, num_pages, sizes)
     warn_of_long_rope(facts.spec, limits.max_model_len)
     model = Transformer(facts.spec, weights, max_model_len=limits.max_model_len)
+    log.info("%s is computed in %s", facts.base_name, model.precision)
     pool = PagePool(facts.layout, num_pages, dtype=dtype, device=device)
     num_host_pages = choose_host_pages(config.host_bytes, facts.layout, dtype.itemsize, device)
     arena = HostArena(facts.layout, num_host_pages, dtype=dtype, is_pinned=device.type == "cuda")
@@ -218,7 +223,7 @@ def assemble_core(
         page_tokens=layout.page_tokens,
         page_bytes=pool.page_bytes,
         num_layers=layout.geometry.num_layers,
-        dtype=str(pool.dtype).removeprefix("torch."),
+        dtype=model.precision,
         device=str(pool.device),
     )
     native = load_native()

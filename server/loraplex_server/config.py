@@ -88,6 +88,14 @@ class Config:
     dtype: str = _setting(
         choice_of("auto", "float32", "bfloat16"), "auto", "model", "arithmetic of the model", "TYPE"
     )
+    quantization: str = _setting(
+        choice_of("none", "int8"),
+        "none",
+        "model",
+        "weights of all linears, the head's too: int8 is faster on a CPU with few requests and "
+        "changes answers, see docs/benchmarks/quantization.md; CPU only",
+        "TYPE",
+    )
     device: str = _setting(
         choice_of("auto", "cpu", "cuda"),
         "auto",

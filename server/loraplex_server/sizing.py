@@ -1,4 +1,4 @@
-"""What settings, model and machine together decide: device, dtype, sizes of steps and pool."""
+"""What settings, model and machine together decide: device, number formats, steps and pool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from loraplex_kernels.native import load_native
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout, Projection
@@ -14,6 +15,7 @@ from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError
 from loraplex_server.machine import available_bytes
+from loraplex_server.model.linear import Quantization
 from loraplex_server.model.spec import ModelSpec
 
 #: On a CPU `auto` takes this share of the memory that is free once the model is loaded, and no
@@ -81,6 +83,27 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if has_bfloat16 else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_quantization(name: str, device: torch.device) -> Quantization:
+    """Return how weights are rounded besides to the dtype: as asked, never by itself.
+
+    Raises:
+        EngineConfigError: nothing here can multiply them.
+    """
+    if name == "none":
+        return "none"
+    if device.type != "cpu":
+        raise EngineConfigError(
+            "quantization is int8 and the device a GPU, whose kernels read bfloat16 or float32 "
+            "weights only: serve with --quantization none or --device cpu"
+        )
+    if load_native() is None:
+        raise EngineConfigError(
+            "quantization is int8 and the compiled kernels are not there, which alone read such "
+            "weights: install a C compiler (see the log above), or serve with --quantization none"
+        )
+    return "int8"
 
 
 @dataclass(frozen=True)

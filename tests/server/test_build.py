@@ -142,3 +142,24 @@ async def test_the_engine_process_logs_as_much_as_asked_for(folder, monkeypatch)
     monkeypatch.setattr(logging, "basicConfig", lambda **to: levels.append(to["level"]))
     handle._build_core(wake=lambda: None).close()
     assert levels == ["DEBUG"]
+
+
+# ---- quantization --------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("quantization", "said"), [("none", "float32"), ("int8", "float32 with int8 weights")]
+)
+def test_a_core_says_what_its_weights_were_rounded_to(make, caplog, quantization, said):
+    with caplog.at_level(logging.INFO, logger=build.__name__):
+        core = make(quantization=quantization)
+    assert core.info.dtype == said
+    assert [m.partition(" is computed in ")[2] for m in caplog.messages].count(said) == 1
+
+
+def test_int8_without_kernels_is_refused_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(sizing, "load_native", lambda: None)
+    monkeypatch.setattr(build, "load_weights", lambda *args, **options: pytest.fail("loaded"))
+    with pytest.raises(EngineConfigError, match="quantization is int8"):
+        build.build_core(config_of(folder, quantization="int8"))

@@ -113,3 +113,23 @@ def test_a_number_of_tokens_that_is_set_fills_a_page(page_tokens, expected):
 def test_the_fewest_tokens_are_taken_where_adapters_waste_more_with_any_number(monkeypatch):
     monkeypatch.setattr(sizing, "_MAX_WASTE", -1.0)
     assert sizing.choose_page_tokens(None, LLAMA_2) == 4
+
+
+# ---- quantization --------------------------------------------------------------------------
+
+
+def test_nothing_is_quantized_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(sizing, "load_native", lambda: None)
+    assert Config().quantization == "none"
+    assert sizing.choose_quantization("none", CUDA) == "none"
+    assert sizing.choose_quantization("none", CPU) == "none"
+
+
+def test_int8_is_taken_where_there_are_kernels_and_refused_elsewhere(monkeypatch):
+    monkeypatch.setattr(sizing, "load_native", lambda: object())
+    assert sizing.choose_quantization("int8", CPU) == "int8"
+    with pytest.raises(EngineConfigError, match=r"device a GPU.*--quantization none or --device"):
+        sizing.choose_quantization("int8", CUDA)
+    monkeypatch.setattr(sizing, "load_native", lambda: None)
+    with pytest.raises(EngineConfigError, match=r"compiled kernels.*install a C compiler"):
+        sizing.choose_quantization("int8", CPU)

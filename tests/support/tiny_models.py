@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from loraplex_server.model.linear import Linear
+from loraplex_server.model.linear import Linear, Quantization
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
 from loraplex_server.model.weights import (
@@ -116,12 +116,15 @@ def tiny_transformer(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
     **options: Any,
 ) -> Transformer:
     """Return our model with random weights, without building a transformers one."""
     spec = tiny_spec(family, **options)
     state = random_weights(spec, seed, dtype)
-    weights = fill_weights(spec, state.items(), dtype=dtype, device=device)
+    weights = fill_weights(
+        spec, state.items(), dtype=dtype, device=device, quantization=quantization
+    )
     return Transformer(spec, weights)
 
 

@@ -39,7 +39,7 @@ typedef struct {
     int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, rot_dim;
     int64_t page_tokens, page_elems, chunk_elems;
     float eps, scale; /* of norms; on attention scores */
-    int32_t is_bf16;  /* weights, pool, and what linears read; all else is float32 */
+    int32_t is_bf16;  /* pool, and what linears read; all else is float32 */
 } decoder;
 
 /* One LoRABatch. */

@@ -36,6 +36,7 @@ class EngineInfo:
     page_bytes: int
     num_layers: int
     dtype: str
+    """Of all arithmetic, and what weights are rounded to besides: see `Transformer.precision`."""
     device: str
 
 

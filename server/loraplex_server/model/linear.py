@@ -7,11 +7,17 @@ last bit ("same answer in any company"); that of `F.linear` does.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
 from loraplex_kernels.native import load_native
 from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_server.model.errors import UnsupportedModel
+
+#: How weights are rounded besides to the model's dtype.
+Quantization = Literal["none", "int8"]
 
 _OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 
@@ -37,17 +43,31 @@ class Linear:
         return self._weight
 
     @property
+    def is_int8(self) -> bool:
+        return self.packed is not None and self.packed.is_int8
+
+    @property
     def num_bytes(self) -> int:
         if self.packed is not None:
             return self.packed.num_bytes
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def pack(self) -> None:
-        """Give the weight its fastest layout; the dense one is dropped. Once, after filling."""
+    def pack(self, *, is_int8: bool = False) -> None:
+        """Give the weight its fastest layout; the dense one is dropped. Once, after filling.
+
+        Args:
+            is_int8: round the weight to int8.
+
+        Raises:
+            UnsupportedModel: our own kernels, which int8 needs, do not take such a weight.
+        """
         native = load_native() if PackedLinear.takes(self.weight) else None
+        if is_int8 and native is None:
+            reason = f"needs compiled kernels, and linears of an even width: {self.weight.shape}"
+            raise UnsupportedModel(field="quantization", value="int8", reason=reason)
         if native is not None:
-            self.packed = PackedLinear(native, self.weight, self.bias)
+            self.packed = PackedLinear(native, self.weight, self.bias, is_int8=is_int8)
             self._weight = None
         elif can_pack(self.weight):
             # Without a number of rows: the layout for many serves few rows as well, not vice versa.
@@ -55,7 +75,7 @@ class Linear:
             self._is_onednn = True
 
     def dense_weight(self) -> torch.Tensor:
-        """Return the weight `[out, in]` in plain layout."""
+        """Return the weight `[out, in]` in plain layout; float32 if it was rounded to int8."""
         if self.packed is not None:
             return self.packed.dense()
         return self.weight.to_dense() if self._is_onednn else self.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraplex_server.model.checkpoint import open_checkpoint
+from loraplex_server.model.linear import Quantization
 from loraplex_server.model.source import ModelSource
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
@@ -29,15 +30,25 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
 ) -> ModelWeights:
     """Load the source's tensors at `dtype` (float32 or bfloat16), one at a time.
+
+    See `fill_weights` for `quantization`.
 
     Raises:
         CheckpointError: files are damaged, or their tensors do not fit the spec.
     """
     checkpoint = open_checkpoint(source, spec)
     tensors = ((name, checkpoint.read(name)) for name in checkpoint.names())
-    return fill_weights(spec, tensors, dtype=dtype, device=device, path=str(source.path))
+    return fill_weights(
+        spec,
+        tensors,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        path=str(source.path),
+    )
 
 
 def load_model(

@@ -65,6 +65,12 @@ class Transformer:
         return self._weights.dtype
 
     @property
+    def precision(self) -> str:
+        """What a reader should know of the numbers: "bfloat16", "bfloat16 with int8 weights"."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} with int8 weights" if self._weights.is_int8 else name
+
+    @property
     def device(self) -> torch.device:
         return self._weights.device
 

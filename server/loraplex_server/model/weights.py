@@ -14,7 +14,7 @@ import torch
 
 from loraplex_memory.layout import SITES, Projection
 from loraplex_server.model.errors import CheckpointError
-from loraplex_server.model.linear import Linear
+from loraplex_server.model.linear import Linear, Quantization
 from loraplex_server.model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -56,7 +56,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All parameters, of one dtype on one device.
+    """All parameters, of one dtype on one device, but for linears rounded to int8.
 
     A tied `lm_head` is filled from `embedding`; once packed it is a second copy, as looking rows
     up needs the plain layout.
@@ -74,6 +74,11 @@ class ModelWeights:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the linears were rounded to int8."""
+        return self.lm_head.is_int8
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -180,6 +185,7 @@ def fill_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
     path: str = "(memory)",
 ) -> ModelWeights:
     """Load `(checkpoint name, tensor)` pairs, each used and dropped in turn, and pack the linears.
@@ -188,9 +194,12 @@ def fill_weights(
         spec: says which parameters there must be.
         tensors: all of the checkpoint; dtypes float32, bfloat16 or float16.
         dtype: of the result; float32 or bfloat16.
+        quantization: `int8` rounds the weight of every linear, the head's too; the embedding that
+            a tied head is filled from stays as it is.
         path: where the tensors come from, for messages.
 
     Raises:
+        UnsupportedModel: this machine, or the model, has a linear that int8 is not for.
         CheckpointError: a tensor is unknown, missing, twice there, or of a wrong shape or dtype.
     """
     weights = allocate(spec, dtype, device)
@@ -215,7 +224,7 @@ def fill_weights(
         _refuse(path, "tie_word_embeddings is set, yet the head is not the embedding", [LM_HEAD])
     views.clear()
     for linear in weights.linears:
-        linear.pack()
+        linear.pack(is_int8=quantization == "int8")
     return weights
 
 

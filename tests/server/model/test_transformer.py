@@ -7,13 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
+from loraplex_kernels.native import load_native
 from loraplex_server.model.linear import can_pack
+from loraplex_server.model.transformer import Transformer
+from loraplex_server.model.weights import fill_weights
 from tests.server.model.paged_run import PagedRun
 from tests.support.tiny_models import (
     LLAMA3_ROPE,
     LONG_ROPE,
     VOCAB,
     YARN_ROPE,
+    state_of,
     tiny_config,
     tiny_reference,
     tiny_transformer,
@@ -118,14 +122,35 @@ def test_sequences_in_one_step_do_not_see_each_other(reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_logits_are_bit_identical_alone_and_in_company(dtype):
-    model = tiny_transformer("llama", hidden_size=96, intermediate_size=1536, dtype=dtype)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_decode_logits_are_bit_identical_alone_and_in_company(dtype, quantization):
+    if quantization == "int8" and load_native() is None:
+        pytest.skip("no C compiler")
+    model = tiny_transformer(
+        "llama", hidden_size=96, intermediate_size=1536, dtype=dtype, quantization=quantization
+    )
     if not all(can_pack(torch.empty(0, dtype=d)) for d in (torch.float32, dtype)):
         pytest.skip("plain linears sum in an order that depends on the number of rows")
     sequences = {name: tokens_of(seed, 9 + 3 * seed) for seed, name in enumerate("abcdef")}
     together = decode_steps(model, sequences)
     for name, tokens in sequences.items():
         assert torch.equal(decode_steps(model, {name: tokens})[name], together[name])
+
+
+@pytest.mark.skipif(load_native() is None, reason="no C compiler")
+def test_an_int8_model_computes_its_rounded_weights():
+    """What it gives is what a plain model gives that was loaded with those weights."""
+    options = {"hidden_size": 64, "tie_word_embeddings": False}
+    rounded = tiny_transformer(quantization="int8", **options)
+    spec, weights = rounded.spec, rounded._weights
+    state = {name: view.float() for name, view in state_of(spec, weights).items()}
+    plain = Transformer(spec, fill_weights(spec, state.items(), dtype=torch.float32))
+    tokens = tokens_of(3)
+    logits = PagedRun(rounded).step({"a": tokens})["a"]
+    assert_logits(logits, PagedRun(plain).step({"a": tokens})["a"])
+    exact = PagedRun(tiny_transformer(**options)).step({"a": tokens})["a"]
+    assert not torch.allclose(logits, exact, atol=1e-4)
+    assert (rounded.precision, plain.precision) == ("float32 with int8 weights", "float32")
 
 
 def decode_steps(model, sequences: dict[str, list[int]]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraplex_kernels.native import load_native
 from loraplex_server.model.errors import CheckpointError
-from loraplex_server.model.weights import LM_HEAD, fill_weights, random_weights
+from loraplex_server.model.weights import EMBEDDING, LM_HEAD, fill_weights, random_weights
 from tests.support.tiny_models import tiny_config, tiny_reference, tiny_spec
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -103,3 +104,15 @@ def test_weights_take_the_dtype_asked_for():
     weights = fill(tiny_spec(), state, dtype=torch.bfloat16)
     assert weights.dtype == torch.bfloat16
     assert torch.equal(weights.layers[1].qkv.dense_weight()[:32], state[Q_PROJ].bfloat16())
+
+
+@pytest.mark.skipif(load_native() is None, reason="no C compiler")
+def test_int8_rounds_every_linear_and_leaves_the_embedding():
+    spec = tiny_spec(tie_word_embeddings=True)
+    state = random_weights(spec, 0)
+    weights = fill_weights(spec, state.items(), dtype=torch.float32, quantization="int8")
+    assert weights.is_int8
+    assert all(linear.is_int8 for linear in weights.linears)
+    assert torch.equal(weights.embedding, state[EMBEDDING])
+    assert not torch.equal(weights.lm_head.dense_weight(), weights.embedding)
+    assert not fill(spec, state).is_int8
