@@ -8,8 +8,8 @@ memory bandwidth: the bytes of their weights over what a plain sum over memory r
 300 MB of other memory are read, so that nothing waits in a cache. Steps of many rows per adapter
 are bound by arithmetic. Times are the least of all repeats: what a shared machine adds is not ours.
 
-`--against` compiles another folder of C files too, and takes turns with it. Calls are bare: no
-Python stands between the sites of a layer but one foreign call.
+`--against` compiles another folder of C files too (with the same structs), and takes turns with it.
+Calls are bare: no Python stands between the sites of a layer but one foreign call.
 """
 
 from __future__ import annotations

@@ -78,13 +78,18 @@ class _LoRAStruct(ctypes.Structure):
 class _StepStruct(ctypes.Structure):
     _fields_ = struct_fields(
         "pool query_indptr context_lens block_tables positions slot_pages slot_offsets loras "
-        "logit_rows residual delta wide x mixed product logits norm q_norm k_norm",
+        "logit_rows residual delta wide x mixed product logits norm q_norm k_norm op_ns",
         "norm_stride head_norm_stride num_pages T S N num_loras block_table_width max_context",
     )
 
 
 class Decoder:
-    """A model, and room for the activations of its largest step so far. One step at a time."""
+    """A model, and room for the activations of its largest step so far. One step at a time.
+
+    Attributes:
+        op_ns: int64 `[len(Op) + 2]`, to which each step adds the nanoseconds of its operations over
+            all layers, then those of the last norm and of the head; None unless somebody measures.
+    """
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class Decoder:
             eps: of all norms.
         """
         self.model = model
+        self.op_ns: torch.Tensor | None = None
         self._native = native
         self._layers = layers
         self._head = head
@@ -189,7 +195,15 @@ class Decoder:
         else:
             logits = out
         return DecoderStep(
-            self._native, self._struct, buffers, pool, attention, lora, logit_rows, logits
+            self._native,
+            self._struct,
+            buffers,
+            pool,
+            attention,
+            lora,
+            logit_rows,
+            logits,
+            self.op_ns,
         )
 
     def _buffer(self, name: str, rows: int) -> torch.Tensor:
@@ -222,6 +236,7 @@ class DecoderStep:
         lora: Sequence[LoRABatch],
         logit_rows: torch.Tensor,
         logits: torch.Tensor,
+        op_ns: torch.Tensor | None,
     ) -> None:
         self._native = native
         self._model = model
@@ -232,7 +247,7 @@ class DecoderStep:
         self.product = buffers["product"][: self._num_tokens]
         self.logits = logits
         self._loras = (_LoRAStruct * len(lora))(*map(_lora_struct, lora))
-        self._kept = (buffers, pool, attention, lora, logit_rows)
+        self._kept = (buffers, pool, attention, lora, logit_rows, op_ns)
         self._struct = _StepStruct(
             pool=pool.data_ptr(),
             query_indptr=attention.query_indptr.data_ptr(),
@@ -244,6 +259,7 @@ class DecoderStep:
             loras=ctypes.addressof(self._loras),
             logit_rows=logit_rows.data_ptr(),
             logits=logits.data_ptr(),
+            op_ns=None if op_ns is None else op_ns.data_ptr(),
             num_pages=pool.shape[1],
             T=self._num_tokens,
             S=attention.context_lens.shape[0],

@@ -2,6 +2,7 @@
 
 #include <stddef.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "attention.h"
 #include "elements.h"
@@ -253,11 +254,21 @@ static place place_of(const stretch *all, int64_t index) {
     return (place){all->d, all->s, all->deltas, index / NUM_OPS, (int)(index % NUM_OPS)};
 }
 
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 static void run_stretch(worker *w, const void *args) {
     const stretch *all = args;
+    int64_t *op_ns = w->index == 0 ? all->s->op_ns : NULL;
     for (int64_t i = all->first; i < all->stop; i++) {
         place here = place_of(all, i);
+        int64_t started = op_ns ? now_ns() : 0;
         run_op(w, &here);
+        int is_last = here.layer == all->d->num_layers;
+        if (op_ns) op_ns[here.op + (is_last ? NUM_OPS : 0)] += now_ns() - started;
     }
 }
 

@@ -67,6 +67,7 @@ typedef struct {
     /* Instead of the model's own, in this stretch; or NULL. Rows lie `stride` apart, 0 for one that
      * all rows share. */
     const float *norm, *q_norm, *k_norm;
+    int64_t *op_ns; /* [NUM_OPS + 2], the nanoseconds of each operation are added; or NULL */
     int64_t norm_stride, head_norm_stride;
     int64_t num_pages, T, S, N, num_loras, block_table_width, max_context;
 } decoder_step;

