@@ -137,6 +137,23 @@ def test_decode_logits_are_bit_identical_alone_and_in_company(dtype, quantizatio
         assert torch.equal(decode_steps(model, {name: tokens})[name], together[name])
 
 
+@pytest.mark.parametrize("num_threads", [2, 16])
+def test_threads_that_come_late_change_nothing(num_threads):
+    """Sixteen threads share fewer cores: most find phases over that they never began."""
+    model = tiny_transformer()
+    sequences = {name: tokens_of(seed, 40) for seed, name in enumerate("abcdef")}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = PagedRun(model, num_pages=128).step(sequences)
+        torch.set_num_threads(num_threads)
+        for _ in range(20):
+            together = PagedRun(model, num_pages=128).step(sequences)
+            assert all(torch.equal(together[name], alone[name]) for name in sequences)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(load_native() is None, reason="no C compiler")
 def test_an_int8_model_computes_its_rounded_weights():
     """What it gives is what a plain model gives that was loaded with those weights."""
