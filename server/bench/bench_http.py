@@ -25,14 +25,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from started_server import started_server
 from stub_engine import EmitLog
 from synthetic_adapters import write_adapter
 
-from loraplex import APIConnectionError, Client
+from loraplex import Client
 from loraplex_server.model.loader import load_spec
 from loraplex_server.model.source import resolve_model
 
@@ -193,26 +194,9 @@ def server(folder: Path, pace_ms: float) -> Iterator[Api]:
     command = [sys.executable, str(_HERE / "stub_server.py"), "--log", str(log_path)]
     command += ["--pace-s", str(pace_ms / 1e3), "--port", str(port), "--max-running", "512"]
     command += ["--data-dir", str(folder / "data")]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}", process, folder / "server.log")
-            yield Api(process, port, log_path)
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-
-
-def wait_until_ready(base_url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    client = Client(base_url=base_url)
-    for _ in range(600):
-        if process.poll() is not None:
-            raise SystemExit(log.read_text())
-        with suppress(APIConnectionError):
-            if client.health().status == "ok":
-                return
-        time.sleep(0.1)
-    raise SystemExit("the server was not ready within 60 s")
+    base_url = f"http://127.0.0.1:{port}"
+    with started_server(command, base_url, folder / "server.log", limit_s=60) as process:
+        yield Api(process, port, log_path)
 
 
 def report(rows: list[dict[str, object]], options: argparse.Namespace) -> None:

@@ -19,9 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +28,11 @@ from pathlib import Path
 import torch
 from http_load import run_closed_loop
 from peft_baseline import PeftMixedBatch
+from started_server import started_server
 from synthetic_adapters import write_adapter
 from workload import make_work, summarize
 
-from loraplex import APIConnectionError, Client
+from loraplex import Client
 from loraplex_server.model.loader import load_spec
 from loraplex_server.model.source import resolve_model
 
@@ -99,26 +99,8 @@ def server(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     command = [sys.executable, "-m", "loraplex_server", "--port", str(options.port)]
     command += ["--data-dir", str(folder / "data"), "--dtype", options.dtype]
     base_url = f"http://127.0.0.1:{options.port}"
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            wait_until_ready(base_url, process, folder / "server.log")
-            yield base_url
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-
-
-def wait_until_ready(base_url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    client = Client(base_url=base_url)
-    for _ in range(600):
-        if process.poll() is not None:
-            raise SystemExit(log.read_text())
-        with suppress(APIConnectionError):
-            if client.health().status == "ok":
-                return
-        time.sleep(0.5)
-    raise SystemExit("the server was not ready within 300 s")
+    with started_server(command, base_url, folder / "server.log", limit_s=300):
+        yield base_url
 
 
 def measure(

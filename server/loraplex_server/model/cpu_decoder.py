@@ -116,13 +116,10 @@ class CpuDecoder:
 
 
 def can_decode(spec: ModelSpec, weights: ModelWeights) -> bool:
-    """Whether this machine has compiled kernels, and they take all of these weights."""
+    """Whether the compiled kernels took all of these weights, as this machine has some."""
     geometry = spec.geometry
-    return (
-        load_native() is not None
-        and all(linear.packed is not None for linear in weights.linears)
-        and geometry.num_heads // geometry.num_kv_heads <= MAX_GROUPS
-    )
+    is_packed = all(linear.packed is not None for linear in weights.linears)
+    return is_packed and geometry.num_heads // geometry.num_kv_heads <= MAX_GROUPS
 
 
 def _decoder_layer(layer: LayerWeights, window: int | None) -> DecoderLayer:
