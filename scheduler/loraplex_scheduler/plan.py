@@ -27,6 +27,13 @@ class FinishReason(StrEnum):
     FAILED = "failed"
 
 
+class Pooling(StrEnum):
+    """Which final hidden states, after the last norm, make a prompt's embedding."""
+
+    LAST = "last"
+    MEAN = "mean"
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate, as the scheduler accepts it; `n` samples are `n` requests.
@@ -47,6 +54,8 @@ class Request:
         adapter_weight: factor on all that `adapter` adds; only of one that `is_additive`.
         more_adapters: others, each with its weight, whose additions are added to the first one's;
             all of them different, and only where all are additive.
+        pooling: nothing is generated: the request ends with its prompt's embedding. Its sampling
+            has `max_tokens` 1 and no other wish.
     """
 
     request_id: str
@@ -62,6 +71,12 @@ class Request:
     num_virtual: int = 0
     adapter_weight: float = 1.0
     more_adapters: tuple[tuple[AdapterManifest, float], ...] = ()
+    pooling: Pooling | None = None
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Something is wanted of each token of the prompt, and no cached page has it."""
+        return self.pooling is Pooling.MEAN or self.sampling.prompt_logprobs is not None
 
     @property
     def adapters(self) -> tuple[tuple[AdapterManifest, float], ...]:
@@ -106,7 +121,7 @@ class SequenceStep:
         awaits_token: one more token follows `token_ids`: the one that the step launched last, just
             before this one, samples for this request. Nobody on the host knows its id yet.
         history: all token ids so far but virtual ones, which are no text; only filled in when the
-            sampling has penalties.
+            sampling needs it.
         banned_token_ids: never chosen now (end tokens before `min_tokens`).
     """
 
@@ -188,36 +203,79 @@ class StepResult:
 
     A sequence that awaits a token which turns out not to exist may report anything: its request
     has ended by the time this is booked.
+
+    Attributes:
+        prompt_logprobs: of sequences that ask for them, one entry for each token of the prompt that
+            this step computed, in order: what the model thought of the token after it, as long as
+            that is of the prompt too.
+        embeddings: of sequences that are pooled, float32 and not normalised; instead of a token.
     """
 
     tokens: dict[str, SampledToken]
     failures: dict[str, str] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    embeddings: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StartTimes:
+    """How a sequence came to its first token, in seconds that add up to the time since arrival.
+
+    Attributes:
+        queue_s: waited for its turn, for pages or for company.
+        load_s: waited for its adapters alone.
+        prefill_s: from its first step on; includes being preempted.
+    """
+
+    queue_s: float
+    load_s: float
+    prefill_s: float
 
 
 class TokenEvent(NamedTuple):
     """One more token of a request; the last one carries the finish reason.
 
     `num_cached`, on the first one only: tokens of the prompt that were found in the prefix cache,
-    virtual ones not counted.
+    virtual ones not counted. `times` as well.
     """
 
     request_id: str
     token: SampledToken
     finish_reason: FinishReason | None = None
     num_cached: int = 0
+    times: StartTimes | None = None
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """What the model thought of the next tokens of a request's prompt, before its first token.
+
+    The first event of a request begins with its second token: nothing precedes the first.
+    """
+
+    request_id: str
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: None = None
 
 
 @dataclass(frozen=True)
 class EndEvent:
     """A request ended without a token: refused, rejected, cancelled, timed out or failed.
 
-    `retry_after_s`: when to come again, of one that was rejected.
+    Or, with `finish_reason` STOP, embedded.
+
+    Attributes:
+        retry_after_s: when to come again, of one that was rejected.
+        embedding: of one with `pooling`.
+        times: of one with `pooling`.
     """
 
     request_id: str
     finish_reason: FinishReason
     message: str = ""
     retry_after_s: float | None = None
+    embedding: tuple[float, ...] | None = None
+    times: StartTimes | None = None
 
 
-Event = TokenEvent | EndEvent
+Event = TokenEvent | PromptEvent | EndEvent

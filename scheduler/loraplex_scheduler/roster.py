@@ -31,7 +31,7 @@ class Roster:
         waiting: ordered by the policy of service.
         running: by `service_key`; the last one gives way first.
         finishing: in no order.
-        penalized: those who run whose next token depends on the ids of all tokens before.
+        historic: those who run whose next token depends on the ids of all tokens before.
     """
 
     def __init__(self, residency: AdapterResidency, waiting: WaitingQueue) -> None:
@@ -40,7 +40,7 @@ class Roster:
         self.waiting = waiting
         self.running: list[Sequence] = []
         self.finishing: set[Sequence] = set()
-        self.penalized: set[Sequence] = set()
+        self.historic: set[Sequence] = set()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -65,8 +65,8 @@ class Roster:
             sequence.planned[adapter_id] = PlannedAdapter(layout, pages)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_SERVICE_KEY)
-        if sequence.has_penalties:
-            self.penalized.add(sequence)
+        if sequence.needs_history:
+            self.historic.add(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits again and recomputes."""
@@ -113,7 +113,7 @@ class Roster:
             for manifest, _ in sequence.adapters:
                 assert self._residency.is_resident(manifest.adapter_id), "adapter gone"
         assert self.running == sorted(self.running, key=_SERVICE_KEY), "out of order"
-        assert self.penalized == {s for s in self.running if s.has_penalties}
+        assert self.historic == {s for s in self.running if s.needs_history}
         num_pins = sum(len(s.adapters) for s in self.running)
         assert self._residency.num_pins() == num_pins, "pins and running sequences disagree"
 
@@ -121,7 +121,7 @@ class Roster:
         sequence.publish_computed()
         sequence.table.release()
         self.running.remove(sequence)
-        self.penalized.discard(sequence)
+        self.historic.discard(sequence)
         sequence.planned = {}
         for manifest, _ in sequence.adapters:
             self._residency.unpin(manifest.adapter_id)

@@ -24,6 +24,12 @@ class SamplingParams:
         min_tokens: until so many are generated, end and stop tokens are never chosen.
         logprobs: report the chosen token's log probability and those of so many of the likeliest;
             None reports nothing.
+        prompt_logprobs: the same for each token of the prompt but the first; then the whole prompt
+            is computed, whatever the prefix cache holds of it.
+        allowed_token_ids: no other token is ever chosen; None allows all.
+        bad_words: token sequences that are never completed, by their last token.
+        grammar: what the answer must be, as `loraplex_server.text.grammars` writes it; None is
+            anything.
     """
 
     max_tokens: int = 16
@@ -40,6 +46,10 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: frozenset[int] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
@@ -55,13 +65,22 @@ class SamplingParams:
             _check(name, value, -2 <= value <= 2, "between -2 and 2")
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "<= max_tokens")
-        _check("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= 20, "between 0 and 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(name, count, 0 <= (count or 0) <= 20, "between 0 and 20")
+        has_choice = self.allowed_token_ids is None or len(self.allowed_token_ids) > 0
+        _check("allowed_token_ids", 0, has_choice, "at least one token")
         for bias in self.logit_bias.values():
             _check("logit_bias", bias, -100 <= bias <= 100, "between -100 and 100")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """The next token depends on the ids of those before, not on their KV alone."""
+        return self.has_penalties or bool(self.bad_words) or self.grammar is not None
 
     @property
     def has_penalties(self) -> bool:

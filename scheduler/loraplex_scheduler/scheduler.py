@@ -121,7 +121,7 @@ class Scheduler:
     @property
     def needs_known_tokens(self) -> bool:
         """The launched step must be committed before the next one is scheduled."""
-        return any(sequence.needs_known_tokens for sequence in self._roster.penalized)
+        return any(sequence.needs_known_tokens for sequence in self._roster.historic)
 
     def is_resident(self, adapter_id: str) -> bool:
         return self.accounts.residency.is_resident(adapter_id)

@@ -72,7 +72,7 @@ class Sequence:
         self.planned: dict[str, PlannedAdapter] = {}
         self.num_cached: int | None = None
         self.is_live = True
-        self.has_penalties = request.sampling.has_penalties
+        self.needs_history = request.sampling.needs_history
 
     def uses(self, adapter_id: str) -> bool:
         """Whether it runs with this adapter, first or not."""
@@ -106,7 +106,7 @@ class Sequence:
     @property
     def needs_known_tokens(self) -> bool:
         """Its next token cannot be sampled before the ids of the awaited ones are known."""
-        return self.has_penalties and self.num_awaited > 0
+        return self.needs_history and self.num_awaited > 0
 
     def step(self, num_tokens: int) -> SequenceStep:
         """Describe the computation of the next `num_tokens` tokens."""
@@ -124,7 +124,7 @@ class Sequence:
             is_sampled,
             stop > num_known,
         )
-        if is_sampled and self.has_penalties:
+        if is_sampled and self.needs_history:
             assert stop == num_known, "the last step must be booked first"
             step.history = tuple(token_ids[self.request.num_virtual :])
         if self.num_tokens < self.min_len:

@@ -123,7 +123,7 @@ class ShadowDevice:
                 assert self._pages[page_id] == adapter_id, "these pages hold something else"
         if step.is_sampled:
             assert step.position == num_tokens
-        if step.is_sampled and step.sampling.has_penalties:
+        if step.is_sampled and step.sampling.needs_history:
             text = range(step.request.num_virtual, num_tokens)
             assert step.history == tuple(self._token(step, p) for p in text)
 

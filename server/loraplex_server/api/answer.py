@@ -19,13 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import FinishReason, SampledToken
+from loraplex_server.api.error_table import error_body
 from loraplex_server.api.errors import (
     AdapterDeleted,
     GenerationFailed,
     Overloaded,
     RequestTimedOut,
     ServerStopping,
-    error_body,
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.json_text import compact

@@ -15,7 +15,7 @@ from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
-from loraplex_server.api.errors import install_error_handlers
+from loraplex_server.api.error_table import install_error_handlers
 from loraplex_server.api.foreign_adapters import ForeignAdapters
 from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loraplex_server.api.answer import OpenAIStreamEnd, Written
+from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.front import Front, Wish, new_id, unix_time
 from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.prompts import PromptEncoder
-from loraplex_server.api.schemas import ChatBody
 from loraplex_server.api.usage import Usage
 from loraplex_server.text.assembler import TextDelta
 from loraplex_server.text.vocabulary import Vocabulary

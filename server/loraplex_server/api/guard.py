@@ -8,7 +8,8 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey, error_response
+from loraplex_server.api.error_table import error_response
+from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey
 
 #: For probes and scrapers, which say nothing of any tenant.
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})

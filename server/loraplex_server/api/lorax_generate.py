@@ -10,7 +10,7 @@ from starlette.responses import Response
 from loraplex_scheduler.plan import SampledToken
 from loraplex_server.api.answer import Written
 from loraplex_server.api.completions import completion_wish
-from loraplex_server.api.errors import error_body, shape_of
+from loraplex_server.api.error_table import error_body, shape_of
 from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.front import Front, new_id
 from loraplex_server.api.job import Job

@@ -7,7 +7,8 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter
 
 from loraplex_scheduler.plan import FinishReason
-from loraplex_server.api.errors import REJECTIONS, Overloaded, shape_of
+from loraplex_server.api.error_table import REJECTIONS, shape_of
+from loraplex_server.api.errors import Overloaded
 from loraplex_server.api.latency_histogram import LatencyHistogram
 
 # Bucket borders in seconds, as vLLM has them, so that its dashboards fit.

@@ -1,4 +1,4 @@
-"""The JSON bodies of completions and chat completions, as pydantic checks them.
+"""What the JSON bodies of all generation endpoints have in common, as pydantic checks it.
 
 Types are strict, unknown fields are refused by name, and a field of OpenAI's or vLLM's API that is
 not implemented is refused unless it has a value that asks for nothing (`_NO_OP`): nothing is ever
@@ -8,7 +8,7 @@ accepted and ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, LiteralString
+from typing import Annotated, Any, ClassVar, Final, LiteralString
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,13 +20,12 @@ from loraplex_server.text.vocabulary import check_text
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
-MAX_PROMPTS: Final = 1024
 #: Each costs another pass over the linears.
 MAX_MIXED: Final = 8
 #: Room for a Unix time, which some clients order their requests by.
 MAX_PRIORITY: Final = 2**53 - 1
 
-_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "cache_salt": (),
@@ -45,44 +44,9 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-_UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
-    **_UNSUPPORTED,
-    "best_of": (1,),
-    "prompt_embeds": (),
-    "suffix": ("",),
-}
-_UNSUPPORTED_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
-    **_UNSUPPORTED,
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-#: What our own answers carry, so that they can be sent back as part of a conversation.
-_UNSUPPORTED_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "reasoning": (),
-    "refusal": (),
-    "tool_calls": ([],),
-}
 
 
-def _invalid(message: LiteralString, param: str | None = None) -> PydanticCustomError:
+def invalid(message: LiteralString, param: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("invalid", message, {"param": param} if param else None)
 
 
@@ -120,7 +84,7 @@ class StreamOptions(StrictBody):
     include_usage: bool | None = None
 
 
-def _check_unicode(value: str) -> str:
+def check_unicode(value: str) -> str:
     try:
         check_text(value)
     except InvalidText as error:
@@ -134,11 +98,11 @@ def check_stop(value: Any) -> Any:
     if stops is None:
         return []
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise _invalid("must be a string or a list of strings")
+        raise invalid("must be a string or a list of strings")
     if len(stops) > MAX_STOP_STRINGS:
-        raise _invalid(f"at most {MAX_STOP_STRINGS} stop strings")
+        raise invalid(f"at most {MAX_STOP_STRINGS} stop strings")
     if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise _invalid(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+        raise invalid(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -146,7 +110,7 @@ def _check_lora_path(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if len(value) != 1:
-        raise _invalid("must be one name, or a list of one: all prompts have the same adapter")
+        raise invalid("must be one name, or a list of one: all prompts have the same adapter")
     return value[0]
 
 
@@ -154,11 +118,11 @@ def _check_logit_bias(value: Any) -> Any:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _invalid("must be an object of token ids and numbers")
+        raise invalid("must be an object of token ids and numbers")
     biases = {}
     for key, bias in value.items():
         if not (str(key).isascii() and str(key).isdigit() and len(str(key)) < 10):
-            raise _invalid("its keys must be token ids")
+            raise invalid("its keys must be token ids")
         biases[int(key)] = bias
     return biases
 
@@ -170,17 +134,17 @@ Weight = Annotated[float, Field(ge=-100, le=100)]
 class WeightedName(StrictBody):
     """One adapter of a mixture, and the factor on all that it adds."""
 
-    name: Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+    name: Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
     weight: Weight = 1.0
 
 
 class GenerationBody(StrictBody):
     """The fields that completions and chat completions share; None is the default of each."""
 
-    model: Annotated[str, AfterValidator(_check_unicode)] | None = None
-    adapter_id: Annotated[str, AfterValidator(_check_unicode)] | None = None
+    model: Annotated[str, AfterValidator(check_unicode)] | None = None
+    adapter_id: Annotated[str, AfterValidator(check_unicode)] | None = None
     lora_path: Annotated[
-        Annotated[str, AfterValidator(_check_unicode)] | None,
+        Annotated[str, AfterValidator(check_unicode)] | None,
         BeforeValidator(_check_lora_path, json_schema_input_type=str | list[str | None] | None),
     ] = None
     adapter_scale: Weight | None = None
@@ -224,7 +188,7 @@ class GenerationBody(StrictBody):
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise _invalid("only allowed with `stream: true`", "stream_options")
+            raise invalid("only allowed with `stream: true`", "stream_options")
         return self
 
     @property
@@ -241,90 +205,3 @@ class GenerationBody(StrictBody):
     def includes_usage(self) -> bool:
         """The stream ends with a chunk that carries the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-def _is_token_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-
-def _check_prompt(value: Any) -> Any:
-    if isinstance(value, str) or _is_token_list(value):
-        return [value]
-    if isinstance(value, list) and 1 <= len(value) <= MAX_PROMPTS:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(_is_token_list(item) for item in value):
-            return value
-    raise _invalid(
-        "must be a string, a list of strings, a list of token ids or a list of such lists, "
-        f"none of them empty, at most {MAX_PROMPTS} prompts"
-    )
-
-
-class CompletionBody(GenerationBody):
-    """The body of `POST /v1/completions`; `prompt` is always a list after validation."""
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_COMPLETION
-
-    prompt: Annotated[
-        list[Any],
-        BeforeValidator(_check_prompt, json_schema_input_type=str | list[str | int | list[int]]),
-    ]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_echo(self) -> CompletionBody:
-        if self.echo and self.logprobs is not None:
-            raise _invalid("not supported together with `logprobs`", "echo")
-        return self
-
-
-class TextPart(StrictBody):
-    """One part of a message; this server reads text only."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _check_content(value: Any) -> Any:
-    if not isinstance(value, str | list) or value == []:
-        raise _invalid("must be a string or a list of text parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class ChatMessage(StrictBody):
-    """One turn of a conversation."""
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        BeforeValidator(_check_content, json_schema_input_type=str | list[TextPart]),
-    ]
-
-    def for_template(self) -> dict[str, str]:
-        """Return the message as chat templates know it: one text, and `developer` is `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
-
-
-class ChatBody(GenerationBody):
-    """The body of `POST /v1/chat/completions`."""
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_CHAT
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _check_pairs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise _invalid("only allowed with `logprobs: true`", "top_logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise _invalid("not together with `max_completion_tokens`", "max_tokens")
-        return self

@@ -12,8 +12,10 @@ from loraplex_scheduler.plan import (
     EndEvent,
     Event,
     FinishReason,
+    PromptEvent,
     Request,
     SampledToken,
+    StartTimes,
     TokenEvent,
     TokenLogprobs,
 )
@@ -141,8 +143,8 @@ Command = Submit | Cancel | DiscardAdapter | KeepAdapters | PrefetchAdapter | Sh
 
 # From the engine process to the API process.
 
-#: Of a token event: its log probabilities, its finish reason, its `num_cached`.
-TokenDetails = tuple[TokenLogprobs | None, FinishReason | None, int]
+#: Of a token event: its log probabilities, its finish reason, its `num_cached`, its `times`.
+TokenDetails = tuple[TokenLogprobs | None, FinishReason | None, int, StartTimes | None]
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class StepOutput:
     Attributes:
         request_ids, token_ids: of all token events, in their order.
         details: what else there is of those that have it, by their position.
-        ends: events without a token. No request has a token behind one.
+        ends: events that end a request without a token.
+        prompts: of prompts; they precede all tokens of their requests.
     """
 
     request_ids: tuple[str, ...]
@@ -168,6 +171,7 @@ class StepOutput:
     details: dict[int, TokenDetails]
     ends: tuple[EndEvent, ...]
     stats: EngineStats | None
+    prompts: tuple[PromptEvent, ...] = ()
 
     @classmethod
     def of(cls, events: Iterable[Event], stats: EngineStats | None = None) -> Self:
@@ -176,16 +180,22 @@ class StepOutput:
         token_ids: list[int] = []
         details: dict[int, TokenDetails] = {}
         ends: list[EndEvent] = []
+        prompts: list[PromptEvent] = []
         for event in events:
             if isinstance(event, EndEvent):
                 ends.append(event)
                 continue
-            request_id, (token_id, logprobs), finish_reason, num_cached = event
-            if logprobs is not None or finish_reason is not None or num_cached:
-                details[len(token_ids)] = logprobs, finish_reason, num_cached
+            if isinstance(event, PromptEvent):
+                prompts.append(event)
+                continue
+            request_id, (token_id, logprobs), finish_reason, num_cached, times = event
+            if logprobs is not None or finish_reason is not None or num_cached or times:
+                details[len(token_ids)] = logprobs, finish_reason, num_cached, times
             request_ids.append(request_id)
             token_ids.append(token_id)
-        return cls(tuple(request_ids), tuple(token_ids), details, tuple(ends), stats)
+        return cls(
+            tuple(request_ids), tuple(token_ids), details, tuple(ends), stats, tuple(prompts)
+        )
 
     @property
     def events(self) -> list[Event]:
@@ -194,12 +204,11 @@ class StepOutput:
             TokenEvent(request_id, SampledToken(token_id))
             for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True)
         ]
-        for index, (logprobs, finish_reason, num_cached) in self.details.items():
+        for index, (logprobs, finish_reason, num_cached, times) in self.details.items():
             token = SampledToken(self.token_ids[index], logprobs)
             request_id = self.request_ids[index]
-            events[index] = TokenEvent(request_id, token, finish_reason, num_cached)
-        events += self.ends
-        return events
+            events[index] = TokenEvent(request_id, token, finish_reason, num_cached, times)
+        return [*self.prompts, *events, *self.ends]
 
 
 @dataclass(frozen=True)

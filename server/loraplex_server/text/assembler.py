@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from loraplex_scheduler.plan import EndEvent, Event, FinishReason, SampledToken
+from loraplex_scheduler.plan import (
+    EndEvent,
+    Event,
+    FinishReason,
+    PromptEvent,
+    SampledToken,
+    StartTimes,
+    TokenLogprobs,
+)
 from loraplex_server.text.detokenizer import make_detokenizer
 from loraplex_server.text.stops import StopMatcher
 from loraplex_server.text.vocabulary import Vocabulary
@@ -37,6 +45,9 @@ class TextDelta:
             own end or any other reason (as in vLLM).
         message: why a sequence failed or timed out.
         retry_after_s: of a sequence that was rejected, when to come again.
+        prompt_logprobs: of the prompt's next tokens; the first delta's begin with the second token.
+        embedding: of a sequence that was pooled instead of continued.
+        times: how the sequence came to its first token; with that token, or the embedding.
     """
 
     text: str = ""
@@ -45,10 +56,14 @@ class TextDelta:
     stop_reason: str | int | None = None
     message: str = ""
     retry_after_s: float | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    embedding: tuple[float, ...] | None = None
+    times: StartTimes | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not self.text and not self.tokens and self.finish_reason is None
+        has_any = self.text or self.tokens or self.prompt_logprobs
+        return not has_any and self.finish_reason is None
 
 
 class TextAssembler:
@@ -107,9 +122,14 @@ class TextAssembler:
             if isinstance(event, EndEvent):
                 delta.message = event.message
                 delta.retry_after_s = event.retry_after_s
+                delta.embedding = event.embedding
+                delta.times = event.times
                 self._finish(delta, event.finish_reason)
+            elif isinstance(event, PromptEvent):
+                delta.prompt_logprobs += event.logprobs
             else:
                 self.num_cached += event.num_cached
+                delta.times = delta.times or event.times
                 self._push_token(delta, event.token, event.finish_reason)
         return delta
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex_server.api.errors import ERROR_TABLE
+from loraplex_server.api.chat_schemas import ChatBody, ChatMessage
+from loraplex_server.api.completion_schemas import CompletionBody
+from loraplex_server.api.error_table import ERROR_TABLE
 from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
-from loraplex_server.api.schemas import ChatBody, ChatMessage, CompletionBody, StreamOptions
+from loraplex_server.api.schemas import StreamOptions
 from loraplex_server.api.sglang_adapters import SglangLoad
 from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
 

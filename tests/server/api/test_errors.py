@@ -11,13 +11,8 @@ from loraplex_scheduler.errors import SchedulerError
 from loraplex_scheduler.plan import EndEvent, FinishReason
 from loraplex_server.adapters.errors import AdapterError
 from loraplex_server.api.completions import CompletionFormat
-from loraplex_server.api.errors import (
-    ERROR_TABLE,
-    ApiError,
-    InvalidRequest,
-    error_response,
-    shape_of,
-)
+from loraplex_server.api.error_table import ERROR_TABLE, error_response, shape_of
+from loraplex_server.api.errors import ApiError, InvalidRequest
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.messages import EngineState
 from loraplex_server.model.errors import ModelError
