@@ -29,7 +29,7 @@ def chat_router(front: Front) -> APIRouter:
         job_id = new_id("chatcmpl")
         return await front.answer(
             body,
-            request.headers,
+            request,
             _wish(body),
             job_id,
             lambda job: ChatFormat(job, body, front.vocabulary),

@@ -32,7 +32,7 @@ def completions_router(front: Front) -> APIRouter:
         job_id = new_id("cmpl")
         return await front.answer(
             body,
-            request.headers,
+            request,
             completion_wish(body, default_tokens=_DEFAULT_TOKENS, logprobs=body.logprobs),
             job_id,
             lambda job: CompletionFormat(job, body, front.vocabulary),

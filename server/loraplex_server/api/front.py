@@ -11,7 +11,7 @@ from typing import Final
 
 import anyio
 import anyio.to_thread
-from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.api.adapter_names import AdapterNames
@@ -48,6 +48,7 @@ class Wish:
         num_chars: text to encode, to decide where.
         encode: returns the prompts' token ids.
         max_tokens: as requested; `default_tokens` if not, and as many as fit if neither is set.
+        grammar: of the answer, as `SamplingParams.grammar`; None where the body's own fields decide.
     """
 
     num_prompts: int
@@ -57,6 +58,7 @@ class Wish:
     default_tokens: int | None
     logprobs: int | None
     is_chat: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Front:
     async def answer(
         self,
         body: GenerationBody,
-        headers: Headers,
+        request: HTTPConnection,
         wish: Wish,
         job_id: str,
         make_format: Callable[[Job], AnswerFormat],
@@ -87,7 +89,7 @@ class Front:
             ModelNotFound, ContextLengthExceeded, QueueFull, ...: see the error table.
         """
         terms = Terms(
-            tenant=self.tenant_header.read(headers),
+            tenant=self.tenant_header.read(request.headers),
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,

@@ -33,7 +33,7 @@ def lorax_router(front: Front) -> APIRouter:
         has_details = is_stream or bool(body.parameters.details)
         return await front.answer(
             completion,
-            request.headers,
+            request,
             completion_wish(completion, default_tokens=None, logprobs=0 if has_details else None),
             new_id("gen"),
             lambda job: LoraxFormat(job, front.vocabulary, has_details=has_details),

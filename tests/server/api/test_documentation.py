@@ -13,7 +13,8 @@ from loraplex_server.api.schemas import StreamOptions
 from loraplex_server.api.sglang_adapters import SglangLoad
 from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
 
-DOCUMENT = Path(__file__).parents[3].joinpath("docs", "api.md").read_text(encoding="utf-8")
+_DOCS = Path(__file__).parents[3] / "docs"
+DOCUMENT = "".join(path.read_text(encoding="utf-8") for path in sorted(_DOCS.glob("*.md")))
 
 
 def test_every_error_code_is_documented():
