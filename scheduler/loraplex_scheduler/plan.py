@@ -240,6 +240,8 @@ class StepResult:
         prompt_logprobs: of sequences that ask for them, one entry for each of their step's
             `scored_positions`: what the model thought of the token behind it.
         embeddings: of sequences that are pooled by their last token, float32.
+        dead_ends: why sequences may choose no token, by what they ask for themselves; unlike those
+            of `failures`, what they computed is sound.
         hidden_sums: of sequences that are pooled by their mean, the sum over the step's
             `pooled_positions`, in units of `HIDDEN_UNIT`.
     """
@@ -249,6 +251,7 @@ class StepResult:
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     embeddings: dict[str, tuple[float, ...]] = field(default_factory=dict)
     hidden_sums: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dead_ends: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ class Scheduler:
             self._policies.times.observe_step(flight.load, took_s)
         events: list[Event] = []
         sampled: list[Sequence] = []
-        tokens, failures, page_tokens = result.tokens, result.failures, self._page_tokens
+        tokens, failures, dead_ends = result.tokens, result.failures, result.dead_ends
+        page_tokens = self._page_tokens
         for step, sequence in zip(plan.sequences, flight.sequences, strict=True):
             if not sequence.is_live:
                 continue
@@ -297,6 +298,9 @@ class Scheduler:
                 events += self.abort(request_id, FinishReason.FAILED, failures[request_id])
                 # What made it fail may lie in pages that others would find.
                 self.accounts.prefixes.drop_adapter(sequence.adapter_id)
+                continue
+            if dead_ends and request_id in dead_ends:
+                events += self.abort(request_id, FinishReason.FAILED, dead_ends[request_id])
                 continue
             if sequence.reading is not None:
                 events += sequence.reading.take(step, result)

@@ -73,7 +73,7 @@ class Runner:
         result = self._compute(plan)
         # Whoever failed may have been launched again before that was known; any id will do then,
         # as what comes of it is dropped.
-        self._last_sampled = dict.fromkeys(result.failures, 0)
+        self._last_sampled = dict.fromkeys((*result.failures, *result.dead_ends), 0)
         self._last_sampled |= {i: token.token_id for i, token in result.tokens.items()}
         return Landed(result)
 
@@ -126,6 +126,5 @@ def _draw(
         for at, (step, token) in enumerate(zip(sound, drawn, strict=True))
         if at not in masks.failures
     }
-    failures = dict.fromkeys(failed, NOT_FINITE)
-    failures |= {sound[at].request_id: reason for at, reason in masks.failures.items()}
-    return StepResult(tokens, failures)
+    dead_ends = {sound[at].request_id: reason for at, reason in masks.failures.items()}
+    return StepResult(tokens, dict.fromkeys(failed, NOT_FINITE), dead_ends=dead_ends)

@@ -66,14 +66,15 @@ class SampledTokens:
         reports = self.logprobs.reports() if self.logprobs else {}
         sampled: dict[str, SampledToken] = {}
         failures: dict[str, str] = {}
+        dead_ends: dict[str, str] = {}
         for i, row in enumerate(self.rows):
             if not is_finite[i]:
                 failures[row.request_id] = not_finite
             elif i in self.failures:
-                failures[row.request_id] = self.failures[i]
+                dead_ends[row.request_id] = self.failures[i]
             else:
                 sampled[row.request_id] = SampledToken(tokens[i], reports.get(i))
-        return StepResult(sampled, failures)
+        return StepResult(sampled, failures, dead_ends=dead_ends)
 
 
 class DeviceSampler:
