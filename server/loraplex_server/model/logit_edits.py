@@ -2,20 +2,21 @@
 
 In this order, each step on the result of the one before (vLLM's order):
 
-1. banned ids become -inf;
+1. what a row may not choose becomes -inf: by its grammar, `allowed_token_ids`, `bad_words` or
+   `min_tokens` (`token_masks.py`);
 2. `logit_bias` is added;
 3. repetition penalty, over the tokens of prompt and output: a positive logit is divided by it, a
    negative one multiplied (CTRL, arXiv 1909.05858, section 4.1, as in transformers);
 4. presence and frequency penalty, over the tokens of the output: `presence + frequency * count` is
    subtracted (OpenAI's definition).
 
-Every edit touches single elements, so the cost follows the tokens named, not the vocabulary, and no
-row can change another.
+Every edit but a whole mask touches single elements, so the cost follows the tokens named, not the
+vocabulary, and no row can change another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -24,29 +25,34 @@ import torch
 
 from loraplex_scheduler.plan import SequenceStep
 from loraplex_server.model.device_copy import copy_to
+from loraplex_server.model.token_masks import Mask, TokenMasks
 
 _Keys = npt.NDArray[np.int64]
 
 
-def edit_logits(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> torch.Tensor:
-    """Apply each row's bans, bias and penalties.
+def edit_logits(
+    logits: torch.Tensor, rows: Sequence[SequenceStep], masks: TokenMasks
+) -> torch.Tensor:
+    """Apply each row's masks, bias and penalties.
 
     Args:
         logits: float32 `[N, V]`; not changed.
         rows: one per row of `logits`; all token ids in them are below `V`.
+        masks: what they may choose.
 
     Returns:
         `logits` itself when no row asks for anything, else an edited copy.
     """
     biased = [(i, row) for i, row in enumerate(rows) if row.sampling.logit_bias]
-    banned = [(i, row) for i, row in enumerate(rows) if row.banned_token_ids]
     penalised = [(i, row) for i, row in enumerate(rows) if row.sampling.has_penalties]
-    if not (biased or banned or penalised):
+    if not (biased or masks.banned or masks.allowed or penalised):
         return logits
-    edited = logits.clone(memory_format=torch.contiguous_format)
+    edited = _copy(logits)
     flat, vocab = edited.view(-1), logits.shape[1]
-    if banned:
-        keys = [i * vocab + token for i, row in banned for token in row.banned_token_ids]
+    if masks.allowed:
+        _mask(edited, masks.allowed)
+    if masks.banned:
+        keys = [i * vocab + token for i, tokens in masks.banned.items() for token in tokens]
         flat[copy_to(flat.device, torch.tensor(keys))] = float("-inf")
     if biased:
         keys = [i * vocab + token for i, row in biased for token in row.sampling.logit_bias]
@@ -56,6 +62,27 @@ def edit_logits(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> torch.Ten
     if penalised:
         _penalise(flat, vocab, penalised)
     return edited
+
+
+def _copy(logits: torch.Tensor) -> torch.Tensor:
+    """Copy; on a CPU by the calling thread: waking torch's own threads, beside those of the
+    kernels, takes longer than the copy.
+    """
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.array(logits.numpy(), order="C"))
+    return logits.clone(memory_format=torch.contiguous_format)
+
+
+def _mask(edited: torch.Tensor, allowed: Mapping[int, Mask]) -> None:
+    """Set what is not allowed of these rows of `edited`, float32 `[N, V]`, to -inf in place."""
+    if edited.device.type == "cpu":
+        rows = edited.numpy()
+        for index, mask in allowed.items():
+            np.copyto(rows[index], -np.inf, where=~mask)
+        return
+    at = copy_to(edited.device, torch.tensor(list(allowed)))
+    masks = copy_to(edited.device, torch.from_numpy(np.stack(list(allowed.values()))))
+    edited[at] = edited[at].masked_fill_(~masks, float("-inf"))
 
 
 def _penalise(

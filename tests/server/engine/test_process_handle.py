@@ -19,8 +19,10 @@ from loraplex_server.engine import process
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.engine.messages import EngineState, FreedMemory
 from loraplex_server.engine.process_handle import ProcessEngine, RestartPauses
+from loraplex_server.text import grammars
 from tests.support.engine import GatedPool, greedy_request, make_core, save_adapter
 from tests.support.tiny_models import tiny_spec, tiny_transformer
+from tests.support.tiny_tokenizer import make_tokenizer
 
 #: More tokens than a tiny model computes while a test looks on.
 ENDLESS = 30_000
@@ -30,6 +32,14 @@ def build_tiny(wake, **options):
     model = tiny_transformer(max_position_embeddings=32_768)
     options = {"num_pages": 2048, "max_model_len": 32_000, **options}
     return make_core(model, wake=wake, **options)
+
+
+def build_reading(wake):
+    """Follow grammars, for which the tokenizer must be told."""
+    model = tiny_transformer(vocab_size=300, eos_token_id=0)
+    core = make_core(model, wake=wake, tokenizer=make_tokenizer())
+    core.learn_tokens("{}")  # what the parent tells replaces it
+    return core
 
 
 def build_gated(wake, *, gate):
@@ -161,6 +171,22 @@ async def test_several_requests_of_one_submission_each_end_once(engine):
     assert sorted(ends) == ["a", "b"]
     assert len([e for e in events if e.request_id == "b"]) == 4
     assert engine.info.num_pages == 2048
+
+
+async def test_a_tokenizer_is_told_once_and_known_after_a_restart():
+    engine = await start(build_reading)
+    tokenizer = make_tokenizer()
+    engine.learn_tokens(tokenizer.backend_tokenizer.to_str())
+    params = SamplingParams(max_tokens=20, grammar=grammars.choice(["hello", "world"]))
+    for name in ("before", "after"):
+        taken = Taken(engine, [Request(name, (5, 6, 7), params)])
+        events = await taken.all()
+        text = tokenizer.decode([e.token.token_id for e in events], skip_special_tokens=True)
+        assert text in ("hello", "world")
+        if name == "before":
+            os.kill(engine.process_id, signal.SIGKILL)
+            await wait_for(lambda: engine.num_restarts == 1 and engine.state is EngineState.READY)
+    await engine.stop()
 
 
 async def test_what_is_cancelled_gives_its_pages_back(engine):
