@@ -13,6 +13,7 @@ from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.adapters import adapters_router
 from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
+from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.error_table import install_error_handlers
@@ -66,7 +67,9 @@ def create_app(services: Services) -> FastAPI:
         tenant_header=TenantHeader(services.config.tenant_header),
     )
     app.include_router(completions_router(front))
-    app.include_router(chat_router(front))
+    config = services.config
+    dialogues = Dialogues(front, config.tool_parser, config.trust_request_chat_template)
+    app.include_router(chat_router(dialogues))
     app.include_router(lorax_router(front))
     app.include_router(
         models_router(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable
@@ -40,6 +41,19 @@ _MAX_TEMPLATES_AT_WORK: Final = 2
 
 
 @dataclass(frozen=True)
+class Demands:
+    """What a conversation's template decides, which may be the adapter's own.
+
+    Attributes:
+        grammar: of the answer; None where the body's own fields decide.
+        shows_special_tokens: the answer's text must have them, for whoever reads it.
+    """
+
+    grammar: str | None = None
+    shows_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class Wish:
     """What an endpoint makes of its own fields.
 
@@ -48,7 +62,9 @@ class Wish:
         num_chars: text to encode, to decide where.
         encode: returns the prompts' token ids.
         max_tokens: as requested; `default_tokens` if not, and as many as fit if neither is set.
-        grammar: of the answer, as `SamplingParams.grammar`; None where the body's own fields decide.
+        grammar: of the answer, as `SamplingParams.grammar`; None where the body's fields decide.
+        runs_own_template: the request brings a chat template of its own.
+        demands: asked for once the prompts are encoded.
     """
 
     num_prompts: int
@@ -59,6 +75,8 @@ class Wish:
     logprobs: int | None
     is_chat: bool = False
     grammar: str | None = None
+    runs_own_template: bool = False
+    demands: Callable[[], Demands] = Demands
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,9 @@ class Front:
         limit = ContextLimit.of(self.engine.info.max_model_len, record)
         defaults = record.defaults if record else AdapterDefaults()
         prompts = await self._encode(wish, limit, defaults)
+        demands = wish.demands()
+        if demands.shows_special_tokens:
+            body = body.model_copy(update={"skip_special_tokens": False})
         max_tokens = limit.answer_len(
             requested=wish.max_tokens,
             default=default_len(body, defaults.generation, wish.default_tokens),
@@ -126,6 +147,8 @@ class Front:
         sampling = base_sampling(
             body, self.vocabulary, max_tokens=max_tokens, logprobs=wish.logprobs
         )
+        if (grammar := demands.grammar or wish.grammar) is not None:
+            sampling = dataclasses.replace(sampling, grammar=grammar)
         return Job(
             job_id=job_id,
             model=answerer.name,
@@ -142,8 +165,8 @@ class Front:
     ) -> list[list[int]]:
         encoder = PromptEncoder(self.vocabulary, limit, defaults)
         num_chars = wish.num_chars + len(defaults.system_prompt or "")
-        if defaults.chat_template is not None and wish.is_chat:
-            # A program of whoever registered it: it may take neither our threads nor for ever.
+        if wish.is_chat and (defaults.chat_template is not None or wish.runs_own_template):
+            # A program of whoever brought it: it may take neither our threads nor for ever.
             prompts = await anyio.to_thread.run_sync(
                 _encode_by_template, wish, encoder, limiter=self.template_threads
             )
@@ -177,7 +200,7 @@ def _encode_by_template(wish: Wish, encoder: PromptEncoder) -> list[list[int]]:
         return run_within(_TEMPLATE_S, lambda: wish.encode(encoder))
     except TookTooLong as error:
         raise ChatTemplateFailed(
-            f"the adapter's chat template was stopped: {error}", param="messages"
+            f"the chat template was stopped: {error}", param="messages"
         ) from error
 
 

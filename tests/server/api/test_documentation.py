@@ -5,7 +5,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex_server.api.chat_schemas import ChatBody, ChatMessage
+from loraplex_server.api.chat_messages import ChatMessage
+from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import CompletionBody
 from loraplex_server.api.error_table import ERROR_TABLE
 from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
@@ -36,7 +37,7 @@ def test_every_unsupported_field_is_documented(body):
     switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
     names = {name for name in body.unsupported if not name.startswith("guided_")} - switches
     assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
-    assert {"name", "tool_calls"} <= set(ChatMessage.unsupported)
+    assert {"audio", "function_call"} <= set(ChatMessage.unsupported)
 
 
 def test_every_metric_is_documented(server):
