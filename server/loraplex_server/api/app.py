@@ -22,11 +22,13 @@ from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
 from loraplex_server.api.lorax_generate import lorax_router
+from loraplex_server.api.messages import messages_router
 from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
+from loraplex_server.api.responses import responses_router
 from loraplex_server.api.services import Services
 from loraplex_server.api.sglang_adapters import sglang_adapters_router
 from loraplex_server.api.tenant_accounts import TenantAccounts
@@ -70,6 +72,8 @@ def create_app(services: Services) -> FastAPI:
     config = services.config
     dialogues = Dialogues(front, config.tool_parser, config.trust_request_chat_template)
     app.include_router(chat_router(dialogues))
+    app.include_router(responses_router(dialogues))
+    app.include_router(messages_router(dialogues))
     app.include_router(lorax_router(front))
     app.include_router(
         models_router(

@@ -6,7 +6,7 @@ All endpoints that take conversations translate their bodies to a `ChatBody`, an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex_server.api.chat_messages import messages_for_template
@@ -149,7 +149,7 @@ class Dialogue:
     def _template_args(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the template's variables; refuse what it would ignore."""
         body = self._body
-        args = dict(body.chat_template_kwargs or {})
+        args = _known_args(template, body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             _check_known(template, "reasoning_effort", "reasoning_effort")
             args["reasoning_effort"] = body.reasoning_effort
@@ -202,6 +202,18 @@ def _schema_of(tool: Tool, *, is_forced: bool) -> dict[str, Any]:
     if is_forced or tool.function.strict:
         return argument_schema(tool.function.parameters)
     return {"type": "object"}
+
+
+def _known_args(template: ChatTemplate, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables; one that the template does not know would change nothing."""
+    for name, value in args.items():
+        is_off_anyway = name == "enable_thinking" and value is False
+        if not (template.knows(name) or is_off_anyway):
+            raise InvalidRequest(
+                f"`chat_template_kwargs`: the model's chat template does not know `{name[:64]}`",
+                param="chat_template_kwargs",
+            )
+    return dict(args)
 
 
 def _check_known(template: ChatTemplate, variable: str, param: str) -> None:

@@ -128,6 +128,21 @@ class Front:
             is_engine_ready=lambda: self.engine.state is EngineState.READY,
         )
 
+    async def encode(self, model: ModelWish, wish: Wish) -> list[list[int]]:
+        """Return the prompts that a request to this model would be computed with.
+
+        Raises:
+            ModelNotFound, ContextLengthExceeded, ...: see the error table.
+        """
+        answerer = await self._acquire(model)
+        try:
+            record = answerer.record
+            limit = ContextLimit.of(self.engine.info.max_model_len, record)
+            return await self._encode(wish, limit, record.defaults if record else AdapterDefaults())
+        finally:
+            if answerer.adapters:
+                await asyncio.to_thread(answerer.release)
+
     async def _job(
         self, body: GenerationBody, terms: Terms, wish: Wish, job_id: str, answerer: Answerer
     ) -> Job:

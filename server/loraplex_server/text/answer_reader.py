@@ -21,11 +21,6 @@ class AnswerReader:
         self._parser = parser
         self._drops_reasoning = drops_reasoning
 
-    @property
-    def is_reasoning(self) -> bool:
-        """The next text is still part of the reasoning."""
-        return self._splitter is not None and self._splitter.is_inside
-
     def push(self, text: str, *, is_last: bool = False) -> list[Piece]:
         """Return what is certain now; everything once the text is over."""
         pieces: list[Piece] = []

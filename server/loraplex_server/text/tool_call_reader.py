@@ -67,12 +67,15 @@ class CallReader(Protocol):
     Attributes:
         is_call: whether a call was recognised; nothing takes it back.
         raw: what was read so far of something not recognised yet.
-        is_complete: the call, or what looked like one, has ended.
     """
 
     is_call: bool
     raw: str
-    is_complete: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """The call, or what looked like one, has ended."""
+        ...
 
     def push(self, text: str) -> tuple[list[Piece], str]:
         """Return what the text says of the call, and the text behind the call's end."""
@@ -127,10 +130,14 @@ class NamedCallReader:
     def __init__(self, names: Collection[str], new_id: Callable[[], str]) -> None:
         self.is_call = False
         self.raw = ""
-        self.is_complete = False
+        self._is_complete = False
         self._names = names
         self._new_id = new_id
         self._arguments = JsonSpan()
+
+    @property
+    def is_complete(self) -> bool:
+        return self._is_complete
 
     def push(self, text: str) -> tuple[list[Piece], str]:
         """See `CallReader`."""
@@ -146,7 +153,7 @@ class NamedCallReader:
             self.raw, rest = whole[:_MAX_NAMED_HEAD], whole[_MAX_NAMED_HEAD:]
             if 0 <= start <= _MAX_NAMED_HEAD:
                 self.raw, rest = whole[:start], whole[start:]
-            self.is_complete = True
+            self._is_complete = True
             return [], rest
         self.is_call = True
         pieces, rest = self._argue(whole[start:])
@@ -154,7 +161,7 @@ class NamedCallReader:
 
     def _argue(self, text: str) -> tuple[list[Piece], str]:
         num_own = self._arguments.push(text)
-        self.is_complete = self._arguments.is_complete
+        self._is_complete = self._arguments.is_complete
         pieces: list[Piece] = [CallArguments(text[:num_own])] if num_own else []
         return pieces, text[num_own:]
 

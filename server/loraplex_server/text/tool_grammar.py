@@ -80,7 +80,7 @@ class _GrammarWriter:
             lines = [f"start: {mark}? group | PLAIN", r'PLAIN: /\s*[^{\s](.|\n)*/ | ""']
             return "\n".join([*lines, *self._lines()])
         groups = 1 if self._format.list_marks[0] else more
-        lines = [f"start: (before group){{0,{groups}}} rest"]
+        lines = [f"start: {_up_to(groups, 'before group')} rest"]
         if self._token_id(opening) is not None:
             lines += [f"before: TEXT {self._mark(opening)}", "rest: TEXT", f"TEXT: {_ANY_TEXT}"]
         else:
@@ -96,14 +96,15 @@ class _GrammarWriter:
         opening = self._mark(tool_format.syntax.opening)
         between = json.dumps(tool_format.separator) if tool_format.separator else ""
         if first:
-            group = f"{json.dumps(first)} call ({between} call){{0,{more}}} {json.dumps(last)}"
+            more_calls = _up_to(more, f"{between} call")
+            group = f"{json.dumps(first)} call {more_calls} {json.dumps(last)}"
             calls = f"{opening} group"
         elif tool_format.syntax.is_bare:
             group, calls = "call", "call"
         else:
             closing = tool_format.syntax.closing
             group = f"call {json.dumps(chr(10) + closing)}" if closing else "call"
-            calls = f"{opening} group ({between} {opening} group){{0,{more}}}"
+            calls = f"{opening} group {_up_to(more, f'{between} {opening} group')}"
             if closing:
                 group = rf"/\s?/ {group}"
         return [f"calls: {calls}", f"group: {group}", f"call: {self._call()}"]
@@ -125,6 +126,10 @@ class _GrammarWriter:
     def _mark(self, mark: str) -> str:
         token_id = self._token_id(mark)
         return json.dumps(mark) if token_id is None else f"<[{token_id}]>"
+
+
+def _up_to(number: int, item: str) -> str:
+    return f"({item}){{0,{number}}}" if number else ""
 
 
 def _escaped(mark: str) -> str:
