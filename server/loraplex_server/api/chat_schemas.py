@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, StrictBody, invalid
+from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
+from loraplex_server.api.strict_body import StrictBody, invalid
 
 _UNSUPPORTED_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     **UNSUPPORTED,

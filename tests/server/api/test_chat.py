@@ -123,7 +123,7 @@ def test_logprobs_have_bytes_and_alternatives(client):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"prompt": "x"}, "prompt"),
