@@ -21,6 +21,7 @@ from loraplex_server.api.foreign_adapters import ForeignAdapters
 from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
+from loraplex_server.api.job_maker import JobMaker
 from loraplex_server.api.lorax_generate import lorax_router
 from loraplex_server.api.messages import messages_router
 from loraplex_server.api.model_names import ModelNames
@@ -64,6 +65,7 @@ def create_app(services: Services) -> FastAPI:
         engine=services.engine,
         vocabulary=services.vocabulary,
         generations=generations,
+        jobs=JobMaker(services.engine, services.vocabulary),
         adapter_names=names,
         model_names=ModelNames(services.catalog, services.base_names),
         tenant_header=TenantHeader(services.config.tenant_header),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,7 +14,8 @@ from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.front import new_id, unix_time
 from loraplex_server.api.job import Job
 from loraplex_server.api.json_text import compact
-from loraplex_server.api.logprobs import chat_logprobs
+from loraplex_server.api.logprobs import chat_logprobs, prompt_logprobs
+from loraplex_server.api.stream_chunk import ChunkWriter
 from loraplex_server.api.usage import Usage
 from loraplex_server.text.assembler import TextDelta
 from loraplex_server.text.tool_pieces import (
@@ -27,6 +28,9 @@ from loraplex_server.text.tool_pieces import (
     Reasoning,
 )
 from loraplex_server.text.vocabulary import Vocabulary
+
+_CHUNK: Final = "chat.completion.chunk"
+_LOGPROBS: Final = ',"logprobs":'
 
 
 def chat_router(dialogues: Dialogues) -> APIRouter:
@@ -42,7 +46,7 @@ def chat_router(dialogues: Dialogues) -> APIRouter:
             body,
             request,
             dialogue.wish(),
-            new_id("chatcmpl"),
+            new_id("chatcmpl", body.request_id),
             lambda job: ChatFormat(job, body, front.vocabulary, dialogue),
         )
 
@@ -56,38 +60,34 @@ class ChatFormat(OpenAIStreamEnd):
         self, job: Job, body: ChatBody, vocabulary: Vocabulary, dialogue: Dialogue
     ) -> None:
         self._job = job
+        self._body = body
         self._vocabulary = vocabulary
-        self._has_logprobs = bool(body.logprobs)
-        self._includes_usage = body.includes_usage
         self._prefix = dialogue.prefix
+        # At once: what the dialogue knows of a model holds until it is encoded for another.
         self._deltas = [_ChoiceDeltas(dialogue) for _ in range(job.num_sequences)]
         self._envelope = {"id": job.job_id, "created": unix_time(), "model": job.model}
-        chunk = {**self._envelope, "object": "chat.completion.chunk"}
-        self._chunk_head = b"data: " + compact(chunk).encode()[:-1]
-        self._chunk_tail = b',"usage":null}\n\n' if self._includes_usage else b"}\n\n"
+        self._chunks = ChunkWriter(job, body, {**self._envelope, "object": _CHUNK})
 
     def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
         """See `AnswerFormat`."""
-        choices = []
-        for index, written in enumerate(sequences):
-            parts = AnswerParts(content=self._prefix)
-            parts.add(self._deltas[index].read(written.text, is_last=True))
-            choices.append(
-                {
-                    "index": index,
-                    "message": _message(parts),
-                    "logprobs": self._logprobs_of(written),
-                    "finish_reason": _finish_reason(written.finish_reason, bool(parts.calls)),
-                    "stop_reason": written.stop_reason,
-                }
-            )
-        return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": usage}
+        choices = [self._choice(index, written) for index, written in enumerate(sequences)]
+        answer = {**self._envelope, "object": "chat.completion", "choices": choices}
+        prompt = self._job.prompts[0]
+        if self._body.prompt_logprobs is not None:
+            given = prompt_logprobs(self._vocabulary, prompt, sequences[0].prompt_logprobs)
+            answer["prompt_logprobs"] = given
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = prompt
+        return {**answer, "usage": usage, "metrics": usage.metrics}
 
     def stream_head(self) -> bytes:
         """See `AnswerFormat`."""
         content = compact(self._prefix)
         role = f'{{"role":"assistant","content":{content},"refusal":null}}'
-        chunks = [self._chunk(i, role, "null", "null") for i in range(self._job.num_sequences)]
+        extra = ""
+        if self._body.return_token_ids:
+            extra = f',"prompt_token_ids":{compact(self._job.prompts[0])}'
+        chunks = [self._chunk(i, role, extra=extra) for i in range(self._job.num_sequences)]
         return b"".join(chunks)
 
     def stream_delta(self, index: int, delta: TextDelta) -> bytes:
@@ -95,36 +95,58 @@ class ChatFormat(OpenAIStreamEnd):
         choice = self._deltas[index]
         is_last = delta.finish_reason is not None
         shown = choice.write(delta.text, is_last=is_last) if delta.text or is_last else []
-        has_logprobs = self._has_logprobs and bool(delta.tokens)
-        if has_logprobs and not shown:
+        # What belongs to tokens goes with the first chunk that the tokens make, text or not.
+        of_tokens = self._of_tokens(delta)
+        if of_tokens and not shown:
             shown = ['{"content":""}']
+        self._chunks.count(index, delta)
         chunks = b""
-        for position, content in enumerate(shown):
-            is_first = has_logprobs and position == 0
-            logprobs = compact(self._logprobs_of(delta)) if is_first else "null"
-            chunks += self._chunk(index, content, logprobs, "null")
+        for content in shown:
+            chunks += self._chunk(index, content, of_tokens=of_tokens)
+            of_tokens = ""
         if delta.finish_reason is not None:
             reason = _finish_reason(delta.finish_reason.value, choice.num_calls > 0)
             finish = f'"{reason}","stop_reason":{compact(delta.stop_reason)}'
-            chunks += self._chunk(index, "{}", "null", finish)
+            chunks += self._chunk(index, "{}", finish=finish)
         return chunks
 
     def stream_tail(self, usage: Usage) -> bytes:
         """See `AnswerFormat`."""
-        if not self._includes_usage:
-            return b""
-        chunk = {**self._envelope, "object": "chat.completion.chunk", "choices": []}
-        return b"data: " + compact({**chunk, "usage": usage}).encode() + b"\n\n"
+        return self._chunks.last(usage)
 
-    def _logprobs_of(self, part: Written | TextDelta) -> dict[str, Any] | None:
-        return chat_logprobs(self._vocabulary, part.tokens) if self._has_logprobs else None
+    def _choice(self, index: int, written: Written) -> dict[str, Any]:
+        parts = AnswerParts(content=self._prefix)
+        parts.add(self._deltas[index].read(written.text, is_last=True))
+        choice = {
+            "index": index,
+            "message": _message(parts),
+            "logprobs": self._logprobs(written) if self._body.logprobs else None,
+            "finish_reason": _finish_reason(written.finish_reason, bool(parts.calls)),
+            "stop_reason": written.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = [token.token_id for token in written.tokens]
+        return choice
 
-    def _chunk(self, index: int, delta: str, logprobs: str, finish: str) -> bytes:
-        choice = (
-            f',"choices":[{{"index":{index},"delta":{delta},'
-            f'"logprobs":{logprobs},"finish_reason":{finish}}}]'
-        )
-        return self._chunk_head + choice.encode() + self._chunk_tail
+    def _of_tokens(self, delta: TextDelta) -> str:
+        """Return the JSON of a choice that tells of the tokens themselves, if anybody asked."""
+        if not delta.tokens:
+            return ""
+        shown = f',"logprobs":{compact(self._logprobs(delta))}' if self._body.logprobs else ""
+        if self._body.return_token_ids:
+            shown += f',"token_ids":{compact([token.token_id for token in delta.tokens])}'
+        return shown
+
+    def _logprobs(self, part: Written | TextDelta) -> dict[str, Any]:
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return chat_logprobs(self._vocabulary, part.tokens, as_ids=as_ids)
+
+    def _chunk(
+        self, index: int, delta: str, *, of_tokens: str = "", finish: str = "null", extra: str = ""
+    ) -> bytes:
+        logprobs = of_tokens if of_tokens.startswith(_LOGPROBS) else f"{_LOGPROBS}null{of_tokens}"
+        choice = f'{{"index":{index},"delta":{delta}{logprobs},"finish_reason":{finish}}}'
+        return self._chunks.chunk(index, choice, extra)
 
 
 class _ChoiceDeltas:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loraplex_server.api.schemas import StrictBody, invalid
+from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import FunctionName, Text
 
 #: What our own answers carry, so that they can be sent back as part of a conversation.

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Final
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.chat_messages import ChatMessage
-from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, invalid
+from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
+from loraplex_server.api.strict_body import invalid
 from loraplex_server.api.tool_schemas import MAX_TOOLS, AllowedChoice, NamedTool, Text, Tool
 from loraplex_server.api.tool_schemas import ToolChoice as ToolChoiceValue
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Final
 from pydantic import BeforeValidator, Field
 
 from loraplex_server.api.completion_schemas import CompletionBody
-from loraplex_server.api.schemas import StrictBody, check_stop
+from loraplex_server.api.schemas import check_stop
+from loraplex_server.api.strict_body import StrictBody
 
 #: Of LoRAX's parameters, by what they are called in completions.
 _SAME_MEANING: Final[Mapping[str, str]] = {

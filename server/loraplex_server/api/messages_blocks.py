@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loraplex_server.api.schemas import StrictBody, invalid
+from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import FunctionName, Text
 
 #: Prompts that begin alike share their work anyway, so a hint to cache asks for nothing.

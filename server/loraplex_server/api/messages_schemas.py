@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.messages_blocks import CACHE_HINTS, TextBlock, Turn
-from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, StrictBody, check_stop, invalid
+from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, check_stop
+from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, Parameters, Text
 
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -20,8 +21,12 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "diagnostics": (),
     "inference_geo": (),
     "mcp_servers": ([],),
+    "models": (),
     "n": (1,),
+    "prompt_logprobs": (),
     "response_format": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "standard_only"),
     "speed": ("standard",),
     "stop": ([],),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loraplex_server.api.schemas import StrictBody, invalid
+from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import FunctionName, Text
 
 _STATUS = Literal["in_progress", "completed", "incomplete"]

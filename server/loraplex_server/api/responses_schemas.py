@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.responses_items import InputItem, messages_of
-from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, StrictBody, invalid
+from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
+from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, Parameters, Text
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -27,11 +28,15 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "max_tokens": (),
     "max_tool_calls": (),
     "moderation": (),
+    "models": (),
     "n": (1,),
+    "prompt_logprobs": (),
     "prompt": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "response_format": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "stream_options": ({"include_obfuscation": False}, {"include_obfuscation": True}),
     "truncation": ("disabled",),
 }

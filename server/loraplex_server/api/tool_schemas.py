@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 
-from loraplex_server.api.schemas import StrictBody, check_unicode, invalid
+from loraplex_server.api.strict_body import StrictBody, check_unicode, invalid
 
 MAX_TOOLS: Final = 128
 

@@ -230,6 +230,7 @@ class EngineCore:
         # A device takes up a step when it was launched and the one before it is done.
         started_at = max(self._launched_at, self._landed_at)
         self._landed_at = self._clock()
-        events = self.scheduler.commit(plan, result, self._landed_at - started_at)
+        took_s = self._landed_at - started_at
+        events = self.scheduler.commit(plan, result, took_s, self._landed_at)
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events

@@ -147,7 +147,7 @@ def test_logprobs_have_bytes_and_alternatives(client):
         ({"documents": [{"text": "x"}]}, "documents"),
         ({"echo": True}, "echo"),
         ({"continue_final_message": True}, "continue_final_message"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"prompt": "x"}, "prompt"),
