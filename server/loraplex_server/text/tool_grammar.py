@@ -64,12 +64,7 @@ class _GrammarWriter:
 
     def forced(self) -> str:
         """Return the text of a grammar of calls alone."""
-        start = "calls"
-        lines = self._lines()
-        if self._rules.begins_inside_reasoning:
-            start = "thought calls"
-            lines.append(rf"thought[lazy]: /(.|\n)*{_escaped(CLOSING)}\s*/")
-        return "\n".join([f"start: {start}", *lines])
+        return self._text("calls", self._lines())
 
     def free(self) -> str:
         """Return the text of a grammar of any text with calls in it."""
@@ -77,17 +72,23 @@ class _GrammarWriter:
         opening, more = syntax.opening, min(self._max_calls, MAX_CALLS)
         if syntax.is_bare:
             mark = self._mark(opening)
-            lines = [f"start: {mark}? group | PLAIN", r'PLAIN: /\s*[^{\s](.|\n)*/ | ""']
-            return "\n".join([*lines, *self._lines()])
+            plain = r'PLAIN: /\s*[^{\s](.|\n)*/ | ""'
+            return self._text(f"({mark}? group | PLAIN)", [plain, *self._lines()])
         groups = 1 if self._format.list_marks[0] else more
-        lines = [f"start: {_up_to(groups, 'before group')} rest"]
         if self._token_id(opening) is not None:
-            lines += [f"before: TEXT {self._mark(opening)}", "rest: TEXT", f"TEXT: {_ANY_TEXT}"]
+            lines = [f"before: TEXT {self._mark(opening)}", "rest: TEXT", f"TEXT: {_ANY_TEXT}"]
         else:
             found = rf"/(.|\n)*{_escaped(opening)}/"
             without = rf"{_ANY_TEXT} & ~/(.|\n)*{_escaped(opening)}(.|\n)*/"
-            lines += [f"before[lazy]: {found}", "rest: REST", f"REST: {without}"]
-        return "\n".join([*lines, *self._lines()])
+            lines = [f"before[lazy]: {found}", "rest: REST", f"REST: {without}"]
+        return self._text(f"{_up_to(groups, 'before group')} rest", [*lines, *self._lines()])
+
+    def _text(self, start: str, lines: list[str]) -> str:
+        """Return the whole grammar; reasoning that the prompt began comes first."""
+        if self._rules.begins_inside_reasoning:
+            thought = rf"thought[lazy]: /(.|\n)*{_escaped(CLOSING)}/"
+            return "\n".join([rf"start: thought /\s*/ {start}", thought, *lines])
+        return "\n".join([f"start: {start}", *lines])
 
     def _lines(self) -> list[str]:
         """Return the rules `calls`, of all calls with their marks, and `group`, behind a mark."""

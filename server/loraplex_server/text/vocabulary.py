@@ -163,7 +163,9 @@ class Vocabulary:
     def special_token_id(self, text: str) -> int | None:
         """Return the id of the special token that is written so; None if it is none."""
         token_id = self._tokenizer.convert_tokens_to_ids(text)
-        return token_id if token_id in self._special_ids else None
+        # What is no token at all has the id of the unknown one, which may be special.
+        is_own = token_id in self._special_ids and self.token_text(token_id) == text
+        return token_id if is_own else None
 
     def render_chat(
         self,
