@@ -75,7 +75,7 @@ def test_a_strict_function_is_free_to_be_called_or_not(client):
         model=BASE,
         messages=QUESTION,
         tools=[chat_tool(strict=True)],
-        max_tokens=150,
+        max_tokens=60,
         temperature=0.0,
     )
     [choice] = answer.choices

@@ -43,7 +43,7 @@ def chat_router(dialogues: Dialogues) -> APIRouter:
         """Answer the conversation, `n` times."""
         dialogue = dialogues.begin(body)
         return await front.answer(
-            body,
+            dialogue.body,
             request,
             dialogue.wish(),
             new_id("chatcmpl", body.request_id),

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraplex_server.api.answer_shape import ShapeFields, ShapeKind
 from loraplex_server.api.chat_messages import messages_for_template
 from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.errors import InvalidRequest
@@ -52,9 +53,17 @@ class Dialogue:
         self._setting = tool_parser
         self._tools = _callable_tools(body)
         self._messages = messages_for_template(body.messages)
+        self._text_schema = _text_schema(body) if self._tools and not body.must_call else None
         self._format: ToolFormat | None = None
         self._has_reasoning = self._begins_inside = False
         self._demands = Demands()
+
+    @property
+    def body(self) -> ChatBody:
+        """The body to be answered: without the shape of a text that the calls' grammar has."""
+        if self._text_schema is None:
+            return self._body
+        return self._body.model_copy(update=dict.fromkeys(ShapeFields.model_fields))
 
     def wish(self) -> Wish:
         """Return what the engine is asked for."""
@@ -177,7 +186,8 @@ class Dialogue:
     def _grammar(self, tool_format: ToolFormat) -> str | None:
         body = self._body
         is_strict = any(tool.function.strict for tool in self._tools)
-        if not (body.must_call or is_strict or body.parallel_tool_calls is False):
+        is_single = body.parallel_tool_calls is False
+        if not (body.must_call or is_strict or is_single or self._text_schema is not None):
             return None
         rules = CallRules(
             functions=[
@@ -186,6 +196,7 @@ class Dialogue:
             ],
             is_forced=body.must_call,
             max_calls=self._max_calls,
+            text_schema=self._text_schema,
             begins_inside_reasoning=self._begins_inside,
         )
         return call_grammar(tool_format, rules, self._vocabulary.special_token_id)
@@ -194,6 +205,20 @@ class Dialogue:
 def _callable_tools(body: ChatBody) -> Sequence[Tool]:
     """Return the tools that the model may call: it is shown no others."""
     return [tool for tool in body.tools or () if tool.function.name in body.chosen_names]
+
+
+def _text_schema(body: ChatBody) -> dict[str, Any] | None:
+    """Return the JSON schema of a text beside tools; raises InvalidRequest for other shapes."""
+    if body.shape is None:
+        return None
+    if body.shape.kind is ShapeKind.JSON_OBJECT:
+        return {"type": "object"}
+    if body.shape.kind is ShapeKind.JSON_SCHEMA and isinstance(body.shape.value, dict):
+        return body.shape.value
+    raise InvalidRequest(
+        f"`{body.shape.param}`: beside `tools`, only a JSON object or schema can be asked for",
+        param=body.shape.param,
+    )
 
 
 def _schema_of(tool: Tool, *, is_forced: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def messages_router(dialogues: Dialogues) -> APIRouter:
         chat = as_chat(body)
         dialogue = dialogues.begin(chat)
         return await front.answer(
-            chat,
+            dialogue.body,
             request,
             dialogue.wish(),
             new_item_id("msg"),

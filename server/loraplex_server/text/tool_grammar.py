@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loraplex_server.text.errors import InvalidGrammar
 from loraplex_server.text.grammars import json_block, lark
 from loraplex_server.text.reasoning import CLOSING
 from loraplex_server.text.tool_format import ToolFormat
@@ -28,12 +29,14 @@ class CallRules:
         functions: names, and the JSON schema of the arguments of each.
         is_forced: the answer is calls alone, at least one.
         max_calls: None for the family's own bound.
+        text_schema: of the answer's text where it does not call; None is any text.
         begins_inside_reasoning: the prompt ends where the model reasons; that comes first.
     """
 
     functions: Sequence[tuple[str, Mapping[str, Any]]]
     is_forced: bool
     max_calls: int | None = None
+    text_schema: Mapping[str, Any] | None = None
     begins_inside_reasoning: bool = False
 
 
@@ -69,7 +72,17 @@ class _GrammarWriter:
     def free(self) -> str:
         """Return the text of a grammar of any text with calls in it."""
         syntax = self._format.syntax
-        opening, more = syntax.opening, min(self._max_calls, MAX_CALLS)
+        opening, more = syntax.opening, self._max_calls
+        if self._rules.text_schema is not None and syntax.is_bare:
+            # Whether `{"n` begins a call or another object is not decided until too late.
+            raise InvalidGrammar(
+                "a model of this family writes calls as plain JSON, and so cannot be free to call "
+                "and held to JSON otherwise: ask for either",
+                param="response_format",
+            )
+        if self._rules.text_schema is not None:
+            text = f"text: %json {json_block(self._rules.text_schema, param='response_format')}"
+            return self._text("(calls | text)", [text, *self._lines()])
         if syntax.is_bare:
             mark = self._mark(opening)
             plain = r'PLAIN: /\s*[^{\s](.|\n)*/ | ""'

@@ -10,6 +10,8 @@ from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import CompletionBody
 from loraplex_server.api.error_table import ERROR_TABLE
 from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
+from loraplex_server.api.messages_schemas import CountBody, MessagesBody, OutputConfig
+from loraplex_server.api.responses_schemas import ResponsesBody, TextConfig
 from loraplex_server.api.schemas import StreamOptions
 from loraplex_server.api.sglang_adapters import SglangLoad
 from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
@@ -26,18 +28,20 @@ def test_every_error_code_is_documented():
 FOREIGN = [LoraxBody, LoraxParameters, SglangLoad, VllmLoad, VllmUnload]
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody, *FOREIGN])
+DIALOGUE = [ChatBody, ChatMessage, ResponsesBody, TextConfig, CountBody, MessagesBody, OutputConfig]
+
+
+@pytest.mark.parametrize("body", [CompletionBody, *DIALOGUE, *FOREIGN])
 def test_every_field_is_documented(body):
     accepted = [name for name in body.model_fields if f"`{name}" not in DOCUMENT]
     assert accepted == []
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions, *FOREIGN])
+@pytest.mark.parametrize("body", [CompletionBody, StreamOptions, *DIALOGUE, *FOREIGN])
 def test_every_unsupported_field_is_documented(body):
     switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
     names = {name for name in body.unsupported if not name.startswith("guided_")} - switches
     assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
-    assert {"audio", "function_call"} <= set(ChatMessage.unsupported)
 
 
 def test_every_metric_is_documented(server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import openai
 import pytest
 
 from tests.server.api.conftest import BASE, make_adapter
@@ -232,3 +233,36 @@ def test_a_stop_string_ends_a_call_too(server, client):
     answer = ask(client, tools=[WEATHER], stop=["</tool_call>"])
     assert answer.choices[0].finish_reason == "tool_calls"
     assert answer.choices[0].message.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+
+
+def test_a_json_schema_and_tools_are_one_grammar(server, client):
+    says(server, CALL)
+    shape = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+    answer = ask(client, tools=[WEATHER], response_format=shape)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    grammar = server.engine.submitted[-1].sampling.grammar
+    assert "weather" in grammar
+    assert "text: %json" in grammar
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"extra_body": {"structured_outputs": {"regex": "a+"}}},
+    ],
+)
+def test_shapes_that_leave_no_room_for_calls_are_refused(server, client, fields):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[WEATHER], **fields)
+    assert caught.value.param in ("response_format", "structured_outputs.regex")
+    assert server.engine.submitted == []
+
+
+def test_several_models_call_each_in_its_own_way(server, client, adapter):
+    says(server, CALL)
+    fields = {"models": [BASE, adapter]}
+    answer = client.chat.completions.create(
+        model=None, messages=QUESTION, tools=[WEATHER], max_tokens=200, extra_body=fields
+    )
+    assert [choice.finish_reason for choice in answer.choices] == ["tool_calls"] * 2

@@ -119,6 +119,24 @@ def test_reasoning_that_the_prompt_began_comes_before_a_forced_call(accepts):
     assert not accepts(HERMES, text)
 
 
+@pytest.mark.parametrize("tool_format", [HERMES, MISTRAL])
+def test_a_text_may_have_a_schema_of_its_own_beside_calls(accepts, tool_format):
+    rules = {"is_forced": False, "text_schema": SCHEMA}
+    calls = {
+        "hermes": tagged(F_CALL),
+        "mistral": f"[TOOL_CALLS][{F_CALL}]",
+    }
+    assert accepts(tool_format, calls[tool_format.name], **rules)
+    assert accepts(tool_format, '{"n": 5}', **rules)
+    assert not accepts(tool_format, "five", **rules)
+    assert not accepts(tool_format, '{"m": 5}', **rules)
+
+
+def test_calls_without_a_mark_leave_no_room_for_another_json(accepts):
+    with pytest.raises(InvalidGrammar, match="ask for either"):
+        accepts(LLAMA3_JSON, "{}", is_forced=False, text_schema=SCHEMA)
+
+
 def test_a_schema_that_cannot_be_enforced_is_refused():
     rules = CallRules([("f", {"type": "object", "not": {}})], is_forced=True)
     with pytest.raises(InvalidGrammar) as caught:
