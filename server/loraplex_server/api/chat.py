@@ -30,7 +30,7 @@ def chat_router(front: Front) -> APIRouter:
         return await front.answer(
             body,
             request,
-            _wish(body),
+            chat_wish(body),
             job_id,
             lambda job: ChatFormat(job, body, front.vocabulary),
         )
@@ -38,7 +38,7 @@ def chat_router(front: Front) -> APIRouter:
     return router
 
 
-def _wish(body: ChatBody) -> Wish:
+def chat_wish(body: ChatBody) -> Wish:
     messages = [message.for_template() for message in body.messages]
 
     def encode(encoder: PromptEncoder) -> list[list[int]]:
