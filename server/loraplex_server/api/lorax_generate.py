@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,10 +13,10 @@ from starlette.responses import Response
 from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import CompletionBody
 from loraplex_server.api.completions import completion_wish
+from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.errors import InvalidRequest
-from loraplex_server.api.front import Front, Wish, new_id
+from loraplex_server.api.front import Wish, new_id
 from loraplex_server.api.job import Job
-from loraplex_server.api.job_maker import PromptWish
 from loraplex_server.api.lorax_format import LoraxFormat
 from loraplex_server.api.lorax_schemas import LoraxBody
 from loraplex_server.api.timings import Headers
@@ -26,22 +25,20 @@ from loraplex_server.api.usage import Usage
 LORAX_PATH: Final = "/generate"
 
 
-def lorax_router(
-    front: Front, chat_wish: Callable[[ChatBody], PromptWish], base_name: str
-) -> APIRouter:
+def lorax_router(dialogues: Dialogues, base_name: str) -> APIRouter:
     """Return the endpoints.
 
     Args:
-        chat_wish: returns what a conversation asks for.
         base_name: what answers call the base model.
     """
     router = APIRouter(tags=["LoRAX"])
+    front = dialogues.front
 
     def wish_of(body: LoraxBody, completion: CompletionBody, num_top: int | None) -> Wish:
         wish = completion_wish(completion, default_tokens=None, logprobs=num_top)
         if not body.parameters.apply_chat_template:
             return wish
-        chat = chat_wish(_conversation(body.inputs, completion.adapter_id or ""))
+        chat = dialogues.begin(_conversation(body.inputs)).wish()
         return replace(wish, encode=chat.encode, num_chars=chat.num_chars, is_chat=True)
 
     async def answer(body: LoraxBody, request: Request, *, is_stream: bool) -> Response:
@@ -76,11 +73,11 @@ def lorax_router(
     return router
 
 
-def _conversation(inputs: str, adapter_id: str) -> ChatBody:
+def _conversation(inputs: str) -> ChatBody:
     """Return `inputs` as a conversation: messages in JSON as LoRAX's are, or what a user says."""
     messages = _messages(inputs) or [{"role": "user", "content": inputs}]
     try:
-        return ChatBody.model_validate({"adapter_id": adapter_id, "messages": messages})
+        return ChatBody.model_validate({"model": "", "adapter_id": "", "messages": messages})
     except ValidationError as error:
         reason = str(error.errors()[0]["msg"])
         raise InvalidRequest(f"`inputs`: not a conversation: {reason}", param="inputs") from error

@@ -37,7 +37,7 @@ class LoraxResponseFormat(StrictBody):
     @model_validator(mode="after")
     def _check_schema(self) -> LoraxResponseFormat:
         if self.type == "text" and self.schema_ is not None:
-            raise invalid("goes with the type `json_object`", "response_format.schema")
+            raise invalid("goes with the type `json_object`", "schema")
         return self
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.api.context_limit import ContextLimit
@@ -57,25 +56,17 @@ class PromptEncoder:
             self._limit.check_prompt(self._vocabulary.least_tokens(text), is_least=True)
         return self._cut(self._vocabulary.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        template_args: Mapping[str, Any] | None,
-        *,
-        add_special_tokens: bool,
-    ) -> list[int]:
-        """Return the token ids of a conversation, by the adapter's template if it has one.
+    @property
+    def own_template(self) -> str | None:
+        """The adapter's chat template, if it has one."""
+        return self._defaults.chat_template
 
-        Raises:
-            ChatTemplateMissing, ChatTemplateFailed, ContextLengthExceeded, InvalidText
-        """
+    def with_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return a conversation that begins with the adapter's system prompt, or its own."""
         system_prompt = self._defaults.system_prompt
-        if system_prompt and not any(message["role"] == "system" for message in messages):
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        text = self._vocabulary.render_chat(
-            messages, template_args, template=self._defaults.chat_template
-        )
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        if not system_prompt or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": system_prompt}, *messages]
 
     def check(self, token_ids: list[int]) -> list[int]:
         """Return the ids of a prompt given as such; raises ContextLengthExceeded, UnknownToken."""

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field, model_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from loraplex_server.api.chat_schemas import ChatBody, ChatMessage
+from loraplex_server.api.chat_messages import ChatMessage
+from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import MAX_TOKEN_IDS
 from loraplex_server.api.completions import encode_prompts
-from loraplex_server.api.front import Front
+from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.job_maker import PromptWish
 from loraplex_server.api.model_fields import ModelFields
 from loraplex_server.api.strict_body import check_unicode, invalid
+from loraplex_server.api.tool_schemas import MAX_TOOLS, Text, Tool
 
 #: More are decoded in a thread: they would hold up every running stream.
 _MANY_TOKENS: Final = 4096
+_OF_CHAT: Final = (
+    *("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
+    *("add_generation_prompt", "continue_final_message"),
+)
 
 
 class TokensFields(ModelFields):
@@ -33,7 +40,13 @@ class TokenizeBody(TokensFields):
 
     prompt: Annotated[str, AfterValidator(check_unicode)] | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: Text | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Text | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -41,8 +54,10 @@ class TokenizeBody(TokensFields):
     def _check_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("give either this or `messages`", "prompt")
-        if self.messages is None and self.chat_template_kwargs is not None:
-            raise invalid("goes with `messages`", "chat_template_kwargs")
+        if self.messages is None:
+            for name in _OF_CHAT:
+                if getattr(self, name) is not None:
+                    raise invalid("goes with `messages`", name)
         return self
 
 
@@ -52,18 +67,16 @@ class DetokenizeBody(TokensFields):
     tokens: Annotated[list[int], Field(max_length=MAX_TOKEN_IDS)]
 
 
-def tokenize_router(front: Front, chat_wish: Callable[[ChatBody], PromptWish]) -> APIRouter:
-    """Return the endpoints.
-
-    Args:
-        chat_wish: returns what a conversation asks for.
-    """
+def tokenize_router(dialogues: Dialogues) -> APIRouter:
+    """Return the endpoints."""
     router = APIRouter(tags=["tokens"])
+    front = dialogues.front
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Return the token ids of a text or a conversation, as requests would have them."""
-        wish = _text_wish(body) if body.messages is None else chat_wish(_chat(body))
+        is_text = body.messages is None
+        wish = _text_wish(body) if is_text else dialogues.begin(_chat(body)).wish()
         [token_ids], max_model_len = await front.encode(body.model_wish, wish)
         names = [front.vocabulary.token_text(i) for i in token_ids]
         return {
@@ -97,10 +110,13 @@ def _text_wish(body: TokenizeBody) -> PromptWish:
 
 
 def _chat(body: TokenizeBody) -> ChatBody:
-    """Return the same conversation as a body of chat completions; its fields are checked."""
-    given = {
-        name: getattr(body, name)
-        for name in body.model_fields_set & ChatBody.model_fields.keys()
-        if getattr(body, name) is not None
-    }
-    return ChatBody.model_construct(**given)
+    """Return the same conversation as a body of chat completions, checked as one."""
+    names = ("messages", "add_special_tokens", *_OF_CHAT)
+    given = {name: getattr(body, name) for name in names}
+    try:
+        return ChatBody.model_validate({"model": "", "adapter_id": "", **given})
+    except ValidationError as error:
+        problems = error.errors()
+        raise RequestValidationError(
+            [{**problem, "loc": ("body", *problem["loc"])} for problem in problems]
+        ) from error

@@ -74,8 +74,16 @@ def test_what_asks_for_nothing_constrains_nothing(server, fields):
             "structured_outputs.regex",
             "invalid_request",
         ),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag", "invalid_request"),
-        ({"response_format": {"type": "json_schema"}}, "json_schema", "invalid_request"),
+        (
+            {"structured_outputs": {"structural_tag": "x"}},
+            "structured_outputs.structural_tag",
+            "invalid_request",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "invalid_request",
+        ),
         ({"guided_choice": []}, "guided_choice", "invalid_request"),
         ({"guided_regex": "("}, "guided_regex", "invalid_grammar"),
         ({"guided_json": "{"}, "guided_json", "invalid_grammar"),

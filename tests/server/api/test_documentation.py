@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from loraplex_server.api.answer_shape import StructuredOutputs
-from loraplex_server.api.chat_schemas import ChatBody, ChatMessage
+from loraplex_server.api.chat_messages import ChatMessage
+from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import CompletionBody
 from loraplex_server.api.embeddings import EmbeddingBody
 from loraplex_server.api.error_table import ERROR_TABLE
@@ -47,7 +48,7 @@ def test_every_unsupported_field_is_documented(body):
     switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
     names = set(body.unsupported) - switches
     assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
-    assert {"name", "tool_calls"} <= set(ChatMessage.unsupported)
+    assert {"audio", "function_call"} <= set(ChatMessage.unsupported)
 
 
 def test_every_metric_is_documented(server):
