@@ -152,7 +152,8 @@ class SequenceStep:
         """The positions of this span whose next token is of the prompt, if it wants to know what
         the model thought of that one.
         """
-        if not self.wants_states or self.sampling.prompt_logprobs is None:
+        request = self.request
+        if not self.wants_states or request.pooling or request.sampling.prompt_logprobs is None:
             return range(0)
         stop = min(self.start + self.num_tokens, self.num_prompt - 1)
         return range(max(self.start, self.request.num_virtual), stop)

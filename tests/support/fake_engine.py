@@ -85,6 +85,7 @@ class FakeEngine:
         #: What each discard frees.
         self.freed_memory = FreedMemory()
         self.kept: frozenset[str] = frozenset()
+        self.tokenizer = ""
         self.prefetched: list[AdapterManifest] = []
 
     @property
@@ -119,6 +120,9 @@ class FakeEngine:
 
     def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
         self.kept = adapter_ids
+
+    def learn_tokens(self, tokenizer: str) -> None:
+        self.tokenizer = tokenizer
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         self._check_ready()
