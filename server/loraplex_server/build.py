@@ -21,7 +21,7 @@ from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
 from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.grammar_compiler import GrammarCompiler, TokenTable
+from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
@@ -122,7 +122,8 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     num_host_pages = choose_host_pages(config.host_bytes, facts.layout, dtype.itemsize, device)
     arena = HostArena(facts.layout, num_host_pages, dtype=dtype, is_pinned=device.type == "cuda")
     assemble = _assemble_on_gpu if device.type == "cuda" else assemble_core
-    constraints = Constraints(GrammarCompiler(functools.partial(_load_token_table, facts), wake))
+    spec = facts.spec
+    constraints = Constraints(GrammarCompiler(spec.vocab_size, spec.eos_token_ids, wake))
     return assemble(
         model,
         pool,
@@ -132,12 +133,6 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
         arena=arena,
         constraints=constraints,
     )
-
-
-def _load_token_table(facts: ModelFacts) -> TokenTable:
-    """Return the vocabulary as grammars need it; raises what `TokenTable` and the source do."""
-    tokenizer = facts.source.load_tokenizer()
-    return TokenTable(tokenizer, facts.spec.vocab_size, facts.spec.eos_token_ids)
 
 
 def _step_bytes(facts: ModelFacts, weights: ModelWeights, sizes: StepSizes) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from loraplex_server.build import assemble_core
 from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
-from loraplex_server.engine.grammar_compiler import GrammarCompiler, TokenTable
+from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.model.transformer import Transformer
 from tests.support.kernel_cases import make_weights
 
@@ -66,9 +65,9 @@ def make_constraints(
     model: Transformer, tokenizer: Any, wake: Callable[[], None] = lambda: None
 ) -> Constraints:
     """Return the grammars of an engine over the given model."""
-    spec = model.spec
-    load_table = functools.partial(TokenTable, tokenizer, spec.vocab_size, spec.eos_token_ids)
-    return Constraints(GrammarCompiler(load_table, wake))
+    compiler = GrammarCompiler(model.spec.vocab_size, model.spec.eos_token_ids, wake)
+    compiler.learn_tokens(tokenizer.backend_tokenizer.to_str())
+    return Constraints(compiler)
 
 
 def make_device_core(
@@ -168,7 +167,7 @@ def drive(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[int]]
 
 
 def finish(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[Event]]:
-    """Run all requests to whatever end; return the events of each, the last one of which ends it."""
+    """Run all requests to whatever end; return the events of each, the last of which ends it."""
     events: dict[str, list[Event]] = {request.request_id: [] for request in requests}
     for event in (event for request in requests for event in core.add(request)):
         events[event.request_id].append(event)

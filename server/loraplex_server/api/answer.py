@@ -36,6 +36,7 @@ from loraplex_server.text.assembler import TextDelta
 log = logging.getLogger(__name__)
 
 _USUAL_RETRY_S: Final = 1.0
+_MANY_SEQUENCES: Final = 16
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -195,7 +196,7 @@ class GenerationAnswer(Response):
             deltas = await self._generation.take()
             self._raise_failure(deltas)
         usage = self._generation.usage
-        raw = compact(self._format.complete(sequences, usage)).encode()
+        raw = await self._written(sequences, usage)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(raw)),
@@ -204,6 +205,13 @@ class GenerationAnswer(Response):
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": raw})
+
+    async def _written(self, sequences: list[Written], usage: Usage) -> bytes:
+        if len(sequences) <= _MANY_SEQUENCES:
+            return compact(self._format.complete(sequences, usage)).encode()
+        # Of many embeddings this takes long enough to be felt in every running stream.
+        body = await asyncio.to_thread(self._format.complete, sequences, usage)
+        return (await asyncio.to_thread(compact, body)).encode()
 
     async def _send_stream(
         self, answer_format: AnswerFormat, deltas: list[tuple[int, TextDelta]], send: Send

@@ -14,6 +14,7 @@ from loraplex_server.api.adapters import adapters_router
 from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
 from loraplex_server.api.dialogues import Dialogues
+from loraplex_server.api.embeddings import embeddings_router
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.error_table import install_error_handlers
@@ -34,6 +35,7 @@ from loraplex_server.api.services import Services
 from loraplex_server.api.sglang_adapters import sglang_adapters_router
 from loraplex_server.api.tenant_accounts import TenantAccounts
 from loraplex_server.api.tenant_header import TenantHeader
+from loraplex_server.api.tokenize import tokenize_router
 from loraplex_server.api.upkeep import Upkeep
 from loraplex_server.api.uploads import AdapterUploads
 from loraplex_server.api.vllm_adapters import vllm_adapters_router
@@ -76,7 +78,9 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(chat_router(dialogues))
     app.include_router(responses_router(dialogues))
     app.include_router(messages_router(dialogues))
-    app.include_router(lorax_router(front))
+    app.include_router(embeddings_router(front))
+    app.include_router(tokenize_router(dialogues))
+    app.include_router(lorax_router(dialogues, base_name))
     app.include_router(
         models_router(
             engine=services.engine,

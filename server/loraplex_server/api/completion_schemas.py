@@ -11,6 +11,8 @@ from loraplex_server.api.schemas import MAX_SAMPLES, UNSUPPORTED, GenerationBody
 from loraplex_server.api.strict_body import invalid
 
 MAX_PROMPTS: Final = 1024
+#: Of a list of token ids that nobody computes; the bound on bodies is not far above it.
+MAX_TOKEN_IDS: Final = 1 << 20
 
 _UNSUPPORTED_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     **UNSUPPORTED,

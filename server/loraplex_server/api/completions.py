@@ -41,7 +41,9 @@ def completion_wish(
     return Wish(
         num_prompts=len(body.prompt),
         num_chars=sum(len(prompt) for prompt in body.prompt),
-        encode=lambda encoder: encode_prompts(body, encoder),
+        encode=lambda encoder: encode_prompts(
+            body.prompt, encoder, add_special=body.add_special_tokens is not False
+        ),
         max_tokens=1 if body.is_prompt_only else body.max_tokens,
         default_tokens=default_tokens,
         logprobs=logprobs,
@@ -50,12 +52,13 @@ def completion_wish(
     )
 
 
-def encode_prompts(body: CompletionBody, encoder: PromptEncoder) -> list[list[int]]:
+def encode_prompts(
+    prompts: list[str | list[int]], encoder: PromptEncoder, *, add_special: bool
+) -> list[list[int]]:
     """Return the token ids of each prompt; texts are encoded, and ids checked."""
-    add_special_tokens = body.add_special_tokens is not False
     return [
-        encoder.encode(prompt, add_special_tokens=add_special_tokens)
+        encoder.encode(prompt, add_special_tokens=add_special)
         if isinstance(prompt, str)
         else encoder.check(prompt)
-        for prompt in body.prompt
+        for prompt in prompts
     ]

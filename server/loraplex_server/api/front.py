@@ -105,17 +105,15 @@ class Front:
         )
         return GenerationAnswer(source, make_format(job), is_engine_ready=self._is_engine_ready)
 
-    async def encode(self, body: RequestBody, wish: PromptWish) -> tuple[list[list[int]], int]:
+    async def encode(self, model_wish: ModelWish, wish: PromptWish) -> tuple[list[list[int]], int]:
         """Return prompts of any length as their model would get them, and how many tokens fit it.
 
         Raises:
             ModelNotFound, ChatTemplateMissing, ...: see the error table.
         """
-        answerer = await self._acquire(body.model_wish)
+        answerer = await self._acquire(model_wish)
         try:
-            prompts = await self.jobs.encode(
-                body, wish, answerer.record, answer_len=1, is_checked=False
-            )
+            prompts = await self.jobs.encode(None, wish, answerer.record)
             return prompts, self.jobs.limit(answerer.record).num_tokens
         finally:
             await _release_all([answerer])

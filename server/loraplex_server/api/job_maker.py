@@ -15,7 +15,7 @@ from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.api.context_limit import ContextLimit
-from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.errors import ApiError, InvalidRequest
 from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.model_names import Answerer
 from loraplex_server.api.prompts import PromptEncoder, Truncation
@@ -24,7 +24,7 @@ from loraplex_server.api.sampling import base_sampling, text_options
 from loraplex_server.api.schemas import GenerationBody, RequestBody
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.text.assembler import TextOptions
-from loraplex_server.text.errors import ChatTemplateFailed
+from loraplex_server.text.errors import ChatTemplateFailed, TextError
 from loraplex_server.text.time_limit import TookTooLong, run_within
 from loraplex_server.text.vocabulary import Vocabulary
 
@@ -58,6 +58,7 @@ class PromptWish:
         encode: returns the prompts' token ids.
         is_chat: `encode` runs a chat template.
         runs_own_template: which the request brings itself.
+        param: the field that holds them, for errors.
     """
 
     num_prompts: int
@@ -65,6 +66,7 @@ class PromptWish:
     encode: Callable[[PromptEncoder], list[list[int]]]
     is_chat: bool = field(default=False, kw_only=True)
     runs_own_template: bool = field(default=False, kw_only=True)
+    param: str = field(default="prompt", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -169,38 +171,51 @@ class JobMaker:
 
     async def encode(
         self,
-        body: RequestBody,
+        body: RequestBody | None,
         wish: PromptWish,
         record: AdapterRecord | None,
         *,
-        answer_len: int,
-        is_checked: bool = True,
+        answer_len: int = 1,
     ) -> list[list[int]]:
         """Return the prompts' token ids by the adapter's own templates.
 
         Args:
+            body: None where nothing is to be computed: then prompts may have any length.
             answer_len: tokens that truncated prompts leave room for.
-            is_checked: refuse prompts that are too long, or empty.
+
+        Raises:
+            ContextLengthExceeded, InvalidRequest, InvalidText, UnknownToken: naming the field.
         """
         limit = self.limit(record)
         defaults = record.defaults if record else AdapterDefaults()
+        if body is None:
+            return await self._run(wish, PromptEncoder(self.vocabulary, None, defaults), defaults)
         truncation = _truncation(body, limit, answer_len)
-        encoder = PromptEncoder(
-            self.vocabulary, limit if is_checked else None, defaults, truncation
-        )
+        encoder = PromptEncoder(self.vocabulary, limit, defaults, truncation)
+        try:
+            prompts = await self._run(wish, encoder, defaults)
+            if not all(prompts):
+                raise InvalidRequest("a prompt must have at least one token", param="prompt")
+            limit.check_prompt(max(map(len, prompts)))
+        except (ApiError, TextError) as error:
+            if error.param == "prompt":
+                error.param = wish.param
+            raise
+        return prompts
+
+    async def _run(
+        self, wish: PromptWish, encoder: PromptEncoder, defaults: AdapterDefaults
+    ) -> list[list[int]]:
+        """Encode where it holds nobody up."""
         num_chars = wish.num_chars + len(defaults.system_prompt or "")
         if wish.is_chat and (defaults.chat_template is not None or wish.runs_own_template):
             # A program of whoever brought it: it may take neither our threads nor for ever.
-            prompts = await anyio.to_thread.run_sync(
+            return await anyio.to_thread.run_sync(
                 _encode_by_template, wish, encoder, limiter=self.template_threads
             )
-        elif num_chars > _LONG_TEXT_CHARS:
-            prompts = await asyncio.to_thread(wish.encode, encoder)
-        else:
-            prompts = wish.encode(encoder)
-        if is_checked and not all(prompts):
-            raise InvalidRequest("a prompt must have at least one token", param="prompt")
-        return prompts
+        if num_chars > _LONG_TEXT_CHARS:
+            return await asyncio.to_thread(wish.encode, encoder)
+        return wish.encode(encoder)
 
 
 def _grammar(body: GenerationBody, wish: Wish, demands: Demands) -> str | None:

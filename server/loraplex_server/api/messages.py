@@ -47,7 +47,7 @@ def messages_router(dialogues: Dialogues) -> APIRouter:
     async def count_tokens(body: CountBody) -> dict[str, int]:
         """Count the tokens of the prompt that the conversation would make."""
         chat = as_chat(body)
-        prompts, _ = await front.encode(chat, dialogues.begin(chat).wish())
+        prompts, _ = await front.encode(chat.model_wish, dialogues.begin(chat).wish())
         return {"input_tokens": sum(map(len, prompts))}
 
     return router

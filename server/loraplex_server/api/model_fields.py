@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -36,6 +36,8 @@ class WeightedName(StrictBody):
 class ModelFields(StrictBody):
     """The base of bodies that the base model or an adapter answers."""
 
+    needs_model: ClassVar[bool] = True
+
     model: ModelName | None = None
     adapter_id: ModelName | None = None
     lora_path: Annotated[
@@ -48,7 +50,7 @@ class ModelFields(StrictBody):
     @model_validator(mode="before")
     @classmethod
     def _check_model(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("model"):
+        if cls.needs_model and isinstance(data, dict) and not data.get("model"):
             others = ("adapter_id", "lora_path", "adapters", "models")
             if all(data.get(name) is None for name in others):
                 raise PydanticCustomError("missing", "Field required", {"param": "model"})

@@ -114,6 +114,11 @@ class EngineCore:
         except RequestRefused as error:
             return [EndEvent(request.request_id, FinishReason.REFUSED, error.reason)]
 
+    def learn_tokens(self, tokenizer: str) -> None:
+        """Compile grammars for this tokenizer, JSON of the `tokenizers` library."""
+        if self._constraints is not None:
+            self._constraints.compiler.learn_tokens(tokenizer)
+
     def prefetch(self, manifest: AdapterManifest) -> None:
         """Bring an adapter closer before anybody asks for it, if that costs nobody anything."""
         self.scheduler.prefetch(manifest)

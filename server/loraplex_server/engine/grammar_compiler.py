@@ -1,7 +1,9 @@
 """Compiling grammars beside the steps: in a thread of its own, into matchers.
 
-llguidance and the tokenizer are loaded when the first grammar comes; an engine that gets none needs
-neither. Matchers of equal grammars share what was compiled.
+llguidance is imported, and the vocabulary laid out for it, when the first grammar comes; an engine
+that gets none needs neither. The tokenizer comes from whoever has one already, as text: reading it
+from a GGUF file takes seconds of Python, which the steps would feel. Matchers of equal grammars
+share what was compiled.
 """
 
 from __future__ import annotations
@@ -24,31 +26,28 @@ _MAX_KEPT: Final = 64
 _NOT_INSTALLED: Final = (
     "this server cannot constrain answers: the package `llguidance` is not installed"
 )
+_NO_TOKENIZER: Final = "this engine was told no tokenizer that grammars could be compiled for"
 
 
 class TokenTable:
-    """The vocabulary as llguidance reads it; immutable.
+    """The vocabulary as llguidance reads it; immutable."""
 
-    Attributes:
-        num_tokens: ids the model has.
-    """
-
-    def __init__(self, tokenizer: Any, num_tokens: int, end_ids: Collection[int]) -> None:
-        """Build the table of a tokenizer of transformers, which takes tenths of a second.
+    def __init__(self, tokenizer: str, num_tokens: int, end_ids: Collection[int]) -> None:
+        """Build the table, which takes tenths of a second.
 
         Args:
+            tokenizer: JSON, as the `tokenizers` library writes it.
             num_tokens: ids the model has.
             end_ids: tokens that end an answer; the tokenizer's own if the model names none.
 
         Raises:
             ImportError: llguidance is not installed.
-            ValueError: it is no tokenizer of the `tokenizers` library, or does not fit.
+            ValueError: it is no such tokenizer, or does not fit.
         """
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
         ends = sorted(end_ids) or None
-        self.num_tokens = num_tokens
-        self._table = from_tokenizer(tokenizer, n_vocab=num_tokens, eos_token=ends)
+        self._table = LLTokenizer(tokenizer, n_vocab=num_tokens, eos_token=ends)
 
     def matcher(self, grammar: str) -> Any:
         """Return a new `LLMatcher`, at the beginning; it may be in error."""
@@ -72,24 +71,25 @@ class GrammarCompiler:
     """Used from the engine's thread; owns the thread that compiles, once it is needed.
 
     Args:
-        load_table: called once, in that thread; may raise what `TokenTable` does.
+        num_tokens: ids the model has.
+        end_ids: tokens that end an answer.
         wake: called by that thread after each grammar.
     """
 
-    def __init__(self, load_table: Callable[[], TokenTable], wake: Callable[[], None]) -> None:
-        self._load_table = load_table
+    def __init__(self, num_tokens: int, end_ids: Collection[int], wake: Callable[[], None]) -> None:
+        self.num_tokens = num_tokens
+        self._end_ids = end_ids
         self._wake = wake
+        self._tokenizer: str | None = None
         self._table: TokenTable | None = None
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._wishes: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[CompiledGrammar] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Ids the model has; known once a grammar was compiled."""
-        assert self._table is not None, "nothing was compiled yet"
-        return self._table.num_tokens
+    def learn_tokens(self, tokenizer: str) -> None:
+        """Take this tokenizer, JSON of the `tokenizers` library, for all grammars from now on."""
+        self._tokenizer = tokenizer
 
     def begin(self, request_id: str, grammar: str) -> None:
         """Compile a grammar, after those that were asked for before."""
@@ -117,8 +117,10 @@ class GrammarCompiler:
             self._wake()
 
     def _compiled(self, request_id: str, grammar: str) -> CompiledGrammar:
+        if self._tokenizer is None:
+            return CompiledGrammar(request_id, None, _NO_TOKENIZER)
         try:
-            matcher = self._matcher(grammar)
+            matcher = self._matcher(grammar, self._tokenizer)
         except ImportError:
             return CompiledGrammar(request_id, None, _NOT_INSTALLED)
         except Exception as error:  # the thread's top frame: whatever it is, only this one fails
@@ -129,9 +131,9 @@ class GrammarCompiler:
             return CompiledGrammar(request_id, None, f"the grammar cannot be served: {reason}")
         return CompiledGrammar(request_id, matcher)
 
-    def _matcher(self, grammar: str) -> Any:
+    def _matcher(self, grammar: str, tokenizer: str) -> Any:
         if self._table is None:
-            self._table = self._load_table()
+            self._table = TokenTable(tokenizer, self.num_tokens, self._end_ids)
         kept = self._kept.pop(grammar, None)
         if kept is None:
             kept = self._table.matcher(grammar)

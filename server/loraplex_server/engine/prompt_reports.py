@@ -168,6 +168,6 @@ def _pool(step: SequenceStep, x: torch.Tensor) -> _Pooled:
     if pooling is Pooling.LAST:
         return _Pooled(step.request_id, pooling, x[-1].to(torch.float32, copy=True), is_finite)
     total = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-    for rows in torch.split(x, _SLICE):  # type: ignore[no-untyped-call]
+    for rows in torch.split(x, _SLICE):
         total += (rows.double() / HIDDEN_UNIT).round().to(torch.int64).sum(0)
     return _Pooled(step.request_id, pooling, total, is_finite)

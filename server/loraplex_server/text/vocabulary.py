@@ -101,6 +101,13 @@ class Vocabulary:
         """
         return self._is_byte_level
 
+    def to_json(self) -> str | None:
+        """Return the tokenizer as the `tokenizers` library writes it; None if it is no such one.
+
+        Takes a tenth of a second.
+        """
+        return None if self._backend is None else str(self._backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; raises InvalidText."""
         check_text(text)

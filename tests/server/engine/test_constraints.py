@@ -13,7 +13,7 @@ import pytest
 from loraplex_scheduler.plan import EndEvent, FinishReason, Request, TokenEvent
 from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_server.engine.grammar_compiler import GrammarCompiler, TokenTable
+from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.text import grammars
 from tests.support.engine import finish, greedy_request, make_core, make_device_core
 from tests.support.tiny_models import tiny_transformer
@@ -151,22 +151,20 @@ def test_a_named_token_of_the_model_can_be_asked_for(core, tokenizer):
     assert events[0].token.token_id == special
 
 
-class SlowTable:
-    """A table that is there once it is asked for."""
+class GatedCompiler(GrammarCompiler):
+    """Compiles nothing before its gate is open."""
 
-    def __init__(self, *args):
-        self.gate = threading.Event()
-        self._args = args
+    gate = threading.Event()
 
-    def __call__(self):
+    def _matcher(self, grammar, tokenizer):
         assert self.gate.wait(60)
-        return TokenTable(*self._args)
+        return super()._matcher(grammar, tokenizer)
 
 
 def test_others_go_on_while_a_grammar_is_compiled(model, tokenizer):
     core = make_core(model, tokenizer=tokenizer)
-    table = SlowTable(tokenizer, 300, {END})
-    core._constraints.compiler = GrammarCompiler(table, lambda: None)
+    compiler = core._constraints.compiler = GatedCompiler(300, {END}, lambda: None)
+    core.learn_tokens(tokenizer.backend_tokenizer.to_str())
     assert core.add(request("slow", DATE)) == []
     assert core.add(request("gone", DATE)) == []
     core.add(greedy_request("other", (5, 6), max_tokens=5, ignore_eos=True))
@@ -177,7 +175,7 @@ def test_others_go_on_while_a_grammar_is_compiled(model, tokenizer):
     assert core.stats().num_waiting == 2
     (end,) = core.abort("gone")
     assert end.finish_reason is FinishReason.CANCELLED
-    table.gate.set()
+    compiler.gate.set()
     events = []
     while core.has_work:
         events += core.step(load_timeout_s=5.0)
