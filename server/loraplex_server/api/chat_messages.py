@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.strict_body import StrictBody, invalid
-from loraplex_server.api.tool_schemas import FunctionName, Text
+from loraplex_server.api.tool_schemas import FunctionName, Text, is_plain_json
 
 #: What our own answers carry, so that they can be sent back as part of a conversation.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -63,7 +63,7 @@ def _object_of(arguments: str) -> dict[str, Any] | str:
         value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return arguments  # the model's own mistake: it should see what it wrote
-    return value if isinstance(value, dict) else arguments
+    return value if isinstance(value, dict) and is_plain_json(value) else arguments
 
 
 def _check_content(value: Any) -> Any:

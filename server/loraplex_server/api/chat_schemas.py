@@ -10,7 +10,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from loraplex_server.api.chat_messages import ChatMessage
 from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
 from loraplex_server.api.strict_body import invalid
-from loraplex_server.api.tool_schemas import MAX_TOOLS, AllowedChoice, NamedTool, Text, Tool
+from loraplex_server.api.tool_schemas import (
+    MAX_TOOLS,
+    AllowedChoice,
+    JsonObject,
+    NamedTool,
+    Text,
+    Tool,
+)
 from loraplex_server.api.tool_schemas import ToolChoice as ToolChoiceValue
 
 _UNSUPPORTED_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -59,8 +66,8 @@ class ChatBody(GenerationBody):
     reasoning_effort: Text | None = None
     include_reasoning: bool | None = None
     chat_template: Text | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: JsonObject | None = None
+    documents: list[JsonObject] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None

@@ -77,6 +77,7 @@ class Dialogue:
             default_tokens=None,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             is_chat=True,
+            param="messages",
             runs_own_template=body.chat_template is not None,
             demands=lambda: self._demands,
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field
 
 from loraplex_server.api.strict_body import StrictBody, invalid
-from loraplex_server.api.tool_schemas import FunctionName, Text
+from loraplex_server.api.tool_schemas import FunctionName, JsonObject, Text
 
 #: Prompts that begin alike share their work anyway, so a hint to cache asks for nothing.
 CACHE_HINTS: Final[tuple[Any, ...]] = (
@@ -41,7 +41,7 @@ class ToolUseBlock(StrictBody):
     type: Literal["tool_use"]
     id: Text
     name: FunctionName
-    input: dict[str, Any]
+    input: JsonObject
 
 
 def _check_result(value: Any) -> Any:

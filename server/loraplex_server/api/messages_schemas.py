@@ -11,7 +11,7 @@ from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.messages_blocks import CACHE_HINTS, TextBlock, Turn
 from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, check_stop
 from loraplex_server.api.strict_body import StrictBody, invalid
-from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, Parameters, Text
+from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, JsonObject, Parameters, Text
 
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     **{name: values for name, values in UNSUPPORTED.items() if name != "metadata"},
@@ -99,7 +99,7 @@ class JsonFormat(StrictBody):
     """The answer's text follows a JSON schema."""
 
     type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
 
 
 class OutputConfig(StrictBody):
@@ -137,7 +137,7 @@ class CountBody(GenerationBody):
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
 
     def for_chat(self) -> ChatBody:
         """Return the chat request that asks for the same; raises pydantic's ValidationError."""

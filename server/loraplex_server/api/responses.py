@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -157,7 +156,8 @@ class ResponsesFormat:
 def _echoed(body: ResponsesBody, job: Job) -> dict[str, Any]:
     """Return what a response says of its request."""
     sampling = job.sampling
-    sent = body.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    shown = {"text", "tool_choice", "tools"}
+    sent = body.model_dump(include=shown, by_alias=True, exclude_unset=True)
     text_format = {"type": "text"} | ((sent.get("text") or {}).get("format") or {})
     return {
         "background": False,
@@ -172,7 +172,7 @@ def _echoed(body: ResponsesBody, job: Job) -> dict[str, Any]:
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
-        "temperature": sampling.temperature if math.isfinite(sampling.temperature) else None,
+        "temperature": sampling.temperature,
         "text": {"format": text_format},
         "tool_choice": sent.get("tool_choice") or "auto",
         "tools": [

@@ -11,7 +11,7 @@ from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.responses_items import InputItem, messages_of
 from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
 from loraplex_server.api.strict_body import StrictBody, invalid
-from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, Parameters, Text
+from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, JsonObject, Parameters, Text
 
 LOGPROBS: Final = "message.output_text.logprobs"
 _MAX_METADATA: Final = 16
@@ -94,7 +94,7 @@ class TextFormat(StrictBody):
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: Text | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -174,7 +174,7 @@ class ResponsesBody(GenerationBody):
     ) = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
 
     @model_validator(mode="before")
     @classmethod

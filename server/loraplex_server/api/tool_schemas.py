@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
@@ -10,9 +11,36 @@ from pydantic import AfterValidator, Field
 from loraplex_server.api.strict_body import StrictBody, check_unicode, invalid
 
 MAX_TOOLS: Final = 128
+#: Of objects within objects that a request may bring.
+MAX_DEPTH: Final = 64
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 Text = Annotated[str, AfterValidator(check_unicode)]
+
+
+def is_plain_json(value: Any) -> bool:
+    """Whether JSON can write the value, and nothing that walks through it runs out of stack."""
+    todo = [(value, 1)]
+    while todo:
+        node, depth = todo.pop()
+        if isinstance(node, float) and not math.isfinite(node):
+            return False
+        if isinstance(node, dict | list):
+            if depth > MAX_DEPTH:
+                return False
+            children = node.values() if isinstance(node, dict) else node
+            todo += [(child, depth + 1) for child in children]
+    return True
+
+
+def check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return an object of a request that is handed on as it is."""
+    if not is_plain_json(value):
+        raise invalid(f"must be JSON of at most {MAX_DEPTH} levels, without NaN and infinity")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 
 
 def check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +50,7 @@ def check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Parameters = Annotated[dict[str, Any], AfterValidator(check_parameters)]
+Parameters = Annotated[JsonObject, AfterValidator(check_parameters)]
 
 
 def argument_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,6 +9,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NAMED_G = {"type": "function", "function": {"name": "g"}}
+DEEP = {}
+for _ in range(100):
+    DEEP = {"a": DEEP}
 
 
 def with_parameters(schema):
@@ -137,6 +140,8 @@ def test_logprobs_have_bytes_and_alternatives(client):
         ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tools": [with_parameters({"type": "string"})]}, "tools[0].function.parameters"),
+        ({"tools": [with_parameters(DEEP)]}, "tools[0].function.parameters"),
+        ({"chat_template_kwargs": {"prefill": DEEP}}, "chat_template_kwargs"),
         ({"tools": [with_parameters({"not": {}})], "tool_choice": "required"}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import openai
 import pytest
 from openai.types.responses import Response
@@ -223,3 +224,13 @@ def test_no_memory_is_explained(server):
     body = {"model": BASE, "input": "x", "previous_response_id": "resp_1"}
     error = server.post("/v1/responses", body).json()["error"]
     assert "keeps no responses" in error["message"]
+
+
+def test_what_json_cannot_write_is_refused_before_it_would_be_echoed(server):
+    parameters = {"type": "object", "default": float("nan")}
+    tool = {"type": "function", "name": "f", "parameters": parameters}
+    body = json.dumps({"model": BASE, "input": "x", "tools": [tool]})
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/responses", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tools[0].parameters"
