@@ -76,6 +76,8 @@ class FakeEngine:
         self.is_ending: Callable[[Request], bool] = lambda request: True
         #: Tokens of a prompt that were found in the prefix cache.
         self.num_cached: Callable[[Request], int] = lambda request: 0
+        #: Of each token of answers.
+        self.logprob_of: Callable[[Request, int], float] = lambda request, token_id: -0.5
         self.submitted: list[Request] = []
         self.cancelled: set[str] = set()
         self.ended: dict[str, FinishReason] = {}
@@ -167,7 +169,8 @@ class FakeEngine:
         token_ids = (token_ids * request.sampling.max_tokens)[: request.sampling.max_tokens]
         events: list[TokenEvent] = []
         for num_sent, token_id in enumerate(token_ids, start=1):
-            token = SampledToken(token_id, _logprobs(token_id, request.sampling.logprobs))
+            logprob = self.logprob_of(request, token_id)
+            token = SampledToken(token_id, _logprobs(token_id, request.sampling.logprobs, logprob))
             times = TIMES if num_sent == 1 else None
             num_cached = self.num_cached(request) if num_sent == 1 else 0
             reason = FinishReason.LENGTH if num_sent == request.sampling.max_tokens else None
@@ -191,8 +194,8 @@ def _embedded(request: Request) -> EndEvent:
     return EndEvent(request.request_id, FinishReason.STOP, embedding=embedding, times=TIMES)
 
 
-def _logprobs(token_id: int, num_top: int | None) -> TokenLogprobs | None:
+def _logprobs(token_id: int, num_top: int | None, logprob: float = -0.5) -> TokenLogprobs | None:
     if num_top is None:
         return None
-    top = [(token_id, -0.5), (1 + token_id % 2, float("-inf"))]
-    return TokenLogprobs(-0.5, tuple(top[:num_top]))
+    top = [(token_id, logprob), (1 + token_id % 2, float("-inf"))]
+    return TokenLogprobs(logprob, tuple(top[:num_top]))

@@ -239,7 +239,9 @@ def _explain(problem: Mapping[str, Any], content_type: str | None) -> InvalidReq
     if kind == "json_invalid":
         reason = problem["ctx"]["error"]
         return InvalidRequest(f"the body is not valid JSON: {reason} at byte {location[-1]}")
-    param = str(problem.get("ctx", {}).get("param") or _path(location[1:]))
+    # A check of a whole object names one of its fields.
+    field = problem.get("ctx", {}).get("param")
+    param = _path([*location[1:], field] if field else location[1:])
     if not param:
         if kind == "missing":
             return InvalidRequest("the body is empty; send a JSON object")
