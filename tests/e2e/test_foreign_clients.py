@@ -106,3 +106,63 @@ def test_sglangs_pair_and_openais_client_end_an_adapter(server):
             client.completions.create(model="a/b", prompt="x")
     answer = post(server, "/unload_lora_adapter", lora_name="a/b")
     assert (answer.status_code, answer.json()["success"]) == (400, False)
+
+
+def test_one_call_asks_several_models_and_each_says_its_own(server, texts):
+    body = post(server, "/v1/completions", models=[*texts], **ASK).json()
+    assert {choice["model"]: choice["text"] for choice in body["choices"]} == texts
+    assert body["metrics"]["time_to_first_token_ms"] > 0
+
+
+def test_a_harness_scores_a_text_as_the_model_wrote_it(server):
+    fields = {"model": "pirate", "logprobs": 1, "return_token_ids": True}
+    [wrote] = post(server, "/v1/completions", **ASK, **fields).json()["choices"]
+    whole = [*wrote["prompt_token_ids"], *wrote["token_ids"]]
+    scored = post(
+        server, "/v1/completions", prompt=whole, max_tokens=0, echo=True, **fields
+    ).json()["choices"][0]
+    num_prompt = len(wrote["prompt_token_ids"])
+    scores = scored["logprobs"]["token_logprobs"]
+    assert scores[0] is None
+    assert scores[num_prompt:] == pytest.approx(wrote["logprobs"]["token_logprobs"], abs=1e-3)
+    # It was greedy, so each token is its place's likeliest, as harnesses test it.
+    tops = scored["logprobs"]["top_logprobs"][num_prompt:]
+    assert [max(top.values()) for top in tops] == scores[num_prompt:]
+
+
+def test_a_schema_makes_every_model_answer_in_json(server):
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["good", "bad"]}, "sure": {"type": "boolean"}},
+        "required": ["mood", "sure"],
+        "additionalProperties": False,
+    }
+    wish = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    answer = post(
+        server,
+        "/v1/chat/completions",
+        models=[BASE, "pirate", "sql"],
+        messages=[{"role": "user", "content": "Ahoy! How are you?"}],
+        response_format=wish,
+        max_tokens=48,
+        temperature=0,
+    )
+    choices = answer.json()["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["stop"] * 3
+    for choice in choices:
+        said = json.loads(choice["message"]["content"])
+        assert (said["mood"] in ("good", "bad"), type(said["sure"])) == (True, bool)
+
+
+def test_adapters_embed_differently_and_always_alike(server):
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
+
+        def embed(model: str) -> list[float]:
+            texts = ["a ship at sea", "select a row"]
+            return client.embeddings.create(model=model, input=texts).data[0].embedding
+
+        base, pirate = embed(BASE), embed("pirate")
+        assert embed("pirate") == pytest.approx(pirate, abs=1e-4)
+    dot = sum(a * b for a, b in zip(base, pirate, strict=True))
+    assert sum(number * number for number in base) == pytest.approx(1.0, abs=1e-3)
+    assert dot < 0.9999

@@ -102,17 +102,17 @@ class CompletionFormat(OpenAIStreamEnd):
         is_shown = not self._job.is_prompt_only
         tokens = delta.tokens if is_shown else []
         text = delta.text if is_shown else ""
+        if is_shown:
+            self._chunks.count(index, delta)
         logprobs = "null"
         if self._logprobs is not None and tokens:
             logprobs = compact(self._logprobs[index].write(tokens))
-        elif not text and delta.finish_reason is None and not self._body.return_token_ids:
+        elif not (text or delta.finish_reason or (self._body.return_token_ids and tokens)):
             return b""
         finish = "null"
         if delta.finish_reason is not None:
             reason = delta.finish_reason.value if is_shown else "length"
-            finish = f'"{reason}","stop_reason":{compact(delta.stop_reason)}'
-        if is_shown:
-            self._chunks.count(index, delta)
+            finish = f'"{reason}","stop_reason":{compact(delta.stop_reason if is_shown else None)}'
         return self._chunk(index, text, logprobs, finish, tokens)
 
     def stream_tail(self, usage: Usage) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Final
 
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, Field, ValidationError, model_validator
+from starlette.responses import Response
 
 from loraplex_server.api.chat_messages import ChatMessage
 from loraplex_server.api.chat_schemas import ChatBody
@@ -16,11 +17,12 @@ from loraplex_server.api.completion_schemas import MAX_TOKEN_IDS
 from loraplex_server.api.completions import encode_prompts
 from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.job_maker import PromptWish
+from loraplex_server.api.json_text import compact
 from loraplex_server.api.model_fields import ModelFields
 from loraplex_server.api.strict_body import check_unicode, invalid
 from loraplex_server.api.tool_schemas import MAX_TOOLS, Text, Tool
 
-#: More are decoded in a thread: they would hold up every running stream.
+#: More are written in a thread: they would hold up every running stream.
 _MANY_TOKENS: Final = 4096
 _OF_CHAT: Final = (
     *("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
@@ -72,31 +74,38 @@ def tokenize_router(dialogues: Dialogues) -> APIRouter:
     router = APIRouter(tags=["tokens"])
     front = dialogues.front
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=None)
+    async def tokenize(body: TokenizeBody) -> Response:
         """Return the token ids of a text or a conversation, as requests would have them."""
         is_text = body.messages is None
         wish = _text_wish(body) if is_text else dialogues.begin(_chat(body)).wish()
         [token_ids], max_model_len = await front.encode(body.model_wish, wish)
-        names = [front.vocabulary.token_text(i) for i in token_ids]
-        return {
-            "count": len(token_ids),
-            "max_model_len": max_model_len,
-            "tokens": token_ids,
-            "token_strs": names if body.return_token_strs else None,
-        }
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        def write() -> str:
+            name = front.vocabulary.token_text
+            names = [name(i) for i in token_ids] if body.return_token_strs else None
+            shown = {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids}
+            return compact({**shown, "token_strs": names})
+
+        return await _json(write, num_tokens=len(token_ids))
+
+    @router.post("/detokenize", response_model=None)
+    async def detokenize(body: DetokenizeBody) -> Response:
         """Return the text of token ids, special tokens included."""
         front.vocabulary.check(body.tokens, param="tokens")
         await front.encode(body.model_wish, PromptWish(0, 0, lambda encoder: []))
         decode = front.vocabulary.decoder(skip_special_tokens=False)
-        if len(body.tokens) > _MANY_TOKENS:
-            return {"prompt": await asyncio.to_thread(decode, body.tokens)}
-        return {"prompt": decode(body.tokens)}
+        return await _json(
+            lambda: compact({"prompt": decode(body.tokens)}), num_tokens=len(body.tokens)
+        )
 
     return router
+
+
+async def _json(write: Callable[[], str], *, num_tokens: int) -> Response:
+    """Return the answer that `write` writes, where that holds nobody up."""
+    text = await asyncio.to_thread(write) if num_tokens > _MANY_TOKENS else write()
+    return Response(text, media_type="application/json")
 
 
 def _text_wish(body: TokenizeBody) -> PromptWish:

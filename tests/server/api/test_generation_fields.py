@@ -210,6 +210,12 @@ def test_each_chunk_can_carry_its_choices_usage_so_far(server):
     assert [chunk["usage"]["completion_tokens"] for chunk in alone] == [1, 2, 3]
 
 
+def test_running_usage_counts_tokens_whose_text_is_held_back(server):
+    options = {"continuous_usage_stats": True}
+    streamed = chunks(server, prompt="é", stream_options=options)  # two tokens, one character
+    assert [chunk["usage"]["completion_tokens"] for chunk in streamed] == [2, 3]
+
+
 def test_the_times_of_an_answer_are_in_its_body_and_its_headers(server):
     answer = server.post("/v1/completions", {"model": BASE, "prompt": "hello world"})
     metrics = answer.json()["metrics"]
