@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 
 from loraplex_scheduler.policies import ADMISSIONS, EVICTIONS, ORDERS
 from loraplex_server.flags import FlagError, flag_parser
+from loraplex_server.logs import LOG_FORMATS
 from loraplex_server.setting_values import (
     Parser,
     choice_of,
@@ -26,6 +27,7 @@ from loraplex_server.setting_values import (
     or_word,
     parse_folder,
     parse_header_name,
+    parse_http_url,
     parse_seconds,
     parse_secret,
     parse_share,
@@ -270,6 +272,30 @@ class Config:
         "service",
         "how much to log",
         "LEVEL",
+    )
+    log_format: str = _setting(
+        choice_of(*LOG_FORMATS),
+        "text",
+        "service",
+        "lines for people (text), or one JSON object each with the request's id (json)",
+        "FORMAT",
+    )
+    access_log: bool = _setting(
+        parse_switch, False, "service", "log one line for each HTTP request", "ON/OFF"
+    )
+    metrics_top_k: int = _setting(
+        integer_of(1, 10_000),
+        50,
+        "service",
+        "adapters, and tenants, that have metrics of their own; the others share one",
+    )
+    otlp_endpoint: str | None = _setting(
+        parse_http_url,
+        None,
+        "service",
+        "collector that traces of requests go to by OTLP/HTTP, e.g. http://localhost:4318; "
+        "default: none",
+        "URL",
     )
 
 

@@ -18,6 +18,7 @@ from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, GenerationAnswer
 from loraplex_server.api.context_limit import ContextLimit
 from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.exchange import Exchange
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
@@ -93,6 +94,7 @@ class Front:
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
+            exchange=Exchange.of(request.scope),
         )
         self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
         answerer = await self._acquire(body.model_wish)
@@ -168,7 +170,7 @@ class Front:
             raise
         for adapter in answerer.adapters:
             record = adapter.lease.record
-            self.adapter_names.remember(record.id, record.name)
+            self.adapter_names.remember(record.id, record.name, record.rank_max)
         return answerer
 
 

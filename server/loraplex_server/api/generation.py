@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from loraplex_scheduler.plan import Event, FinishReason, Request
 from loraplex_server.api.errors import AdapterDeleted, Overloaded, RequestTimedOut
 from loraplex_server.api.job import Job
+from loraplex_server.api.job_meter import JobMeter
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.tenant_accounts import TenantBill
 from loraplex_server.api.usage import Usage, make_usage
@@ -36,6 +37,7 @@ class Generation:
         timeout_error: RequestTimedOut,
         bill: TenantBill,
         metrics: RequestMetrics,
+        meter: JobMeter,
         clock: Callable[[], float],
         on_end: Callable[[Generation], None],
     ) -> None:
@@ -50,9 +52,9 @@ class Generation:
         self._index_of = {request_id: index for index, request_id in enumerate(self._ids)}
         self._assemblers = assemblers
         self._metrics = metrics
+        self._meter = meter
         self._clock = clock
         self._on_end = on_end
-        self._arrival_s = requests[0].arrival_s
         self._last_token_s = [0.0] * len(requests)
         self._num_running = len(requests)
         self._unfinished = set(range(len(requests)))
@@ -162,14 +164,16 @@ class Generation:
         if delta.tokens:
             last_s = self._last_token_s[index]
             if last_s:
-                self._metrics.next_tokens(now - last_s)
+                self._meter.next_tokens(now - last_s)
             else:
-                self._metrics.first_token(now - self._arrival_s)
+                self._meter.first_token(index, now, delta.times)
             self._last_token_s[index] = now
+        if delta.embedding is not None:
+            self._meter.begun(index, delta.times)
         if delta.finish_reason is not None:
             self._unfinished.discard(index)
             self._finish(index, delta.finish_reason, now)
 
     def _finish(self, index: int, outcome: FinishReason, now: float) -> None:
         self._unfinished.discard(index)
-        self._metrics.finish(outcome, now - self._arrival_s)
+        self._meter.finish(index, outcome, now, self._assemblers[index].num_tokens)

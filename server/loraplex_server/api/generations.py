@@ -24,6 +24,7 @@ from loraplex_server.api.errors import (
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.job import Job
+from loraplex_server.api.job_meter import JobMeter
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
 from loraplex_server.api.tenant_accounts import TenantAccounts
@@ -114,6 +115,7 @@ class Generations:
             timeout_error=self._timeout_error(job),
             bill=bill,
             metrics=self._metrics,
+            meter=JobMeter(self._metrics, job, requests[0].arrival_s),
             clock=self._clock,
             on_end=self._end,
         )

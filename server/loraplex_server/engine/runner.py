@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ from loraplex_kernels.row_max import row_max
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.engine.step_meter import StepParts
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.transformer import Transformer
@@ -56,7 +58,9 @@ class Runner:
     Holds no state of any sequence but the token ids that the last launch sampled.
     """
 
-    def __init__(self, model: Transformer, pool: PagePool) -> None:
+    def __init__(self, model: Transformer, pool: PagePool, parts: StepParts | None = None) -> None:
+        """`parts`: where to book the time of computing and of drawing tokens."""
+        self._parts = parts or StepParts()
         self._model = model
         self._pool = pool
         self._backend = host_backend()
@@ -83,6 +87,7 @@ class Runner:
         ]
         logit_rows = [row for _, row in sampled]
         edited = self._batches.edits(plan, logit_rows)
+        started = time.monotonic()
         logits = self._model.forward(
             token_ids,
             self._backend.prepare(
@@ -92,7 +97,11 @@ class Runner:
             torch.tensor(logit_rows, dtype=torch.int64),
             edits=AdapterEdits(edited, attention, self._pool) if edited else None,
         )
-        return _draw(logits, [step for step, _ in sampled])
+        computed = time.monotonic()
+        result = _draw(logits, [step for step, _ in sampled])
+        self._parts.forward_s += computed - started
+        self._parts.sample_s += time.monotonic() - computed
+        return result
 
     def _inputs(self, step: SequenceStep) -> tuple[int, ...]:
         if step.awaits_token:
