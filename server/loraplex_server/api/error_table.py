@@ -93,6 +93,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     GenerationFailed: ErrorShape(500, _SERVER, "generation_failed"),
     text.ChatTemplateMissing: ErrorShape(400, _INVALID, "no_chat_template"),
     text.ChatTemplateFailed: ErrorShape(400, _INVALID, "chat_template_failed"),
+    text.InvalidGrammar: ErrorShape(400, _INVALID, "invalid_grammar"),
     text.InvalidText: ErrorShape(400, _INVALID, "invalid_text"),
     text.UnknownToken: ErrorShape(400, _INVALID, "unknown_token"),
     InvalidSampling: ErrorShape(400, _INVALID, "invalid_value"),

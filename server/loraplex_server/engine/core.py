@@ -266,7 +266,8 @@ class EngineCore:
         self._landed_at = self._clock()
         parts = self._meter.parts
         parts.forward_s += self._landed_at - waiting_since
-        events = self.scheduler.commit(plan, result, self._landed_at - started_at)
+        took_s = self._landed_at - started_at
+        events = self.scheduler.commit(plan, result, took_s, self._landed_at)
         parts.commit_s += self._clock() - self._landed_at
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events
