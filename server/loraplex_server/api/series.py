@@ -204,12 +204,21 @@ SERVICE: Final = (
         "seconds",
         LAG_S,
     ),
-    Series("process_virtual_memory_bytes", _G, "Of the API process.", (), "bytes"),
-    Series("process_resident_memory_bytes", _G, "Of the API process.", (), "bytes"),
-    Series("process_start_time_seconds", _G, "Of the API process, Unix time.", (), "seconds"),
-    Series("process_cpu_seconds", _C, "Of the API process.", (), "seconds"),
-    Series("process_open_fds", _G, "File descriptors of the API process."),
-    Series("process_max_fds", _G, "How many it may have."),
+    # Of the API process; by prometheus_client, whose words these are.
+    Series("process_virtual_memory_bytes", _G, "Virtual memory size in bytes.", (), "bytes"),
+    Series("process_resident_memory_bytes", _G, "Resident memory size in bytes.", (), "bytes"),
+    Series(
+        "process_start_time_seconds",
+        _G,
+        "Start time of the process since unix epoch in seconds.",
+        (),
+        "seconds",
+    ),
+    Series(
+        "process_cpu_seconds", _C, "Total user and system CPU time spent in seconds.", (), "seconds"
+    ),
+    Series("process_open_fds", _G, "Number of open file descriptors."),
+    Series("process_max_fds", _G, "Maximum number of open file descriptors."),
 )
 
 _MODEL: Final = ("model_name",)

@@ -156,12 +156,13 @@ class EngineCore:
         for manifest in plan.prefetches:  # most wanted first
             if not self._loader.prefetch(manifest):
                 break
-        self._meter.parts.schedule_s += self._clock() - now
+        schedule_s = self._clock() - now
         events += self._fly(plan)
         self._is_waiting_for_loads = not plan.sequences and not had_flight
         if not self._is_waiting_for_loads:
             took_s = self._clock() - started
             self._step_s += took_s
+            self._meter.parts.schedule_s += schedule_s
             self._meter.took(took_s)
         return events
 
