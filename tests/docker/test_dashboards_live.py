@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import pytest
 
 from tests.server.api.conftest import make_adapter
 from tests.support.grafana import DASHBOARDS, queries, with_values
+from tests.support.otlp import attributes, collecting
 from tests.support.prometheus import Prometheus, needs
 from tests.support.server_process import ServerProcess
 from tests.support.tiny_models import save_tiny_model
@@ -21,10 +24,20 @@ pytestmark = needs("prometheus")
 
 NUM_ADAPTERS = 12
 NUM_REQUESTS = 60
+#: Some often, most seldom.
+ADAPTER_OF = random.Random(1).choices(
+    range(NUM_ADAPTERS), [1 / (i + 1) for i in range(NUM_ADAPTERS)], k=NUM_REQUESTS
+)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def collector():
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, collector):
     folder = tmp_path_factory.mktemp("watched")
     model = folder / "tiny-base"
     save_tiny_model(model, hidden_size=64, vocab_size=320)
@@ -33,19 +46,23 @@ def server(tmp_path_factory):
         "--model": str(model),
         "--dtype": "float32",
         "--threads": "1",
-        "--pool-bytes": "160KiB",
-        "--host-bytes": "48KiB",
+        "--page-tokens": "16",
+        "--pool-bytes": "160KiB",  # 20 pages; an adapter takes two, a sequence up to five
+        "--host-bytes": "96KiB",
         "--max-running": "8",
         "--max-step-tokens": "64",
         "--tenant-header": "x-tenant",
         "--max-queued-per-tenant": "20",
         "--metrics-top-k": "8",
+        "--otlp-endpoint": collector.url,
+        "--log-format": "json",
+        "--access-log": "on",
     }
     server = ServerProcess(folder / "server", *[text for pair in flags.items() for text in pair])
     try:
         server.wait_until_ready()
         for number in range(NUM_ADAPTERS):
-            upload(server, f"a{number}", make_adapter(folder / f"a{number}", seed=number))
+            upload(server, f"a{number}", make_adapter(folder / f"a{number}", rank=16, seed=number))
         yield server
     finally:
         server.stop()
@@ -72,7 +89,7 @@ def prometheus(server, tmp_path_factory):
 
 def ask(server, number: int) -> int:
     body = {
-        "model": f"a{number % NUM_ADAPTERS}" if number % 6 else "tiny-base",
+        "model": f"a{ADAPTER_OF[number]}" if number % 6 else "tiny-base",
         "prompt": "hello world " * (1 + number % 5),
         "max_tokens": 8 + number % 8,
         "ignore_eos": True,
@@ -144,3 +161,36 @@ def test_the_page_is_what_promtool_calls_clean(server):
     done = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True)
     complaints = done.stdout.decode() + done.stderr.decode()
     assert "error" not in complaints.lower()
+
+
+def test_the_time_before_the_first_token_is_told_apart(server, collector):
+    """Of the engine's own records, in a process that sends its last traces before it ends."""
+    server.stop()
+    spans = collector.spans()
+    sequences = [span for span in spans if span.name == "generate"]
+    assert len(sequences) >= NUM_REQUESTS // 2
+    by_parent: dict[bytes, dict[str, float]] = {}
+    for span in spans:
+        took_s = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+        assert took_s >= 0
+        by_parent.setdefault(span.parent_span_id, {})[span.name] = took_s
+    phases = [(span, by_parent.get(span.span_id, {})) for span in sequences]
+    complete = [(span, took) for span, took in phases if "decode" in took]
+    assert complete
+    for span, took in complete:
+        has_adapter = bool(attributes(span)["loraplex.adapter_ids"])
+        assert set(took) - {"load_adapter"} == {"queue", "prefill", "decode"}
+        assert ("load_adapter" in took) == has_adapter
+        # Each begins with the one before it, and the API hears of a token after it was made.
+        whole_s = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+        assert sum(took.values()) <= whole_s + 1e-4
+    assert any(took.get("load_adapter", 0) > 0 for _, took in complete)
+
+
+def test_its_log_is_json_with_one_line_for_each_answer(server):
+    written = [line for line in server.log.read_text().splitlines() if line.startswith("{")]
+    access = [line for line in map(json.loads, written) if line["logger"].endswith(".access")]
+    ours = [line for line in access if line["path"] == "/v1/completions"]
+    assert len(ours) == NUM_REQUESTS + 6
+    assert len({line["request_id"] for line in ours}) == len(ours)
+    assert {line["tenant"] for line in ours if line["status"] == 200} == {"t0", "t1", "t2"}

@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import logging
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from loraplex_scheduler.plan import EndEvent, FinishReason
 from loraplex_server.logs import ACCESS_LOG, REQUEST_ID, JsonFormatter
 from tests.server.api.conftest import BASE, make_adapter, running_server, wait_until
-from tests.support.http_server import serve_with, url_of
+from tests.support.otlp import Collector, attributes, collecting
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PHASES = ["queue", "load_adapter", "prefill", "decode"]
 
 
-class Collected:
-    """What a collector was sent."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.paths: list[str] = []
-        self.bodies: list[bytes] = []
-
-    def spans(self) -> list:
-        requests = [ExportTraceServiceRequest.FromString(body) for body in self.bodies]
-        scopes = [s for r in requests for one in r.resource_spans for s in one.scope_spans]
-        return [span for scope in scopes for span in scope.spans]
-
-
 @pytest.fixture
-def collector() -> Iterator[Collected]:
-    collected = Collected("")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            is_packed = self.headers.get("content-encoding") == "gzip"
-            collected.paths.append(self.path)
-            collected.bodies.append(gzip.decompress(body) if is_packed else body)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            """Say nothing."""
-
-    with serve_with(Handler) as http:
-        collected.url = url_of(http)
-        yield collected
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
 
 
 @pytest.fixture
@@ -66,15 +34,6 @@ def traced(tmp_path, vocabulary, collector, monkeypatch):
         server.upload("pirate", make_adapter(tmp_path / "pirate"))
         yield server
         server.app.state.observation._traces.close()
-
-
-def attributes(span) -> dict:
-    def plain(value):
-        kind = value.WhichOneof("value")
-        found = getattr(value, kind)
-        return [plain(v) for v in found.values] if kind == "array_value" else found
-
-    return {pair.key: plain(pair.value) for pair in span.attributes}
 
 
 def wait_for(server, collector, num_requests: int = 1) -> list:
