@@ -51,6 +51,8 @@ _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
 #: Settings without a flag: every user of the machine can read a program's arguments.
 SECRETS: Final = frozenset({"api_key", "registry_url"})
+#: Settings whose wrong values no message repeats: a password may be in them.
+_NOT_SHOWN: Final = SECRETS | {"otlp_endpoint"}
 
 
 class ConfigError(Exception):
@@ -336,7 +338,7 @@ def _parse(name: str, raw: Any, where: str) -> Any:
     try:
         return _SETTINGS[name].metadata["parse"](raw)
     except ValueError as error:
-        given = "" if name in SECRETS else f", not {raw!r}"
+        given = "" if name in _NOT_SHOWN else f", not {raw!r}"
         raise ConfigError(f"{where} must be {error}{given}") from None
 
 

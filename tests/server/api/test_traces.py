@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from loraplex_scheduler.plan import EndEvent, FinishReason
+from loraplex_server.api.traces import TracesUnavailable, open_traces
 from loraplex_server.logs import ACCESS_LOG, REQUEST_ID, JsonFormatter
 from tests.server.api.conftest import BASE, make_adapter, running_server, wait_until
 from tests.support.otlp import Collector, attributes, collecting
@@ -165,3 +166,9 @@ def test_lines_of_json_carry_the_request_and_the_exception():
     assert json.loads(line)["request_id"] == "req-9"
     assert "no such thing" in json.loads(line)["exception"]
     assert json.loads(line)["message"] == "it \n broke here"
+
+
+def test_without_the_library_the_server_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(TracesUnavailable, match=r"pip install 'loraplex\[trace\]'"):
+        open_traces("http://localhost:4318")
