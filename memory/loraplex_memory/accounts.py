@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Set as AbstractSet
+from enum import StrEnum
 
 from loraplex_memory.allocator import PageAllocator
 from loraplex_memory.clock import GivenClock
@@ -16,12 +17,23 @@ from loraplex_memory.prefix_node import PrefixNode
 from loraplex_memory.residency import AdapterResidency, PooledAdapter
 
 
+class EvictionCause(StrEnum):
+    """Why an adapter left the pool: a sequence or another adapter needed its pages, or nobody it.
+
+    `UNUSED` is the policy of that name: whoever has no user leaves.
+    """
+
+    KV = "kv"
+    ADAPTER = "adapter"
+    UNUSED = "unused"
+
+
 class PoolAccounts:
     """Owned by the engine step (one thread), or by a simulator; touches no tensor.
 
     Attributes:
         clock: set by the scheduler before it calls anything else here.
-        num_adapter_evictions: adapters evicted so far.
+        evictions: adapters evicted so far, by cause.
         num_prefix_evictions: prefix pages evicted so far.
     """
 
@@ -49,13 +61,18 @@ class PoolAccounts:
         self.residency = AdapterResidency(
             self.allocator, self._evictor, self.prefixes, costs, self.clock
         )
-        self.num_adapter_evictions = 0
+        self.evictions = dict.fromkeys(EvictionCause, 0)
         self.num_prefix_evictions = 0
 
     @property
     def drops_unused(self) -> bool:
         """Adapters leave as soon as nobody runs with them, so having one early is of no use."""
         return self._evictor.policy.drops_unused
+
+    @property
+    def num_adapter_evictions(self) -> int:
+        """Adapters evicted so far."""
+        return sum(self.evictions.values())
 
     @property
     def num_free(self) -> int:
@@ -78,36 +95,46 @@ class PoolAccounts:
         page_tokens = self.layout.page_tokens
         return PageTable(self.allocator, page_tokens, self.prefixes, adapter_id, max_shared)
 
-    def try_make_free(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> bool:
+    def try_make_free(
+        self,
+        num_pages: int,
+        spared: AbstractSet[str] = frozenset(),
+        cause: EvictionCause = EvictionCause.KV,
+    ) -> bool:
         """Evict until `num_pages` are free, or change nothing and return False."""
         missing = num_pages - self.allocator.num_free
         if missing <= 0:
             return True
         if not self._has_evictable(missing, spared):
             return False
-        freed = self.evict(missing, spared)
+        freed = self.evict(missing, spared, cause)
         assert freed >= missing, "what counts as evictable was not evicted"
         return True
 
-    def evict(self, num_pages: int, spared: AbstractSet[str] = frozenset()) -> int:
+    def evict(
+        self,
+        num_pages: int,
+        spared: AbstractSet[str] = frozenset(),
+        cause: EvictionCause = EvictionCause.KV,
+    ) -> int:
         """Evict until `num_pages` more are free or nothing is left; returns pages that came free.
 
         Adapters leave whole, so more may come free than was asked for; those to be kept leave last.
         """
         kept = self.residency.kept
         if not kept:
-            return self._evict(num_pages, spared)
-        freed = self._evict(num_pages, spared | kept)
-        return freed + self._evict(num_pages - freed, spared)
+            return self._evict(num_pages, spared, cause)
+        freed = self._evict(num_pages, spared | kept, cause)
+        return freed + self._evict(num_pages - freed, spared, cause)
 
-    def _evict(self, num_pages: int, spared: AbstractSet[str]) -> int:
+    def _evict(self, num_pages: int, spared: AbstractSet[str], cause: EvictionCause) -> int:
         if num_pages <= 0:
             return 0
         before = self.allocator.num_free
         for item, bound in self._evictor.in_order(spared):
             if isinstance(item, PooledAdapter):
                 self.residency.evict(item)
-                self.num_adapter_evictions += 1
+                self.evictions[cause] += 1
             else:
                 assert isinstance(item, PrefixNode), "nothing else can leave"
                 num_left = num_pages - (self.allocator.num_free - before)
@@ -119,7 +146,7 @@ class PoolAccounts:
     def drop_unused(self, spared: AbstractSet[str] = frozenset()) -> None:
         """A sequence ended: evict every idle adapter now, if the policy drops what is unused."""
         if self._evictor.policy.drops_unused:
-            self.num_adapter_evictions += self.residency.evict_all_idle(spared)
+            self.evictions[EvictionCause.UNUSED] += self.residency.evict_all_idle(spared)
 
     def discard_adapter(self, adapter_id: str) -> None:
         """The adapter is gone for good: free its pages and prefixes, in use ones when released."""

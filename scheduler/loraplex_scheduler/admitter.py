@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
-from loraplex_memory.accounts import PoolAccounts
+from loraplex_memory.accounts import EvictionCause, PoolAccounts
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.residency import ResidencyState
@@ -144,7 +144,7 @@ class Admitter:
         num_pages = layout.num_pages + num_own + self._num_set_aside
         if not self._admission.is_enough(self._num_obtainable() - num_pages, sequence):
             return False
-        self._accounts.try_make_free(layout.num_pages, self._spared)
+        self._accounts.try_make_free(layout.num_pages, self._spared, EvictionCause.ADAPTER)
         pages = residency.begin_load(manifest.adapter_id, layout.num_pages)
         self.claims[manifest.adapter_id] = sequence
         loads.append(AdapterLoad(manifest, layout, pages))

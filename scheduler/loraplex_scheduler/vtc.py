@@ -133,6 +133,17 @@ class FairQueue:
         """Clients remembered, active and idle."""
         return len(self._clients)
 
+    @property
+    def num_active(self) -> int:
+        """Clients that have something waiting."""
+        return len({name for _, name in self._lines})
+
+    @property
+    def spread(self) -> float:
+        """How far apart the counters of active clients are, which theorem 4.4 bounds; 0 of one."""
+        counters = [line.client.counter for line in self._lines.values()]
+        return max(counters) - min(counters) if counters else 0.0
+
     def counter(self, client: str) -> float:
         """Return a client's counter; the more of two has been served more for its weight."""
         known = self._clients.get(client)

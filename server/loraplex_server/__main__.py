@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
     except ConfigError as error:
         return _fail(error, code=2)
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, config.log_format)
     # The tokenizer's threads would take cores from the engine, and a text waits longer for them
     # than one thread takes to encode it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -106,6 +106,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
     """Build everything, serve until a signal, and take it down in order."""
     from loraplex_server.adapters.errors import AdapterError
     from loraplex_server.api.server import Server
+    from loraplex_server.api.traces import TracesUnavailable
     from loraplex_server.build import build_engine_handle
     from loraplex_server.engine.errors import EngineError
     from loraplex_server.model.errors import ModelError
@@ -125,7 +126,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         finally:
             await engine.stop()
             await asyncio.to_thread(services.catalog.close)
-    except (AdapterError, EngineError, ModelError) as error:
+    except (AdapterError, EngineError, ModelError, TracesUnavailable) as error:
         raise StartError(str(error)) from error
     finally:
         await engine.stop()

@@ -26,6 +26,7 @@ from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
 from loraplex_server.engine.runner import Runner, StepRunner
+from loraplex_server.engine.step_meter import StepParts
 from loraplex_server.logs import set_up_logging
 from loraplex_server.machine import num_processors
 from loraplex_server.model.loader import load_weights
@@ -85,7 +86,7 @@ def build_engine_handle(config: Config) -> ProcessEngine:
 
 def _build_in_process(config: Config, wake: Callable[[], None]) -> EngineCore:
     """The engine process knows nothing of settings: what it needs of them is set up here."""
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, config.log_format)
     return build_core(config, wake)
 
 
@@ -247,14 +248,16 @@ def assemble_core(
     )
     native = load_native()
     pack = native.pack if native is not None else None
+    parts = StepParts()
     return EngineCore(
         info=info,
         scheduler=Scheduler(limits, accounts, policies),
-        runner=runner or Runner(model, pool, constraints),
+        runner=runner or Runner(model, pool, constraints, parts),
         loader=AdapterLoader(pool, wake, writer, arena, pack=pack),
         accounts=accounts,
         overlap=overlap,
         constraints=constraints,
+        parts=parts,
     )
 
 

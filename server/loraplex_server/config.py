@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 
 from loraplex_scheduler.policies import ADMISSIONS, EVICTIONS, ORDERS
 from loraplex_server.flags import FlagError, flag_parser
+from loraplex_server.logs import LOG_FORMATS
 from loraplex_server.setting_values import (
     Parser,
     choice_of,
@@ -26,6 +27,7 @@ from loraplex_server.setting_values import (
     or_word,
     parse_folder,
     parse_header_name,
+    parse_http_url,
     parse_seconds,
     parse_secret,
     parse_share,
@@ -50,6 +52,8 @@ _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
 #: Settings without a flag: every user of the machine can read a program's arguments.
 SECRETS: Final = frozenset({"api_key", "registry_url"})
+#: Settings whose wrong values no message repeats: a password may be in them.
+_NOT_SHOWN: Final = SECRETS | {"otlp_endpoint"}
 
 
 class ConfigError(Exception):
@@ -286,6 +290,30 @@ class Config:
         "how much to log",
         "LEVEL",
     )
+    log_format: str = _setting(
+        choice_of(*LOG_FORMATS),
+        "text",
+        "service",
+        "lines for people (text), or one JSON object each with the request's id (json)",
+        "FORMAT",
+    )
+    access_log: bool = _setting(
+        parse_switch, False, "service", "log one line for each HTTP request", "ON/OFF"
+    )
+    metrics_top_k: int = _setting(
+        integer_of(1, 10_000),
+        50,
+        "service",
+        "adapters, and tenants, that have metrics of their own; the others share one",
+    )
+    otlp_endpoint: str | None = _setting(
+        parse_http_url,
+        None,
+        "service",
+        "collector that traces of requests go to by OTLP/HTTP, e.g. http://localhost:4318; "
+        "default: none",
+        "URL",
+    )
 
 
 _SETTINGS: Final[Mapping[str, Field[Any]]] = {f.name: f for f in fields(Config)}
@@ -325,7 +353,7 @@ def _parse(name: str, raw: Any, where: str) -> Any:
     try:
         return _SETTINGS[name].metadata["parse"](raw)
     except ValueError as error:
-        given = "" if name in SECRETS else f", not {raw!r}"
+        given = "" if name in _NOT_SHOWN else f", not {raw!r}"
         raise ConfigError(f"{where} must be {error}{given}") from None
 
 

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Final
+
+#: The logger of access lines, one for each HTTP request where they are wished for.
+ACCESS_LOG: Final = "loraplex_server.access"
+
+#: Of the HTTP request that is being answered; "" outside of one.
+REQUEST_ID: Final[ContextVar[str]] = ContextVar("request_id", default="")
+
+LOG_FORMATS: Final = ("text", "json")
 
 
-def set_up_logging(level: str) -> None:
-    """Write records of at least `level` (debug, info, warning, error) to standard error."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: `time`, `level`, `logger`, `message` and what else there is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        written: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := REQUEST_ID.get():
+            written["request_id"] = request_id
+        written |= getattr(record, "fields", {})
+        if record.exc_info:
+            written["exception"] = self.formatException(record.exc_info)
+        return json.dumps(written, ensure_ascii=False, default=str)
+
+
+def set_up_logging(level: str, log_format: str = "text") -> None:
+    """Write records of at least `level` (debug, info, warning, error) to standard error.
+
+    Args:
+        log_format: one of `LOG_FORMATS`.
+    """
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # Whoever wishes for access lines gets them, however quiet the rest is.
+    logging.getLogger(ACCESS_LOG).setLevel(logging.INFO)
     # They log whole URLs at their info level: signatures of sources and hub files are passwords.
     for name in ("httpx", "urllib3", "botocore", "aiobotocore", "fsspec", "s3fs"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 Parser = Callable[[Any], Any]
 
@@ -49,6 +50,16 @@ def parse_header_name(raw: Any) -> str:
     if not isinstance(raw, str) or not _HEADER_NAME.fullmatch(raw):
         raise ValueError("the name of an HTTP header, such as x-tenant")
     return raw.lower()
+
+
+def parse_http_url(raw: Any) -> str:
+    """Take a URL of HTTP, without a name or a password, which logs and flags would show."""
+    parts = urlsplit(raw) if isinstance(raw, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a URL such as http://localhost:4318")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL without a password; set OTEL_EXPORTER_OTLP_HEADERS instead")
+    return str(raw)
 
 
 def parse_switch(raw: Any) -> bool:

@@ -316,3 +316,18 @@ def test_lines_that_were_given_up_leave_nothing_behind():
     assert sum(len(heap) for heap in queue._heaps.values()) < 200
     assert len(queue._heaps) < 200
     assert [s.request.tenant for s in queue.in_order()] == ["patient"]
+
+
+def test_the_spread_is_between_those_who_wait():
+    queue, make = make_queue(), SequenceFactory()
+    assert (queue.num_active, queue.spread) == (0, 0.0)
+    first, second = make(tenant="a"), make(tenant="b")
+    queue.push(first)
+    queue.push(second)
+    assert (queue.num_active, queue.spread) == (2, 0.0)
+    queue.remove(first)
+    queue.charge_prompt(first, 10)
+    assert queue.num_active == 1
+    queue.push(make(tenant="a"))
+    assert queue.num_active == 2
+    assert queue.spread == queue.counter("a") - queue.counter("b") > 0

@@ -173,3 +173,19 @@ def test_the_data_folder_follows_xdg(monkeypatch, tmp_path):
     assert Config().data_dir == tmp_path / "loraplex"
     monkeypatch.delenv("XDG_DATA_HOME")
     assert Config().data_dir == Path.home() / ".loraplex"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("collector:4318", "a URL such as http://localhost:4318"),
+        ("http://", "a URL such as"),
+        ("https://me:secret@collector", "OTEL_EXPORTER_OTLP_HEADERS"),
+    ],
+)
+def test_a_collector_is_named_by_a_url_without_a_password(url, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_config(["--otlp-endpoint", url], {})
+    assert "secret" not in str(refused.value)
+    good = "https://collector.example:4318"
+    assert load_config(["--otlp-endpoint", good], {}).otlp_endpoint == good

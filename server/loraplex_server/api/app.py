@@ -6,7 +6,6 @@ from importlib.metadata import version
 from typing import Final
 
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
 from loraplex_server.adapters.sources.source import SourcePolicy
 from loraplex_server.api.adapter_names import AdapterNames
@@ -15,7 +14,6 @@ from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
 from loraplex_server.api.dialogues import Dialogues
 from loraplex_server.api.embeddings import embeddings_router
-from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.error_table import install_error_handlers
 from loraplex_server.api.foreign_adapters import ForeignAdapters
@@ -27,6 +25,7 @@ from loraplex_server.api.lorax_generate import lorax_router
 from loraplex_server.api.messages import messages_router
 from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.models import models_router
+from loraplex_server.api.observation import Observation
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
@@ -46,15 +45,15 @@ _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names t
 
 def create_app(services: Services) -> FastAPI:
     """Return the application; its state lives in it and in `services`, nowhere else."""
-    registry = CollectorRegistry()
     names = AdapterNames()
     base_name = services.base_names[0]
-    registry.register(EngineCollector(services.engine, names, base_name))
     app = FastAPI(title="loraplex", version=version("loraplex"), description=_DESCRIPTION)
+    observation = app.state.observation = Observation(services, names)
     app.add_middleware(Guard, api_key=services.config.api_key)
     app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
+    observation.install(app)
     install_error_handlers(app)
-    generations = _generations(services, RequestMetrics(registry))
+    generations = _generations(services, observation.requests)
     removals = AdapterRemovals(services.engine, services.catalog, generations, names)
     upkeep = app.state.upkeep = Upkeep(
         services.engine,
@@ -116,7 +115,10 @@ def create_app(services: Services) -> FastAPI:
     )
     app.include_router(
         ops_router(
-            engine=services.engine, adapter_names=names, registry=registry, base_name=base_name
+            engine=services.engine,
+            adapter_names=names,
+            registry=observation.registry,
+            base_name=base_name,
         )
     )
     return app

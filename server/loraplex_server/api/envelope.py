@@ -10,6 +10,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraplex_server.api.exchange import Exchange
+from loraplex_server.logs import REQUEST_ID
+
 REQUEST_ID_HEADER: Final = "x-request-id"
 #: Where the request's id is in the ASGI scope.
 REQUEST_ID_KEY: Final = "loraplex.request_id"
@@ -34,11 +37,17 @@ class Envelope:
         given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _USABLE_ID.fullmatch(given) else secrets.token_hex(16)
         scope[REQUEST_ID_KEY] = request_id
+        REQUEST_ID.set(request_id)
+        exchange = Exchange.of(scope)
+        if exchange is not None:
+            exchange.request_id = request_id
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), header]
+                if exchange is not None:
+                    exchange.begin_response(message)
             await send(message)
 
         bounded = receive if _is_upload(scope["path"], headers) else _bounded(receive)

@@ -14,6 +14,7 @@ from loraplex_scheduler.plan import Pooling
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, AnswerSource, CompleteFormat, GenerationAnswer
 from loraplex_server.api.answer_grammar import GrammarWriter
+from loraplex_server.api.exchange import Exchange
 from loraplex_server.api.fan_out import FanOut, FanOutFormat
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
@@ -124,6 +125,7 @@ class Front:
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
+            exchange=Exchange.of(request.scope),
         )
 
     def _is_engine_ready(self) -> bool:
@@ -161,7 +163,7 @@ class Front:
             raise
         for adapter in answerer.adapters:
             record = adapter.lease.record
-            self.adapter_names.remember(record.id, record.name)
+            self.adapter_names.remember(record.id, record.name, record.rank_max)
         return answerer
 
 

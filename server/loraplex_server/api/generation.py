@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from loraplex_scheduler.plan import Event, FinishReason, Request
 from loraplex_server.api.errors import AdapterDeleted, Overloaded, RequestTimedOut
 from loraplex_server.api.job import Job
+from loraplex_server.api.job_meter import JobMeter
 from loraplex_server.api.news import News
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.tenant_accounts import TenantBill
@@ -38,6 +39,7 @@ class Generation:
         news: News,
         bill: TenantBill,
         metrics: RequestMetrics,
+        meter: JobMeter,
         clock: Callable[[], float],
         on_end: Callable[[Generation], None],
     ) -> None:
@@ -56,9 +58,9 @@ class Generation:
         self._index_of = {request_id: index for index, request_id in enumerate(self._ids)}
         self._assemblers = assemblers
         self._metrics = metrics
+        self._meter = meter
         self._clock = clock
         self._on_end = on_end
-        self._arrival_s = requests[0].arrival_s
         self._times = [SequenceTimes() for _ in requests]
         self._num_running = len(requests)
         self._unfinished = set(range(len(requests)))
@@ -97,7 +99,7 @@ class Generation:
     @property
     def timings(self) -> Timings:
         """When its tokens came, so far."""
-        return Timings(self._arrival_s, tuple(self._times))
+        return Timings(self._requests[0].arrival_s, tuple(self._times))
 
     def timing_headers(self, *, is_complete: bool) -> Headers:
         """Return the times as headers; see `Timings.headers`."""
@@ -191,16 +193,18 @@ class Generation:
             times.start, times.first_s, times.last_s = delta.times, now, now
         if delta.tokens:
             if times.num_tokens:
-                self._metrics.next_tokens(now - times.last_s)
+                self._meter.next_tokens(now - times.last_s)
             else:
-                self._metrics.first_token(now - self._arrival_s)
+                self._meter.first_token(index, now, delta.times)
                 times.first_s = now
             times.last_s = now
             times.num_tokens += len(delta.tokens)
+        if delta.embedding is not None:
+            self._meter.begun(index, delta.times)
         if delta.finish_reason is not None:
             self._unfinished.discard(index)
             self._finish(index, delta.finish_reason, now)
 
     def _finish(self, index: int, outcome: FinishReason, now: float) -> None:
         self._unfinished.discard(index)
-        self._metrics.finish(outcome, now - self._arrival_s)
+        self._meter.finish(index, outcome, now, self._assemblers[index].num_tokens)

@@ -25,6 +25,7 @@ from loraplex_server.api.errors import (
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.job import Job
+from loraplex_server.api.job_meter import JobMeter
 from loraplex_server.api.news import News
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
@@ -151,6 +152,7 @@ class Generations:
             news=news,
             bill=bill,
             metrics=self._metrics,
+            meter=JobMeter(self._metrics, job, now),
             clock=self._clock,
             on_end=self._end,
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import Pooling
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.text.assembler import TextOptions
+
+if TYPE_CHECKING:
+    from loraplex_server.api.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,14 @@ class Terms:
         priority: lower ones are served first.
         deadline_s: seconds until the whole answer is due, if the client said so.
         ttft_slo_s: seconds until the first token is due; the server's setting if None.
+        exchange: the HTTP request it came with, where those are observed.
     """
 
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
     ttft_slo_s: float | None = None
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
             if self._upkeep is not None:
                 self._upkeep.cancel()
                 await asyncio.wait([self._upkeep])
+            await self._app.state.observation.stop()
         if self._grace is not None:
             self._grace.cancel()
             await asyncio.wait([self._grace])
@@ -74,6 +75,7 @@ class Server(uvicorn.Server):
         """Start to listen, then say so."""
         await super().startup(sockets)
         self._upkeep = asyncio.create_task(self._app.state.upkeep.run())
+        self._app.state.observation.start()
         if self.started and sockets:
             sys.stdout.write(greeting(self._services, sockets[0]))
             sys.stdout.flush()

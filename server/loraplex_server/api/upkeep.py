@@ -79,6 +79,7 @@ class Upkeep:
             kept = frozenset(record.id for record in pinned)
             new, self._kept = kept - self._kept, kept
             self._engine.keep_adapters(kept)
+            self._names.pinned = kept
         for record in pinned:
             if record.id in new:
                 with contextlib.suppress(AdapterError, EngineUnavailable):
@@ -95,9 +96,10 @@ async def prefetch(
     """
     lease = await asyncio.to_thread(catalog.acquire, name)
     try:
-        names.remember(lease.record.id, lease.record.name)
+        record = lease.record
+        names.remember(record.id, record.name, record.rank_max)
         engine.prefetch(lease.manifest)
-        return lease.record.id
+        return record.id
     finally:
         # The file may go once nobody has a lease; a hint is worth no more than that.
         await asyncio.to_thread(lease.release)

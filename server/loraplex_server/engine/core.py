@@ -19,10 +19,12 @@ from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Plan, Request, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
+from loraplex_scheduler.vtc import FairQueue
 from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.loader import AdapterLoader
-from loraplex_server.engine.messages import EngineInfo, EngineStats, FreedMemory
+from loraplex_server.engine.messages import TIERS, EngineInfo, EngineStats, FreedMemory
 from loraplex_server.engine.runner import Flight, StepRunner
+from loraplex_server.engine.step_meter import StepMeter, StepParts
 
 _NO_GRAMMARS: Final = "this engine was built without a tokenizer, which grammars need"
 
@@ -36,6 +38,7 @@ class EngineCore:
         overlap: schedule the next step while the runner computes one; for runners that do not
             compute on the host's cores.
         constraints: grammars of requests, which the runner asks for masks; None refuses them.
+        parts: where the runner books its parts of a step, if it does.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
         constraints: Constraints | None = None,
+        parts: StepParts | None = None,
     ) -> None:
         self.info = info
         self._constraints = constraints
@@ -62,7 +66,8 @@ class EngineCore:
         self._launched_at = 0.0
         self._landed_at = 0.0
         self._num_steps = 0
-        self._prompt_tokens = 0
+        self._meter = StepMeter(parts or StepParts())
+        self._adapter_wants = dict.fromkeys(TIERS, 0)
         self._generated_tokens = 0
         self._step_s = 0.0
         self._is_waiting_for_loads = False
@@ -109,6 +114,8 @@ class EngineCore:
         return self.scheduler.abort(request_id)
 
     def _queue(self, request: Request) -> list[Event]:
+        for manifest, _ in request.adapters:
+            self._adapter_wants[self._tier_of(manifest.adapter_id)] += 1
         try:
             return self.scheduler.add(request)
         except RequestRefused as error:
@@ -148,6 +155,15 @@ class EngineCore:
             or self._loader.host_bytes_of(adapter_id) > 0
         )
 
+    def _tier_of(self, adapter_id: str) -> str:
+        """Return how near an adapter is: `pool`, `loading`, `host` or `disk`."""
+        residency = self._accounts.residency
+        if residency.is_resident(adapter_id):
+            return "pool"
+        if residency.state(adapter_id) is not None:
+            return "loading"
+        return "host" if self._loader.host_bytes_of(adapter_id) else "disk"
+
     def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
         """Let these leave the pool only where a request could not run otherwise."""
         self.scheduler.keep_adapters(adapter_ids)
@@ -178,10 +194,14 @@ class EngineCore:
         for manifest in plan.prefetches:  # most wanted first
             if not self._loader.prefetch(manifest):
                 break
+        schedule_s = self._clock() - now
         events += self._fly(plan)
         self._is_waiting_for_loads = not plan.sequences and not had_flight
         if not self._is_waiting_for_loads:
-            self._step_s += self._clock() - started
+            took_s = self._clock() - started
+            self._step_s += took_s
+            self._meter.parts.schedule_s += schedule_s
+            self._meter.took(took_s)
         if self._constraints is not None:
             for event in events:
                 if event.finish_reason is not None:
@@ -192,6 +212,8 @@ class EngineCore:
         """Return a snapshot for metrics and for the pool's map."""
         accounts, scheduler, loader = self._accounts, self.scheduler, self._loader
         residency, allocator, prefixes = accounts.residency, accounts.allocator, accounts.prefixes
+        queue = scheduler.waiting
+        fair = queue if isinstance(queue, FairQueue) else None
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + self._num_waiting_for_grammars,
@@ -220,9 +242,15 @@ class EngineCore:
             num_prefix_evictions=accounts.num_prefix_evictions,
             prefix_query_tokens=scheduler.num_prefix_queries,
             prefix_hit_tokens=scheduler.num_prefix_hits,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._meter.prefill_tokens,
             generated_tokens=self._generated_tokens,
             step_s=self._step_s,
+            steps=self._meter.counts(),
+            load_seconds=loader.load_seconds(),
+            adapter_wants=dict(self._adapter_wants),
+            evictions_by_cause={str(cause): n for cause, n in accounts.evictions.items()},
+            fair_clients=fair.num_active if fair is not None else 0,
+            fair_spread=fair.spread if fair is not None else 0.0,
         )
 
     def check(self) -> None:
@@ -256,13 +284,10 @@ class EngineCore:
         launched: tuple[Plan, Flight] | None = None
         if plan.sequences:
             launched_at = self._clock()
-            launched = plan, self._runner.launch(plan)
+            launched = plan, self._launch(plan, launched_at)
             self.scheduler.advance(plan)
             self._num_steps += 1
-            self._prompt_tokens += sum(
-                min(step.num_tokens, max(0, step.num_prompt - step.start))
-                for step in plan.sequences
-            )
+            self._meter.launched(plan)
         events = self._land()
         if launched is not None:
             self._in_flight, self._launched_at = launched, launched_at
@@ -270,17 +295,30 @@ class EngineCore:
             events += self._land()
         return events
 
+    def _launch(self, plan: Plan, now: float) -> Flight:
+        """Launch a plan; what the runner did not book as computing was building the batch."""
+        parts = self._meter.parts
+        computing_s = parts.forward_s + parts.sample_s
+        flight = self._runner.launch(plan)
+        computing_s = parts.forward_s + parts.sample_s - computing_s
+        parts.build_s += max(0.0, self._clock() - now - computing_s)
+        return flight
+
     def _land(self) -> list[Event]:
         """Wait for the step in flight, if there is one, and commit it."""
         if self._in_flight is None:
             return []
         plan, flight = self._in_flight
         self._in_flight = None
+        waiting_since = self._clock()
         result = flight.result()
         # A device takes up a step when it was launched and the one before it is done.
         started_at = max(self._launched_at, self._landed_at)
         self._landed_at = self._clock()
+        parts = self._meter.parts
+        parts.forward_s += self._landed_at - waiting_since
         took_s = self._landed_at - started_at
         events = self.scheduler.commit(plan, result, took_s, self._landed_at)
+        parts.commit_s += self._clock() - self._landed_at
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events

@@ -36,6 +36,8 @@ from loraplex_memory.pool import PagePool
 from loraplex_memory.transfers import DirectWriter, Fence, PoolWriter
 from loraplex_scheduler.plan import AdapterLoad
 from loraplex_server.background import start_background_thread
+from loraplex_server.engine.step_meter import LOAD_S
+from loraplex_server.engine.tally import Tally, TallyCounts
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +47,29 @@ _MAX_PREFETCHES: Final = 8
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`error` is None when the adapter is in its pages; `took_s` is the load itself, no queue."""
+    """`error` is None when the adapter is in its pages; `took_s` is the load itself, no queue.
+
+    `tier` is where it came from: `host` memory or `disk`.
+    """
 
     adapter_id: str
     error: str | None = None
     took_s: float = 0.0
+    tier: str = "disk"
 
 
 @dataclass
 class _Job:
-    """`load` is None of a prefetch; `is_discarded`: not to stay in the arena when it has ended."""
+    """`load` is None of a prefetch; `is_discarded`: not to stay in the arena when it has ended.
+
+    `was_read`: it was not in the arena.
+    """
 
     adapter: AdapterManifest
     load: AdapterLoad | None = None
     after: Fence = None
     is_discarded: bool = False
+    was_read: bool = False
 
 
 class AdapterLoader:
@@ -105,6 +115,7 @@ class AdapterLoader:
         self.num_failures = 0
         self.load_s = 0.0
         """Seconds that successful loads took, without their time in the queue."""
+        self._load_seconds = {"host": Tally(LOAD_S), "disk": Tally(LOAD_S)}
         # Written by the loader's thread.
         self.num_prefetches = 0
         """Prefetches that brought an adapter into the arena."""
@@ -131,6 +142,10 @@ class AdapterLoader:
     @property
     def host_capacity_bytes(self) -> int:
         return self._arena.capacity_bytes if self._arena else 0
+
+    def load_seconds(self) -> dict[str, TallyCounts]:
+        """Return how long successful loads took, by where they came from."""
+        return {tier: tally.counts() for tier, tally in self._load_seconds.items()}
 
     def host_adapters(self) -> tuple[str, ...]:
         """Return the ids of the adapters in the arena."""
@@ -201,6 +216,7 @@ class AdapterLoader:
             if result.error is None:
                 self.num_loads += 1
                 self.load_s += result.took_s
+                self._load_seconds[result.tier].observe(result.took_s)
             else:
                 self.num_failures += 1
         return results
@@ -252,37 +268,39 @@ class AdapterLoader:
         error = None
         try:
             if job.load is None:
-                self._prefetch(job.adapter)
+                self._prefetch(job)
             else:
-                self._load(job.load, job.after)
+                self._load(job, job.load)
         except Exception as reason:  # noqa: BLE001  (a thread's top frame: becomes a failed load)
             log.warning("adapter %s could not be loaded: %s", adapter_id, reason)
             error = f"the adapter could not be loaded: {reason}"
         if job.load is None:
             return None
-        return LoadResult(adapter_id, error, self._clock() - started)
+        tier = "disk" if job.was_read else "host"
+        return LoadResult(adapter_id, error, self._clock() - started, tier)
 
-    def _load(self, load: AdapterLoad, after: Fence) -> None:
-        with self._held(load.adapter, load.layout) as held:
+    def _load(self, job: _Job, load: AdapterLoad) -> None:
+        with self._held(job, load.layout) as held:
             if held is None:
                 held = self._writer.buffer(load.layout.num_pages)
-                self._fill(held, load.adapter, load.layout)
-            self._writer.write(load.pages, held, after=after)
+                self._fill(held, job, load.layout)
+            self._writer.write(load.pages, held, after=job.after)
 
-    def _prefetch(self, adapter: AdapterManifest) -> None:
+    def _prefetch(self, job: _Job) -> None:
         """Leave an adapter in the arena; nothing if a load has brought it there meanwhile."""
+        adapter = job.adapter
         if self._arena is not None and adapter.adapter_id not in self._arena:
-            with self._held(adapter, AdapterLayout(self._layout, adapter.spec)) as held:
+            with self._held(job, AdapterLayout(self._layout, adapter.spec)) as held:
                 self.num_prefetches += held is not None
 
-    def _held(
-        self, adapter: AdapterManifest, layout: AdapterLayout
-    ) -> AbstractContextManager[HostPages | None]:
+    def _held(self, job: _Job, layout: AdapterLayout) -> AbstractContextManager[HostPages | None]:
         """Return the adapter's pages in the arena, read from disk if need be; None for no room."""
         if self._arena is None:
             return nullcontext()
-        fill = functools.partial(self._fill, adapter=adapter, layout=layout)
-        return self._arena.hold(adapter.adapter_id, layout.num_pages, self._clock(), fill)
+        fill = functools.partial(self._fill, job=job, layout=layout)
+        adapter_id = job.adapter.adapter_id
+        return self._arena.hold(adapter_id, layout.num_pages, self._clock(), fill)
 
-    def _fill(self, pages: HostPages, adapter: AdapterManifest, layout: AdapterLayout) -> None:
-        self._packer.fill(pages, Path(adapter.path), layout)
+    def _fill(self, pages: HostPages, job: _Job, layout: AdapterLayout) -> None:
+        job.was_read = True
+        self._packer.fill(pages, Path(job.adapter.path), layout)

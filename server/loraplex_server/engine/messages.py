@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Self
+from typing import Final, Self
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_scheduler.plan import (
@@ -19,6 +19,8 @@ from loraplex_scheduler.plan import (
     TokenEvent,
     TokenLogprobs,
 )
+from loraplex_server.engine.step_meter import StepCounts
+from loraplex_server.engine.tally import TallyCounts
 
 
 class EngineState(StrEnum):
@@ -26,6 +28,10 @@ class EngineState(StrEnum):
     READY = "ready"
     RESTARTING = "restarting"
     STOPPED = "stopped"
+
+
+#: How near an adapter can be: in the pool, on its way, in host memory, or only in its file.
+TIERS: Final = ("pool", "loading", "host", "disk")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,17 @@ class EngineStats:
     generated_tokens: int = 0
     step_s: float = 0.0
     """Seconds spent inside steps."""
+    steps: StepCounts = field(default_factory=StepCounts)
+    load_seconds: dict[str, TallyCounts] = field(default_factory=dict)
+    """Of loads, by where they came from: `host` or `disk`; without their time in the queue."""
+    adapter_wants: dict[str, int] = field(default_factory=dict)
+    """Adapters that arriving requests named, by where these were: pool, loading, host, disk."""
+    evictions_by_cause: dict[str, int] = field(default_factory=dict)
+    """The `num_evictions` by who wanted the pages, see `EvictionCause`."""
+    fair_clients: int = 0
+    """Clients of the fair queue that have something waiting; 0 where the order is another."""
+    fair_spread: float = 0.0
+    """Between their most and least served, in weighted tokens; see `FairQueue.spread`."""
 
 
 # From the API process to the engine process.

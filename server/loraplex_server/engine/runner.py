@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
 from loraplex_server.engine.prompt_reports import PromptReports, WantedRows
+from loraplex_server.engine.step_meter import StepParts
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.token_masks import GrammarMasks, mask_rows
@@ -59,9 +61,19 @@ class Runner:
     """
 
     def __init__(
-        self, model: Transformer, pool: PagePool, grammars: GrammarMasks | None = None
+        self,
+        model: Transformer,
+        pool: PagePool,
+        grammars: GrammarMasks | None = None,
+        parts: StepParts | None = None,
     ) -> None:
-        """Prepare to compute plans over `pool`; `grammars` knows those of its requests."""
+        """Prepare to compute plans over `pool`.
+
+        Args:
+            grammars: knows those of its requests.
+            parts: where to book the time of computing and of drawing tokens.
+        """
+        self._parts = parts or StepParts()
         self._model = model
         self._pool = pool
         self._grammars = grammars
@@ -86,17 +98,27 @@ class Runner:
         wanted = WantedRows.of(steps, attention.query_indptr[1:].tolist())
         edited = self._batches.edits(plan, wanted.rows)
         edits = AdapterEdits(edited, attention, self._pool) if edited else None
+        started = time.monotonic()
         ops = self._backend.prepare(
             attention, self._batches.lora(plan), self._batches.more_lora(plan)
         )
         rows = torch.tensor(wanted.rows, dtype=torch.int64)
         if not wanted.has_reports:
             logits = self._model.forward(token_ids, ops, self._pool, rows, edits=edits)
-            return _draw(logits, wanted.drawn, self._grammars)
+            return self._timed_draw(logits, wanted.drawn, started)
         states = self._model.final_states(token_ids, ops, self._pool, rows, edits)
         logits = states.logits(0, len(wanted.drawn))
-        result = _draw(logits, wanted.drawn, self._grammars)
+        result = self._timed_draw(logits, wanted.drawn, started)
         PromptReports.of(wanted, states).add_to(result, NOT_FINITE)
+        return result
+
+    def _timed_draw(
+        self, logits: torch.Tensor, steps: Sequence[SequenceStep], started: float
+    ) -> StepResult:
+        computed = time.monotonic()
+        result = _draw(logits, steps, self._grammars)
+        self._parts.forward_s += computed - started
+        self._parts.sample_s += time.monotonic() - computed
         return result
 
     def _inputs(self, step: SequenceStep) -> tuple[int, ...]:

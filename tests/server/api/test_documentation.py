@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex_server.api.answer_shape import StructuredOutputs
 from loraplex_server.api.chat_messages import ChatMessage
@@ -15,6 +17,7 @@ from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
 from loraplex_server.api.messages_schemas import CountBody, MessagesBody, OutputConfig
 from loraplex_server.api.responses_schemas import ResponsesBody, TextConfig
 from loraplex_server.api.schemas import StreamOptions
+from loraplex_server.api.series import SERIES, Kind
 from loraplex_server.api.sglang_adapters import SglangLoad
 from loraplex_server.api.tokenize import DetokenizeBody, TokenizeBody
 from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
@@ -52,12 +55,35 @@ def test_every_unsupported_field_is_documented(body):
     assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
 
 
-def test_every_metric_is_documented(server):
+def documented_series() -> dict[str, str]:
+    """Return kind and unit of every series in the tables of docs/metrics.md, as written there."""
+    text = (_DOCS / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| `[a-z_]+[:_]", line)]
+    return {row[0].removeprefix("| "): row[1] for row in rows}
+
+
+def test_the_tables_of_metrics_are_the_declared_series():
+    declared = {}
+    for series in SERIES.values():
+        name = series.name if series.kind is Kind.HISTOGRAM else series.exposed_names[0]
+        labels = "{" + ", ".join(series.labels) + "}" if series.labels else ""
+        unit = f", {series.unit}" if series.unit else ""
+        declared[f"`{name}{labels}`"] = f"{series.kind}{unit}"
+    assert documented_series() == declared
+
+
+def test_the_page_shows_every_declared_series_and_no_other(server):
     text = httpx.get(f"{server.url}/metrics").text
-    helped = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
-    names = {name.removesuffix("_created") for name in helped}
-    assert names
-    assert [name for name in sorted(names) if f"`{name}" not in DOCUMENT] == []
+    shown = {}
+    for family in text_string_to_metric_families(text):
+        shown[family.name] = family
+    assert shown.keys() == SERIES.keys()
+    for name, family in shown.items():
+        series = SERIES[name]
+        assert family.type == series.kind
+        assert family.documentation == series.help
+        labels = {frozenset(sample.labels) - {"le"} for sample in family.samples}
+        assert labels <= {frozenset(series.labels)}
 
 
 def test_every_path_is_documented(server):
