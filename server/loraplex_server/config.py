@@ -238,6 +238,24 @@ class Config:
     max_queued: int = _setting(
         integer_of(0), 1024, "service", "answer 429 when more sequences wait than this"
     )
+    max_connections: int = _setting(
+        integer_of(1), 4096, "service", "answer 503 when more connections are open"
+    )
+    receive_timeout_s: float = _setting(
+        parse_seconds,
+        30.0,
+        "service",
+        "answer 408 when a request's headers take longer, or its body takes longer than this and "
+        "a second per KiB",
+        "S",
+    )
+    send_timeout_s: float = _setting(
+        parse_seconds,
+        60.0,
+        "service",
+        "drop a client that takes nothing of its answer for so long",
+        "S",
+    )
     tenant_header: str | None = _setting(
         parse_header_name,
         None,

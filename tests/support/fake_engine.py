@@ -124,7 +124,7 @@ class FakeEngine:
     async def _answer(self, request: Request, take: Callable[[Event], None]) -> None:
         for num_sent, event in enumerate(self._events(request)):
             await asyncio.sleep(self.step_s)
-            while num_sent and self._is_held(request):
+            while num_sent and self._is_held(request):  # noqa: ASYNC110 - set by another thread
                 await asyncio.sleep(0.005)
             if request.request_id in self.cancelled:
                 event = EndEvent(request.request_id, FinishReason.CANCELLED)

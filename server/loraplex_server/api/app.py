@@ -49,7 +49,8 @@ def create_app(services: Services) -> FastAPI:
     drain = app.state.drain = Drain()
     app.add_middleware(DrainGate, drain=drain)
     app.add_middleware(Guard, api_key=services.config.api_key)
-    app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
+    # Around the guard, whose refusals have an id too.
+    app.add_middleware(Envelope, receive_timeout_s=services.config.receive_timeout_s)
     install_error_handlers(app)
     generations = _generations(services, RequestMetrics(registry))
     removals = AdapterRemovals(services.engine, services.catalog, generations, names)

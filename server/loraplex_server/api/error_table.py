@@ -25,7 +25,10 @@ from loraplex_server.api.errors import (
     CrossSiteRefused,
     DeadlineExceeded,
     GenerationFailed,
+    HeadersTimedOut,
+    HeadersTooLarge,
     InvalidApiKey,
+    InvalidHttp,
     InvalidRequest,
     InvalidTenant,
     ModelNotFound,
@@ -36,6 +39,7 @@ from loraplex_server.api.errors import (
     RequestTimedOut,
     ServerStopping,
     TenantQueueFull,
+    TooManyConnections,
     TooManyUploads,
     UploadStalled,
 )
@@ -75,6 +79,10 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     ModelNotFound: ErrorShape(404, _INVALID, "model_not_found"),
     AdapterMissing: ErrorShape(404, _INVALID, "adapter_not_found"),
     ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
+    InvalidHttp: ErrorShape(400, _INVALID, "invalid_http"),
+    HeadersTooLarge: ErrorShape(431, _INVALID, "headers_too_large"),
+    HeadersTimedOut: ErrorShape(408, _INVALID, "headers_timeout"),
+    TooManyConnections: ErrorShape(503, _SERVER, "too_many_connections"),
     InvalidApiKey: ErrorShape(401, _INVALID, "invalid_api_key"),
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
     TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
@@ -128,9 +136,11 @@ REJECTIONS: Final[tuple[type[Overloaded], ...]] = (
     QuotaExceeded,
 )
 
-_HTTP_CODES: Final[Mapping[int, str]] = {
+#: Errors of the framework's, and of bodies as they are read.
+HTTP_CODES: Final[Mapping[int, str]] = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_timeout",
     413: "body_too_large",
 }
 
@@ -195,6 +205,7 @@ def install_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, _handle)
     app.add_exception_handler(RequestValidationError, _handle_validation)
     app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(RecursionError, _handle_recursion)
     app.add_exception_handler(Exception, _handle_unexpected)
 
 
@@ -202,6 +213,13 @@ async def _handle(request: Request, error: Exception) -> ErrorResponse:
     if shape_of(type(error)).is_internal:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(error, request.url.path)
+
+
+async def _handle_recursion(request: Request, error: Exception) -> ErrorResponse:
+    """Python's parsers take JSON that is deeper than what else walks through it."""
+    log.warning("%s %s: %s", request.method, request.url.path, error)
+    problem = InvalidRequest("the body is nested too deeply")
+    return error_response(problem, request.url.path)
 
 
 async def _handle_unexpected(request: Request, error: Exception) -> ErrorResponse:
@@ -218,7 +236,7 @@ async def _handle_http(request: Request, error: Exception) -> ErrorResponse:
         "message": message,
         "type": _INVALID if error.status_code < 500 else _SERVER,
         "param": None,
-        "code": _HTTP_CODES.get(error.status_code, "invalid_request"),
+        "code": HTTP_CODES.get(error.status_code, "invalid_request"),
     }
     status, body = foreign_error(request.url.path, error.status_code, shown)
     return ErrorResponse(body, status_code=status, headers=error.headers)

@@ -5,6 +5,10 @@ ApiError
 ├── ModelNotFound            `model` names neither the base model nor an adapter
 ├── AdapterMissing           an endpoint of another server's names an adapter that is not there
 ├── ContextLengthExceeded    prompt and answer do not fit the model
+├── InvalidHttp              what came is not HTTP
+│   └── HeadersTooLarge      its first line and headers have no end
+├── HeadersTimedOut          nor do they come
+├── TooManyConnections       more connections are open than the server serves
 ├── InvalidApiKey            no key, or not the server's
 ├── CrossSiteRefused         a web page of another site wants to change something
 ├── TooManyUploads           more uploads are open than the server receives at once
@@ -56,6 +60,24 @@ class AdapterMissing(ApiError):
 
 class ContextLengthExceeded(ApiError):
     """Prompt and answer do not fit the model; the message has the numbers."""
+
+
+class InvalidHttp(ApiError):
+    """What came is not HTTP."""
+
+
+class HeadersTooLarge(InvalidHttp):
+    """A request's first line and headers have more bytes than the server reads."""
+
+
+class HeadersTimedOut(ApiError):
+    """They were not complete in time."""
+
+
+class TooManyConnections(ApiError):
+    """More connections are open than the server serves."""
+
+    retry_after_s: Final = 1.0
 
 
 class InvalidApiKey(ApiError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -20,9 +21,11 @@ from typing import Final
 import uvicorn
 
 from loraplex_server.api.app import create_app
+from loraplex_server.api.connection_limits import ConnectionLimits
 from loraplex_server.api.drain import Drain
 from loraplex_server.api.http_protocol import HttpProtocol
 from loraplex_server.api.services import Services
+from loraplex_server.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._app,
-                http=HttpProtocol,
+                # By its type a class or a name; it is only called.
+                http=functools.partial(HttpProtocol, limits=_limits(config)),  # type: ignore[arg-type]
+                ws="none",
                 log_config=None,
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",
@@ -115,6 +120,14 @@ class Server(uvicorn.Server):
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _limits(config: Config) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_connections=config.max_connections,
+        receive_timeout_s=config.receive_timeout_s,
+        send_timeout_s=config.send_timeout_s,
+    )
 
 
 def greeting(services: Services, listener: socket.socket) -> str:

@@ -157,13 +157,13 @@ def test_with_a_delay_the_server_serves_on_while_balancers_notice(stoppable):
 def test_a_second_signal_ends_at_once(stoppable):
     url, engine, stop, thread = stoppable(1000)
     engine.gate = threading.Event()  # never opens: the answer would take for ever
-    with (
-        pytest.raises(httpx.TransportError),
-        httpx.stream("POST", f"{url}/v1/completions", json=endless(250), timeout=20) as answer,
-    ):
-        for _ in answer.iter_text():
-            stop()
-            stop()
+
+    def stop_twice() -> None:
+        stop()
+        stop()
+
+    with pytest.raises(httpx.TransportError):
+        stream_until_stopped(url, stop_twice, max_tokens=250)
     thread.join(timeout=10)
     assert not thread.is_alive()
 
