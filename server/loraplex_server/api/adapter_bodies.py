@@ -19,6 +19,9 @@ _ModelT = TypeVar("_ModelT", bound=BaseModel)
 #: A hundred years.
 MAX_TTL_S: Final = 3_155_760_000
 
+#: As far as a registry counts.
+MAX_VERSION: Final = 2**31 - 1
+
 TtlS = Annotated[int, Field(ge=1, le=MAX_TTL_S)]
 _Id = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -95,7 +98,7 @@ class RollbackBody(_Strict):
     """Which version is to be current again."""
 
     id: str | None = None
-    version: Annotated[int, Field(ge=1)] | None = None
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)] | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> RollbackBody:

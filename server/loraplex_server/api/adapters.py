@@ -16,6 +16,7 @@ from loraplex_server.adapters.errors import InvalidUpload
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.adapter_bodies import (
+    MAX_VERSION,
     RollbackBody,
     SettingsBody,
     SourceBody,
@@ -99,7 +100,7 @@ def adapters_router(
     async def list_versions(
         name: str,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        after: Annotated[int | None, Query(ge=1)] = None,
+        after: Annotated[int | None, Query(ge=1, le=MAX_VERSION)] = None,
     ) -> Response:
         """List a name's versions, newest first, those behind the version `after`."""
 

@@ -24,6 +24,7 @@ from loraplex_server.api.guard import Guard
 from loraplex_server.api.lorax_generate import lorax_router
 from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.models import models_router
+from loraplex_server.api.openapi import install_openapi
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
@@ -52,6 +53,7 @@ def create_app(services: Services) -> FastAPI:
     # Around the guard, whose refusals have an id too.
     app.add_middleware(Envelope, receive_timeout_s=services.config.receive_timeout_s)
     install_error_handlers(app)
+    install_openapi(app)
     generations = _generations(services, RequestMetrics(registry))
     removals = AdapterRemovals(services.engine, services.catalog, generations, names)
     upkeep = app.state.upkeep = Upkeep(

@@ -12,7 +12,7 @@ from loraplex_server.api.error_table import error_response
 from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey
 
 #: For probes and scrapers, which say nothing of any tenant.
-_OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/ready", "/ping", "/load"})
+OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/ready", "/ping", "/load"})
 _CHANGING_METHODS: Final = frozenset({"POST", "PATCH", "DELETE"})
 
 
@@ -36,7 +36,7 @@ class Guard:
         is_cross_site = headers.get("sec-fetch-site") == "cross-site"
         if is_cross_site and scope["method"] in _CHANGING_METHODS:
             return CrossSiteRefused("requests from the web pages of other sites are refused")
-        if self._api_key is None or scope["path"] in _OPEN_PATHS:
+        if self._api_key is None or scope["path"] in OPEN_PATHS:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         is_known = secrets.compare_digest(given.strip().encode(), self._api_key)

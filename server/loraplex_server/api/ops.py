@@ -8,7 +8,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.drain import Drain
@@ -80,11 +80,7 @@ def ops_router(
         """Return the version of the server."""
         return {"version": version("loraplex")}
 
-    @router.get(
-        "/metrics",
-        response_model=None,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return all metrics in Prometheus' text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
