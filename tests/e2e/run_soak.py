@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -26,25 +25,33 @@ _FLAT_MIB = 1.0
 _NUM_SAMPLES = 100
 
 
+def make_adapters(folder: Path, num: int) -> dict[str, Path]:
+    """Write so many adapters of ranks 1 to 32; return their folders by name."""
+    names = [f"a{i:02}" for i in range(num)]
+    return {
+        name: save_tiny_adapter(folder / name, seed=i, rank=2 ** (i % 6))
+        for i, name in enumerate(names)
+    }
+
+
 def run(folder: Path, *, requests: int, concurrency: int, adapters: int, seed: int) -> dict:
     """Run a soak against a server of its own and return the figures; `problems` should be []."""
-    folders = {
-        f"a{i:02}": save_tiny_adapter(folder / f"a{i:02}", seed=i, rank=2 ** (i % 6))
-        for i in range(adapters)
-    }
+    folders = make_adapters(folder, adapters)
     server = TinyServer(folder, "--max-queued", "256")
     try:
         server.wait_until_ready()
-        figures = _soak(server, folders, requests, concurrency, seed)
+        figures = soak(server, folders, requests=requests, concurrency=concurrency, seed=seed)
     finally:
-        server.process.send_signal(signal.SIGTERM)
         code = server.stop()
     if code:
         figures["problems"].append(f"the server exited with {code}: {server.log.read_text()}")
     return figures
 
 
-def _soak(server: TinyServer, folders: dict, requests: int, concurrency: int, seed: int) -> dict:
+def soak(
+    server: TinyServer, folders: dict[str, Path], *, requests: int, concurrency: int, seed: int = 0
+) -> dict:
+    """Send the requests, delete all adapters and return the figures."""
     memory = MemoryLog(server.process.pid, server.engine_pid())
     interval = max(1, requests // _NUM_SAMPLES)
 

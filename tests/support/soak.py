@@ -206,12 +206,12 @@ class Soak:
         headers = {"content-type": "application/json"}
         body = self._random.choice(_BAD_BODIES)
         answer = await self._http.post("/v1/completions", content=body, headers=headers)
-        self.tally.expect("bad_body", answer, 400)
+        self.tally.expect("bad_body", answer, 400, 429)
 
     async def _unknown_model(self) -> None:
         body = {**self._body(stream=True), "model": f"nobody-{self._random.randint(0, 9)}"}
         answer = await self._http.post("/v1/completions", json=body)
-        self.tally.expect("unknown_model", answer, 404)
+        self.tally.expect("unknown_model", answer, 404, 429)
 
     # ---- leaving -----------------------------------------------------------------------------
 

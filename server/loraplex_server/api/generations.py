@@ -24,6 +24,7 @@ from loraplex_server.api.errors import (
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.job import Job
+from loraplex_server.api.place_forecast import PlaceForecast
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
 from loraplex_server.api.tenant_accounts import TenantAccounts
@@ -31,9 +32,6 @@ from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.text.assembler import TextAssembler
 from loraplex_server.text.vocabulary import Vocabulary
-
-#: A place is free when somebody's answer ends, which nobody can foresee.
-_QUEUE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class Generations:
         self._vocabulary = vocabulary
         self._metrics = metrics
         self._max_sequences = max_sequences
+        self._places = PlaceForecast(max_sequences, clock)
         self._promises = promises
         self._tenants = tenants
         self._clock = clock
@@ -97,7 +96,7 @@ class Generations:
             if self._num_live + num_sequences > self._max_sequences:
                 raise QueueFull(
                     f"{self._num_live} sequences run or wait already; try again shortly",
-                    retry_after_s=_QUEUE_RETRY_S,
+                    retry_after_s=self._places.retry_after_s(num_sequences),
                 )
             self._tenants.check_room(tenant, num_sequences)
 
@@ -150,6 +149,7 @@ class Generations:
         """The engine has ended all of it."""
         job = generation.job
         self._num_live -= job.num_sequences
+        self._places.leave(job.num_sequences)
         self._live.remove(generation)
         if job.adapters:
             release = asyncio.create_task(asyncio.to_thread(_release, job))

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 #: Streams that were told to end get so long to be written, after the grace period.
 _LAST_WRITES_S: Final = 5
+#: Longer than clients and balancers keep idle connections (httpx 5 s, AWS 60 s): whoever closes
+#: first must be the one who asks, or a request meets a closing connection.
+_KEEP_ALIVE_S: Final = 75
 _ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -50,6 +53,7 @@ class Server(uvicorn.Server):
                 # By its type a class or a name; it is only called.
                 http=functools.partial(HttpProtocol, limits=_limits(config)),  # type: ignore[arg-type]
                 ws="none",
+                timeout_keep_alive=_KEEP_ALIVE_S,
                 log_config=None,
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",
