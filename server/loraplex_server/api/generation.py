@@ -70,6 +70,11 @@ class Generation:
         return len(self._ids)
 
     @property
+    def age_s(self) -> float:
+        """Seconds since it arrived."""
+        return self._clock() - self._arrival_s
+
+    @property
     def usage(self) -> Usage:
         """What the answer has cost so far."""
         return make_usage(

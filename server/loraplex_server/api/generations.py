@@ -149,7 +149,7 @@ class Generations:
         """The engine has ended all of it."""
         job = generation.job
         self._num_live -= job.num_sequences
-        self._places.leave(job.num_sequences)
+        self._places.leave(job.num_sequences, generation.age_s)
         self._live.remove(generation)
         if job.adapters:
             release = asyncio.create_task(asyncio.to_thread(_release, job))
