@@ -35,6 +35,7 @@ from loraplex_server.setting_values import (
     parse_wait,
     parse_weights,
 )
+from loraplex_server.text.tool_format import TOOL_PARSERS
 
 ENV_PREFIX: Final = "LORAPLEX_"
 
@@ -289,6 +290,20 @@ class Config:
         "when stopping, serve as before for so long while `/ready` says 503, until load balancers "
         "have noticed",
         "S",
+    )
+    tool_parser: str = _setting(
+        choice_of(*TOOL_PARSERS),
+        "auto",
+        "service",
+        "how the model writes calls of tools; auto: by its chat template, none: refuse tools",
+        "FORMAT",
+    )
+    trust_request_chat_template: bool = _setting(
+        parse_switch,
+        False,
+        "service",
+        "let requests bring a chat template, which is a program",
+        "ON/OFF",
     )
     log_level: str = _setting(
         choice_of("debug", "info", "warning", "error"),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from loraplex_scheduler.plan import Event, TokenEvent
+from loraplex_scheduler.plan import EndEvent, Event, TokenEvent
 from loraplex_scheduler.quota import TokenQuota
 from loraplex_server.api.errors import (
     InvalidRequest,
@@ -123,7 +123,7 @@ class TenantBill:
         if index in self._waiting:  # its first event
             self._waiting.discard(index)
             self._accounts.leave_queue(self._job.terms.tenant, 1)
-            if is_token:
+            if not isinstance(event, EndEvent) or event.embedding is not None:
                 self._used_prompts.add(index // self._job.n)
 
     def close(self) -> None:
