@@ -26,6 +26,10 @@ class UsageAnswer(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
+#: Milliseconds and rates, by name; null where there is nothing to measure.
+Timings = dict[str, float | None]
+
+
 class CompletionLogprobsAnswer(BaseModel):
     """Four columns over the tokens."""
 
@@ -54,6 +58,7 @@ class CompletionAnswer(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: UsageAnswer
+    metrics: Timings
 
 
 class TopLogprob(BaseModel):
@@ -104,6 +109,7 @@ class ChatAnswer(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: UsageAnswer
+    metrics: Timings
 
 
 class LoraxToken(BaseModel):

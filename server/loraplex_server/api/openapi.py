@@ -19,7 +19,14 @@ from pydantic.json_schema import models_json_schema
 from loraplex_server.api.error_table import ERROR_TABLE, HTTP_CODES
 from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.guard import OPEN_PATHS
-from loraplex_server.api.openapi_tables import ANSWERS, BODIES, EXAMPLES, MORE_STATUSES, STREAMS
+from loraplex_server.api.openapi_tables import (
+    ANSWERS,
+    BODIES,
+    EXAMPLES,
+    MORE_STATUSES,
+    STREAMS,
+    WHOLE,
+)
 
 _COMPONENTS: Final = "#/components/schemas/{model}"
 _ERROR: Final = {"$ref": "#/components/schemas/Error"}
@@ -119,7 +126,8 @@ class _Document:
             responses[success]["content"] = {"application/json": {"schema": _ref(model)}}
         if (method, path) in STREAMS:
             responses[success]["content"] = {}
-        if (method, path) in STREAMS or self._can_stream(operation):
+        can_stream = self._can_stream(operation) and (method, path) not in WHOLE
+        if (method, path) in STREAMS or can_stream:
             responses[success]["content"][_EVENTS] = _EVENT_STREAM
         for status in MORE_STATUSES.get((method, path), ()):
             responses[str(status)] = {**responses[success], "description": _phrase(status)}

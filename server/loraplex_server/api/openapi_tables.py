@@ -12,6 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from loraplex_server.api import answer_schemas as answers
+from loraplex_server.api import dialogue_answers
 from loraplex_server.api import resource_schemas as resources
 from loraplex_server.api.adapter_bodies import SourceBody
 
@@ -23,6 +24,12 @@ ANSWERS: Final[Mapping[Operation, type[BaseModel]]] = {
     ("post", "/v1/completions"): answers.CompletionAnswer,
     ("post", "/v1/chat/completions"): answers.ChatAnswer,
     ("post", "/generate"): answers.LoraxAnswer,
+    ("post", "/v1/responses"): dialogue_answers.ResponseAnswer,
+    ("post", "/v1/messages"): dialogue_answers.MessageAnswer,
+    ("post", "/v1/messages/count_tokens"): dialogue_answers.CountAnswer,
+    ("post", "/v1/embeddings"): dialogue_answers.EmbeddingListAnswer,
+    ("post", "/tokenize"): dialogue_answers.TokenizeAnswer,
+    ("post", "/detokenize"): dialogue_answers.DetokenizeAnswer,
     ("get", "/v1/models"): resources.ModelListAnswer,
     ("get", "/v1/models/{name}"): resources.ModelAnswer,
     ("delete", "/v1/models/{name}"): resources.ModelDeletedAnswer,
@@ -41,6 +48,9 @@ ANSWERS: Final[Mapping[Operation, type[BaseModel]]] = {
 
 #: Operations that answer with server-sent events only.
 STREAMS: Final = frozenset({("post", "/generate_stream")})
+
+#: Operations that take `stream`, as the bodies that they judge have it, and never stream.
+WHOLE: Final = frozenset({("post", "/v1/messages/count_tokens")})
 
 #: Statuses of success beside the route's own.
 MORE_STATUSES: Final[Mapping[Operation, tuple[int, ...]]] = {
@@ -62,6 +72,12 @@ _QUESTION: Final = [{"role": "user", "content": "What is the capital of France?"
 EXAMPLES: Final[Mapping[Operation, Any]] = {
     ("post", "/v1/completions"): {"model": "MODEL", "prompt": "Once upon", "max_tokens": 16},
     ("post", "/v1/chat/completions"): {"model": "MODEL", "messages": _QUESTION, "max_tokens": 16},
+    ("post", "/v1/responses"): {"model": "MODEL", "input": "What is the capital of France?"},
+    ("post", "/v1/messages"): {"model": "MODEL", "messages": _QUESTION, "max_tokens": 16},
+    ("post", "/v1/messages/count_tokens"): {"model": "MODEL", "messages": _QUESTION},
+    ("post", "/v1/embeddings"): {"model": "MODEL", "input": ["Once upon", "a time"]},
+    ("post", "/tokenize"): {"model": "MODEL", "prompt": "Once upon"},
+    ("post", "/detokenize"): {"model": "MODEL", "tokens": [5, 6]},
     ("post", "/generate"): {"inputs": "Once upon", "parameters": {"max_new_tokens": 16}},
     ("post", "/generate_stream"): {"inputs": "Once upon", "parameters": {"max_new_tokens": 16}},
     ("patch", "/v1/adapters/{name}"): {"ttl_s": 86400},
