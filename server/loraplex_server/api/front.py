@@ -21,6 +21,7 @@ from loraplex_server.api.errors import InvalidRequest
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
+from loraplex_server.api.principals import namespace_of
 from loraplex_server.api.prompts import PromptEncoder
 from loraplex_server.api.request_defaults import default_len, fill_in
 from loraplex_server.api.sampling import base_sampling, text_options
@@ -28,6 +29,7 @@ from loraplex_server.api.schemas import GenerationBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
+from loraplex_server.tenants.namespace import Namespace
 from loraplex_server.text.errors import ChatTemplateFailed
 from loraplex_server.text.time_limit import TookTooLong, run_within
 from loraplex_server.text.vocabulary import Vocabulary
@@ -89,13 +91,13 @@ class Front:
             ModelNotFound, ContextLengthExceeded, QueueFull, ...: see the error table.
         """
         terms = Terms(
-            tenant=self.tenant_header.read(request.headers),
+            tenant=self.tenant_header.account_of(request),
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
         )
         self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
-        answerer = await self._acquire(body.model_wish)
+        answerer = await self._acquire(body.model_wish, namespace_of(request))
         try:
             job = await self._job(body, terms, wish, job_id, answerer)
             generation = self.generations.start(job)
@@ -155,11 +157,13 @@ class Front:
             raise InvalidRequest("a prompt must have at least one token", param="prompt")
         return prompts
 
-    async def _acquire(self, wish: ModelWish) -> Answerer:
+    async def _acquire(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         """Resolve who answers, once for the whole request."""
         if (base := self.model_names.base(wish)) is not None:
             return base
-        acquiring = asyncio.ensure_future(asyncio.to_thread(self.model_names.acquire, wish))
+        acquiring = asyncio.ensure_future(
+            asyncio.to_thread(self.model_names.acquire, wish, namespace)
+        )
         try:
             answerer = await asyncio.shield(acquiring)
         except asyncio.CancelledError:
