@@ -163,7 +163,7 @@ def _take_turn(connection: Connection, writer_id: str, batch: int, now: int) -> 
         set_={"last_batch": batch, "written": now},
         where=usage_writers.c.last_batch < batch,
     )
-    return connection.execute(statement).rowcount == 1
+    return connection.execute(statement.returning(usage_writers.c.id)).first() is not None
 
 
 def _dialect(connection: Connection) -> Any:
