@@ -37,9 +37,8 @@ def test_the_first_key_closes_a_running_server(tmp_path, vocabulary):
         assert (page["has_more"], page["last"]) == (True, made["id"])
         gone = httpx.delete(f"{url}/{app['id']}", headers=admin)
         assert gone.json() == {"object": "key.deleted", "id": app["id"], "deleted": True}
-        assert (
-            httpx.get(f"{server.url}/v1/models", headers=bearer(app["secret"])).status_code == 401
-        )
+        after = httpx.get(f"{server.url}/v1/models", headers=bearer(app["secret"]))
+        assert after.status_code == 401
         again = httpx.delete(f"{url}/{app['id']}", headers=admin)
         assert (again.status_code, again.json()["error"]["code"]) == (404, "key_not_found")
 

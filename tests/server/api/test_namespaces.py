@@ -77,9 +77,8 @@ def ways_to(record: dict) -> list[tuple[str, str, dict | None]]:
         ("POST", "/generate_stream", {"inputs": "a", "parameters": {"adapter_id": name}}),
     ]
     for path in ("/v1/models/", "/v1/adapters/"):
-        found += [
-            (verb, path + what, None) for verb in ("GET", "DELETE") for what in (name, version)
-        ]
+        for what in (name, version):
+            found += [(verb, path + what, None) for verb in ("GET", "DELETE")]
     found += [
         ("GET", f"/v1/adapters/{name}/versions", None),
         ("POST", f"/v1/adapters/{name}/prefetch", None),
@@ -134,9 +133,7 @@ def test_tenants_are_told_apart_by_case_and_by_whole_names(keyed):
     assert "acme/secret" not in names(keyed, "zeta-app")
     assert keyed.generate("zeta-app", "acme/secret").status_code == 404
     refused = keyed["acme-up"].patch("/v1/adapters/secret", json={"readers": ['a"b']})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "readers[0]") or (
-        refused.json()["error"]["param"] == "readers"
-    )
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "readers")
 
 
 def test_two_tenants_may_use_one_name_and_ones_own_comes_first(keyed, tmp_path):
