@@ -279,6 +279,20 @@ class DecoderStep:
         """`[N, H]`, what the head multiplies, once the last norm has run."""
         return self._x[: self._num_logits]
 
+    def head(self, first: int, stop: int) -> torch.Tensor:
+        """Return the logits of the rows `[first, stop)` of `head_input`, float32, by the head
+        alone; `logits` stays as it is.
+        """
+        at = self._model.num_layers * len(Op) + 1
+        whole = self._struct.x, self._struct.N, self._struct.logits
+        logits = torch.empty((stop - first, self._model.head.N))
+        self._struct.x = self.head_input[first:stop].data_ptr()
+        self._struct.N = stop - first
+        self._struct.logits = logits.data_ptr()
+        self.run(at, at + 1)
+        self._struct.x, self._struct.N, self._struct.logits = whole
+        return logits
+
     def run(
         self,
         first: int,

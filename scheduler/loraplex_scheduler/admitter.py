@@ -110,6 +110,7 @@ class Admitter:
         """Whether others may go before it, as it waits for its adapters or for better company."""
         residency = self._accounts.residency
         is_complete = True
+        sequence.end_load_wait(self._accounts.clock.now_s)
         for manifest, layout in sequence.adapters:
             state = residency.state(manifest.adapter_id)
             self._spared.add(manifest.adapter_id)  # whoever comes later may not evict it
@@ -123,6 +124,8 @@ class Admitter:
                     return False
         if is_complete:
             return not self._clustering.may_join(sequence)
+        if sequence.started_s is None:
+            sequence.wait_for_load(self._accounts.clock.now_s)
         self._num_set_aside += sequence.table.pages_missing(sequence.num_tokens)
         return sequence not in self._undone
 
@@ -153,13 +156,12 @@ class Admitter:
         if not all(residency.is_resident(manifest.adapter_id) for manifest, _ in sequence.adapters):
             return False
         table = sequence.table
-        # The last token is computed in any case: the next one is drawn from it.
-        found = table.match(sequence.token_ids, sequence.num_tokens - 1)
+        found = table.match(sequence.token_ids, sequence.max_cached)
         num_own = table.pages_missing(sequence.num_tokens) - self._pages_of(found.num_tokens)
         num_left = self._num_obtainable() - found.num_idle_pages - num_own - self._num_set_aside
         if not self._admission.is_enough(num_left, sequence):
             return False
-        sequence.num_computed = table.adopt(sequence.token_ids, sequence.num_tokens - 1)
+        sequence.num_computed = table.adopt(sequence.token_ids, sequence.max_cached)
         self._accounts.try_make_free(num_own, self._spared)
         table.grow(sequence.num_tokens)
         self._start(sequence, draft)
@@ -170,6 +172,7 @@ class Admitter:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             self.num_prefix_queries += sequence.num_prompt
             self.num_prefix_hits += sequence.num_cached
+            sequence.started_s = self._accounts.clock.now_s
         self._roster.admit(sequence)
         self._roster.waiting.charge_prompt(sequence, sequence.num_pending)
         self._admission.admitted(sequence)

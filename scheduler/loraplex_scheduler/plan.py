@@ -105,6 +105,10 @@ class PlannedAdapter:
 
 _NO_TOKENS: Final[frozenset[int]] = frozenset()
 
+#: Hidden states are summed as integers, multiples of this: then no order of adding and no way of
+#: cutting a prompt into steps shows in the sum. An int64 holds states of 1e4 of 200,000 tokens.
+HIDDEN_UNIT: Final = 2.0**-32
+
 
 @dataclass(slots=True)
 class SequenceStep:
@@ -123,6 +127,8 @@ class SequenceStep:
         history: all token ids so far but virtual ones, which are no text; only filled in when the
             sampling needs it.
         banned_token_ids: never chosen now (end tokens before `min_tokens`).
+        wants_states: the request wants something of the final hidden states of this span, beside
+            the next token or instead of it: log probabilities of its prompt, or an embedding.
     """
 
     request: Request
@@ -134,6 +140,32 @@ class SequenceStep:
     awaits_token: bool = False
     history: tuple[int, ...] = ()
     banned_token_ids: frozenset[int] = _NO_TOKENS
+    wants_states: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        """A token is drawn for the sequence in this step."""
+        return self.is_sampled and self.request.pooling is None
+
+    @property
+    def scored_positions(self) -> range:
+        """The positions of this span whose next token is of the prompt, if it wants to know what
+        the model thought of that one.
+        """
+        request = self.request
+        if not self.wants_states or request.pooling or request.sampling.prompt_logprobs is None:
+            return range(0)
+        stop = min(self.start + self.num_tokens, self.num_prompt - 1)
+        return range(max(self.start, self.request.num_virtual), stop)
+
+    @property
+    def pooled_positions(self) -> range:
+        """The positions of this span whose final hidden states go into the embedding."""
+        stop = self.start + self.num_tokens
+        if self.request.pooling is Pooling.MEAN:
+            return range(max(self.start, self.request.num_virtual), stop)
+        is_last = self.request.pooling is Pooling.LAST and self.is_sampled
+        return range(stop - 1, stop) if is_last else range(0)
 
     @property
     def request_id(self) -> str:
@@ -205,16 +237,18 @@ class StepResult:
     has ended by the time this is booked.
 
     Attributes:
-        prompt_logprobs: of sequences that ask for them, one entry for each token of the prompt that
-            this step computed, in order: what the model thought of the token after it, as long as
-            that is of the prompt too.
-        embeddings: of sequences that are pooled, float32 and not normalised; instead of a token.
+        prompt_logprobs: of sequences that ask for them, one entry for each of their step's
+            `scored_positions`: what the model thought of the token behind it.
+        embeddings: of sequences that are pooled by their last token, float32.
+        hidden_sums: of sequences that are pooled by their mean, the sum over the step's
+            `pooled_positions`, in units of `HIDDEN_UNIT`.
     """
 
     tokens: dict[str, SampledToken]
     failures: dict[str, str] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     embeddings: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    hidden_sums: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class SamplingParams:
         allowed_token_ids: no other token is ever chosen; None allows all.
         bad_words: token sequences that are never completed, by their last token.
         grammar: what the answer must be, as `loraplex_server.text.grammars` writes it; None is
-            anything.
+            anything. The answer ends where the grammar must, so end tokens cannot be ignored.
     """
 
     max_tokens: int = 16
@@ -70,6 +70,11 @@ class SamplingParams:
             _check(name, count, 0 <= (count or 0) <= 20, "between 0 and 20")
         has_choice = self.allowed_token_ids is None or len(self.allowed_token_ids) > 0
         _check("allowed_token_ids", 0, has_choice, "at least one token")
+        has_words = all(self.bad_words)
+        _check("bad_words", 0, has_words, "sequences of at least one token")
+        if self.grammar is not None and self.ignore_eos:
+            reason = "ignore_eos and a grammar exclude each other: the answer ends where it must"
+            raise InvalidSampling(param="ignore_eos", reason=reason)
         for bias in self.logit_bias.values():
             _check("logit_bias", bias, -100 <= bias <= 100, "between -100 and 100")
 
@@ -81,6 +86,13 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """The next token depends on the ids of those before, not on their KV alone."""
         return self.has_penalties or bool(self.bad_words) or self.grammar is not None
+
+    @property
+    def restricts_tokens(self) -> bool:
+        """Some tokens may be out of the question, whatever the model thinks of them."""
+        return bool(
+            self.bad_words or self.allowed_token_ids is not None or self.grammar is not None
+        )
 
     @property
     def has_penalties(self) -> bool:

@@ -40,6 +40,7 @@ from loraplex_scheduler.plan import (
     TokenEvent,
 )
 from loraplex_scheduler.policies import Policies
+from loraplex_scheduler.prompt_reading import PromptReading
 from loraplex_scheduler.roster import Roster
 from loraplex_scheduler.sequence import Sequence
 from loraplex_scheduler.waiting import WaitingQueue
@@ -264,7 +265,13 @@ class Scheduler:
                 self._roster.finish(sequence)
         self._flights.start(flight)
 
-    def commit(self, plan: Plan, result: StepResult, took_s: float | None = None) -> list[Event]:
+    def commit(
+        self,
+        plan: Plan,
+        result: StepResult,
+        took_s: float | None = None,
+        now: float | None = None,
+    ) -> list[Event]:
         """Book the result of the step launched longest ago.
 
         Sequences that ended meanwhile are passed over; those that gave way meanwhile get their
@@ -272,7 +279,10 @@ class Scheduler:
 
         Args:
             took_s: seconds that the step took of the device's time; None if that is not known.
+            now: when the result was there; None for the time that was told last.
         """
+        if now is not None:
+            self.accounts.clock.set(now)
         flight = self._flights.land(plan)
         if took_s is not None:
             self._policies.times.observe_step(flight.load, took_s)
@@ -287,7 +297,13 @@ class Scheduler:
                 events += self.abort(request_id, FinishReason.FAILED, failures[request_id])
                 # What made it fail may lie in pages that others would find.
                 self.accounts.prefixes.drop_adapter(sequence.adapter_id)
-            elif step.is_sampled:
+                continue
+            if sequence.reading is not None:
+                events += sequence.reading.take(step, result)
+                if step.is_sampled and sequence.request.pooling is not None:
+                    events.append(self._embedded(sequence, sequence.reading, result))
+                    continue
+            if step.is_sampled:
                 sampled.append(sequence)
                 token = tokens[request_id]
                 reason = sequence.append(token.token_id)
@@ -297,8 +313,12 @@ class Scheduler:
                 elif sequence.num_computed % page_tokens == 0 and sequence.table.pages:
                     sequence.publish_computed()
                 is_first = len(sequence.token_ids) == sequence.num_prompt + 1
-                num_cached = sequence.num_cached_text if is_first else 0
-                events.append(TokenEvent(request_id, token, reason, num_cached))
+                if is_first:
+                    times = sequence.start_times(self.accounts.clock.now_s)
+                    cached = sequence.num_cached_text
+                    events.append(TokenEvent(request_id, token, reason, cached, times))
+                else:
+                    events.append(TokenEvent(request_id, token, reason))
         self._roster.waiting.charge_outputs(sampled)
         return events
 
@@ -380,6 +400,16 @@ class Scheduler:
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layouts, max_len, eos_token_ids)
+
+    def _embedded(self, sequence: Sequence, reading: PromptReading, result: StepResult) -> EndEvent:
+        """End a sequence whose prompt is computed and that wants nothing else."""
+        self._end(sequence)
+        return EndEvent(
+            sequence.request_id,
+            FinishReason.STOP,
+            embedding=reading.embedding(result),
+            times=sequence.start_times(self.accounts.clock.now_s),
+        )
 
     def _end(self, sequence: Sequence) -> None:
         self._roster.remove(sequence)

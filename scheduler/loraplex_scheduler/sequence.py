@@ -14,7 +14,14 @@ from typing import Final
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.page_table import PageTable
-from loraplex_scheduler.plan import FinishReason, PlannedAdapter, Request, SequenceStep
+from loraplex_scheduler.plan import (
+    FinishReason,
+    PlannedAdapter,
+    Request,
+    SequenceStep,
+    StartTimes,
+)
+from loraplex_scheduler.prompt_reading import PromptReading
 
 _NO_TOKENS: Final[frozenset[int]] = frozenset()
 
@@ -37,6 +44,10 @@ class Sequence:
         num_cached: tokens of the prompt found in the prefix cache when it was first admitted; None
             before.
         is_live: its terminal event has not been written.
+        reading: what it wants of its prompt beside the next token; None for nothing.
+        load_since_s: since when it has waited for its adapters alone; None while it does not.
+        load_s: how long it did, before its first step.
+        started_s: when its first step was scheduled; None before.
     """
 
     def __init__(
@@ -73,6 +84,10 @@ class Sequence:
         self.num_cached: int | None = None
         self.is_live = True
         self.needs_history = request.sampling.needs_history
+        self.reading = PromptReading(request) if PromptReading.is_wanted(request) else None
+        self.load_since_s: float | None = None
+        self.load_s = 0.0
+        self.started_s: float | None = None
 
     def uses(self, adapter_id: str) -> bool:
         """Whether it runs with this adapter, first or not."""
@@ -129,7 +144,36 @@ class Sequence:
             step.history = tuple(token_ids[self.request.num_virtual :])
         if self.num_tokens < self.min_len:
             step.banned_token_ids = self.end_token_ids
+        if self.reading is not None and not self.reading.is_over:
+            step.wants_states = True
         return step
+
+    @property
+    def max_cached(self) -> int:
+        """How many of its tokens it may take from the prefix cache when it is admitted.
+
+        The last one is computed in any case: the next one is drawn from it.
+        """
+        if self.reading is not None and self.reading.needs_all:
+            return 0
+        return self.num_tokens - 1
+
+    def wait_for_load(self, now: float) -> None:
+        """Nothing but its adapters keeps it from running."""
+        if self.load_since_s is None:
+            self.load_since_s = now
+
+    def end_load_wait(self, now: float) -> None:
+        """Its adapters are there, or it waits for something else."""
+        if self.load_since_s is not None:
+            self.load_s += now - self.load_since_s
+            self.load_since_s = None
+
+    def start_times(self, now: float) -> StartTimes:
+        """Return how it came to its first token, which is here `now`."""
+        started_s = now if self.started_s is None else self.started_s
+        queue_s = max(0.0, started_s - self.request.arrival_s - self.load_s)
+        return StartTimes(queue_s, self.load_s, now - started_s)
 
     def publish_drafted(self, step: SequenceStep) -> None:
         """Let the prefix cache have what a drafted step computes, for others of this very step."""

@@ -172,6 +172,8 @@ async def _start(config: Config, engine: EngineHandle) -> Services:
         vocabulary, _ = await asyncio.gather(
             asyncio.to_thread(build_vocabulary, facts), engine.start()
         )
+        if (tokenizer := await asyncio.to_thread(vocabulary.to_json)) is not None:
+            engine.learn_tokens(tokenizer)
     except BaseException:
         catalog.close()
         raise

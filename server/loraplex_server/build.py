@@ -19,7 +19,9 @@ from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.policies import PolicyChoice, make_eviction, make_policies
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.config import Config
+from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.process_handle import ProcessEngine
@@ -120,7 +122,17 @@ def build_core(config: Config, wake: Callable[[], None] = lambda: None) -> Engin
     num_host_pages = choose_host_pages(config.host_bytes, facts.layout, dtype.itemsize, device)
     arena = HostArena(facts.layout, num_host_pages, dtype=dtype, is_pinned=device.type == "cuda")
     assemble = _assemble_on_gpu if device.type == "cuda" else assemble_core
-    return assemble(model, pool, limits, wake, choice=choose_policies(config), arena=arena)
+    spec = facts.spec
+    constraints = Constraints(GrammarCompiler(spec.vocab_size, spec.eos_token_ids, wake))
+    return assemble(
+        model,
+        pool,
+        limits,
+        wake,
+        choice=choose_policies(config),
+        arena=arena,
+        constraints=constraints,
+    )
 
 
 def _step_bytes(facts: ModelFacts, weights: ModelWeights, sizes: StepSizes) -> int:
@@ -157,6 +169,7 @@ def _assemble_on_gpu(
     *,
     choice: PolicyChoice,
     arena: HostArena,
+    constraints: Constraints,
 ) -> EngineCore:
     """Put an engine on a GPU together; compiles kernels and records graphs, which takes a while."""
     # Imported here: these import triton, which a CPU's engine does without.
@@ -164,7 +177,11 @@ def _assemble_on_gpu(
 
     writer = make_stream_writer(pool)  # first: a copy beside a recording would break it
     runner = make_device_runner(
-        model, pool, max_step_tokens=limits.max_step_tokens, max_running=limits.max_running
+        model,
+        pool,
+        max_step_tokens=limits.max_step_tokens,
+        max_running=limits.max_running,
+        grammars=constraints,
     )
     warm_up(
         runner,
@@ -183,6 +200,7 @@ def _assemble_on_gpu(
         runner=runner,
         writer=writer,
         overlap=True,
+        constraints=constraints,
     )
 
 
@@ -197,6 +215,7 @@ def assemble_core(
     runner: StepRunner | None = None,
     writer: PoolWriter | None = None,
     overlap: bool = False,
+    constraints: Constraints | None = None,
 ) -> EngineCore:
     """Put scheduler, memory and a loaded model together.
 
@@ -205,7 +224,7 @@ def assemble_core(
         arena: host memory for packed adapters; default: none, each load reads the disk.
         runner: default: the one of a CPU.
         writer: how adapters get into the pool; default: by copying in host memory.
-        overlap: see `EngineCore`.
+        overlap, constraints: see `EngineCore`.
     """
     layout = pool.layout
     choice = choice or PolicyChoice()
@@ -231,10 +250,11 @@ def assemble_core(
     return EngineCore(
         info=info,
         scheduler=Scheduler(limits, accounts, policies),
-        runner=runner or Runner(model, pool),
+        runner=runner or Runner(model, pool, constraints),
         loader=AdapterLoader(pool, wake, writer, arena, pack=pack),
         accounts=accounts,
         overlap=overlap,
+        constraints=constraints,
     )
 
 

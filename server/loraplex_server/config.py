@@ -37,6 +37,7 @@ from loraplex_server.setting_values import (
     parse_weights,
     per_tenant,
 )
+from loraplex_server.text.tool_format import TOOL_PARSERS
 
 ENV_PREFIX: Final = "LORAPLEX_"
 
@@ -297,6 +298,20 @@ class Config:
     )
     shutdown_grace_s: int = _setting(
         integer_of(0), 20, "service", "let running requests finish so long when stopping", "S"
+    )
+    tool_parser: str = _setting(
+        choice_of(*TOOL_PARSERS),
+        "auto",
+        "service",
+        "how the model writes calls of tools; auto: by its chat template, none: refuse tools",
+        "FORMAT",
+    )
+    trust_request_chat_template: bool = _setting(
+        parse_switch,
+        False,
+        "service",
+        "let requests bring a chat template, which is a program",
+        "ON/OFF",
     )
     log_level: str = _setting(
         choice_of("debug", "info", "warning", "error"),

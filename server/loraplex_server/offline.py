@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Self
 
 from loraplex_memory.adapter_manifest import AdapterManifest
-from loraplex_scheduler.plan import Event, FinishReason, Request, SampledToken
+from loraplex_scheduler.errors import RequestRefused
+from loraplex_scheduler.plan import (
+    Event,
+    FinishReason,
+    Pooling,
+    Request,
+    SampledToken,
+    TokenLogprobs,
+)
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
@@ -36,13 +44,19 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt. `message` says why when `finish_reason` is a failure."""
+    """The answer to one prompt.
+
+    Attributes:
+        message: why, when `finish_reason` is a failure.
+        prompt_logprobs: of the prompt's tokens from the second one on, if they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason
     message: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Engine:
@@ -58,6 +72,8 @@ class Engine:
         facts = resolve_facts(config)
         self.vocabulary = Vocabulary(facts.source.load_tokenizer(), size=facts.spec.vocab_size)
         self._core = build_core(config)
+        if (tokenizer := self.vocabulary.to_json()) is not None:
+            self._core.learn_tokens(tokenizer)
         self._cleanup = ExitStack()
         self._cleanup.callback(self._core.close)
         folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-"))
@@ -146,12 +162,46 @@ class Engine:
         ]
         return self.generate(prompts, adapters=adapters, sampling=sampling, text=text)
 
-    def _request(self, prompt: Prompt, adapter: str | None, sampling: SamplingParams) -> Request:
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        pooling: Pooling = Pooling.LAST,
+    ) -> list[tuple[float, ...]]:
+        """Return the final hidden states of prompts, not normalised, one vector for each.
+
+        Args:
+            prompts, adapters: as of `generate`.
+            pooling: of the last token, or the mean over all.
+
+        Raises:
+            UnknownToken: a token id is not in the vocabulary.
+            RequestRefused: a prompt is empty or too long, or failed; it says which and why.
+        """
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        pending = [
+            _Pending(self._request(prompt, adapter, sampling, pooling), self.vocabulary, None)
+            for prompt, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True)
+        ]
+        self._drive({p.request.request_id: p for p in pending})
+        return [p.embedding(f"prompt {index}") for index, p in enumerate(pending)]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        pooling: Pooling | None = None,
+    ) -> Request:
         ids = self.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
         # An id without a row in the embedding would end the step of everyone.
         self.vocabulary.check(ids, param="prompts")
         self.vocabulary.check(list(sampling.logit_bias), param="logit_bias")
         self.vocabulary.check(list(sampling.stop_token_ids), param="stop_token_ids")
+        allowed = list(sampling.allowed_token_ids or ())
+        self.vocabulary.check(allowed, param="allowed_token_ids")
+        self.vocabulary.check([i for word in sampling.bad_words for i in word], param="bad_words")
         self._num_requests += 1
         manifest = self._manifests[adapter] if adapter is not None else None
         adapted = adapt_prompt(manifest, ids, len(self.vocabulary))
@@ -163,6 +213,7 @@ class Engine:
             arrival_s=time.monotonic(),
             adapter_start=adapted.adapter_start,
             num_virtual=adapted.num_virtual,
+            pooling=pooling,
         )
 
     def _drive(self, pending: dict[str, _Pending]) -> None:
@@ -201,6 +252,8 @@ class _Pending:
         )
         self._text: list[str] = []
         self._tokens: list[SampledToken] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._embedding: tuple[float, ...] | None = None
         self._finish_reason = FinishReason.FAILED
         self._message = ""
 
@@ -212,8 +265,16 @@ class _Pending:
         delta = self._assembler.push([event])
         self._text.append(delta.text)
         self._tokens += delta.tokens
+        self._prompt_logprobs += delta.prompt_logprobs
+        self._embedding = delta.embedding
         if delta.finish_reason is not None:
             self._finish_reason, self._message = delta.finish_reason, delta.message
+
+    def embedding(self, name: str) -> tuple[float, ...]:
+        """Return it, or raise RequestRefused about what is called `name`."""
+        if self._embedding is None:
+            raise RequestRefused(reason=f"{name}: {self._message}")
+        return self._embedding
 
     def completion(self) -> Completion:
         return Completion(
@@ -222,4 +283,5 @@ class _Pending:
             tokens=tuple(self._tokens),
             finish_reason=self._finish_reason,
             message=self._message,
+            prompt_logprobs=tuple(self._prompt_logprobs),
         )

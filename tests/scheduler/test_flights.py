@@ -7,7 +7,14 @@ import pytest
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.allocator import PageUse
 from loraplex_memory.layout import PoolLayout
-from loraplex_scheduler.plan import EndEvent, FinishReason, SampledToken, StepResult, TokenEvent
+from loraplex_scheduler.plan import (
+    EndEvent,
+    FinishReason,
+    SampledToken,
+    StartTimes,
+    StepResult,
+    TokenEvent,
+)
 from loraplex_scheduler.sequence import Sequence
 from tests.support.scheduling import (
     EOS,
@@ -44,7 +51,7 @@ def test_the_next_step_takes_the_token_that_is_on_the_way():
     assert (second.start, second.token_ids, second.num_tokens) == (4, (), 1)
     assert (second.position, second.is_sampled, len(second.block_table)) == (5, True, 2)
     (event,) = scheduler.commit(first, result_of(first, 7))
-    assert event == TokenEvent("r", SampledToken(7))
+    assert event == TokenEvent("r", SampledToken(7), times=StartTimes(0.0, 0.0, 0.0))
 
 
 def test_with_no_step_in_flight_nothing_is_awaited():

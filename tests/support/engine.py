@@ -16,12 +16,14 @@ from loraplex_memory.host_arena import HostArena
 from loraplex_memory.layout import ModelGeometry, PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.limits import SchedulerLimits
-from loraplex_scheduler.plan import EndEvent, Request, TokenEvent
+from loraplex_scheduler.plan import EndEvent, Event, Request, TokenEvent
 from loraplex_scheduler.policies import PolicyChoice
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.build import assemble_core
+from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.gpu_engine import make_device_runner, make_stream_writer
+from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.model.transformer import Transformer
 from tests.support.kernel_cases import make_weights
 
@@ -37,8 +39,13 @@ def make_core(
     make_pool: Callable[..., PagePool] = PagePool,
     choice: PolicyChoice | None = None,
     num_host_pages: int = 0,
+    tokenizer: Any = None,
 ) -> EngineCore:
-    """Return a core with a pool of its own over the given model."""
+    """Return a core with a pool of its own over the given model.
+
+    Args:
+        tokenizer: of transformers; without one, grammars are refused.
+    """
     limits = SchedulerLimits(
         max_step_tokens=max_step_tokens,
         max_running=max_running,
@@ -48,7 +55,19 @@ def make_core(
     layout = PoolLayout(model.spec.geometry)
     pool = make_pool(layout, num_pages, dtype=model.dtype)
     arena = HostArena(layout, num_host_pages, dtype=model.dtype)
-    return assemble_core(model, pool, limits, wake, choice=choice, arena=arena)
+    constraints = make_constraints(model, tokenizer, wake) if tokenizer is not None else None
+    return assemble_core(
+        model, pool, limits, wake, choice=choice, arena=arena, constraints=constraints
+    )
+
+
+def make_constraints(
+    model: Transformer, tokenizer: Any, wake: Callable[[], None] = lambda: None
+) -> Constraints:
+    """Return the grammars of an engine over the given model."""
+    compiler = GrammarCompiler(model.spec.vocab_size, model.spec.eos_token_ids, wake)
+    compiler.learn_tokens(tokenizer.backend_tokenizer.to_str())
+    return Constraints(compiler)
 
 
 def make_device_core(
@@ -59,6 +78,7 @@ def make_device_core(
     max_running: int = 8,
     max_model_len: int = 128,
     overlap: bool = True,
+    tokenizer: Any = None,
 ) -> EngineCore:
     """Return a core whose steps run through the Triton kernels, on the model's device."""
     limits = SchedulerLimits(
@@ -70,10 +90,23 @@ def make_device_core(
     layout = PoolLayout(model.spec.geometry)
     pool = PagePool(layout, num_pages, dtype=model.dtype, device=model.device)
     writer = make_stream_writer(pool) if model.device.type == "cuda" else None
+    constraints = make_constraints(model, tokenizer) if tokenizer is not None else None
     runner = make_device_runner(
-        model, pool, max_step_tokens=max_step_tokens, max_running=max_running
+        model,
+        pool,
+        max_step_tokens=max_step_tokens,
+        max_running=max_running,
+        grammars=constraints,
     )
-    return assemble_core(model, pool, limits, runner=runner, writer=writer, overlap=overlap)
+    return assemble_core(
+        model,
+        pool,
+        limits,
+        runner=runner,
+        writer=writer,
+        overlap=overlap,
+        constraints=constraints,
+    )
 
 
 class GatedPool(PagePool):
@@ -131,3 +164,19 @@ def drive(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[int]]
         core.check()
     assert not open_ids
     return tokens
+
+
+def finish(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[Event]]:
+    """Run all requests to whatever end; return the events of each, the last of which ends it."""
+    events: dict[str, list[Event]] = {request.request_id: [] for request in requests}
+    for event in (event for request in requests for event in core.add(request)):
+        events[event.request_id].append(event)
+    for _ in range(20_000):
+        if not core.has_work:
+            break
+        for event in core.step(load_timeout_s=5.0):
+            events[event.request_id].append(event)
+        core.check()
+    for own in events.values():
+        assert [e.finish_reason is not None for e in own] == [*[False] * (len(own) - 1), True]
+    return events

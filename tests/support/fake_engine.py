@@ -1,8 +1,10 @@
 """An engine without a model, for tests of what surrounds one.
 
 It answers a request with the prompt's own tokens, then the end token, one token per request and
-step of `step_s`. `reply` replaces the echo. It keeps the contract of `EngineHandle`: every request
-gets exactly one terminal event, a cancelled one on the next step.
+step of `step_s`. `reply` replaces the echo. A request that is pooled ends with an embedding of its
+own instead; one that asks for log probabilities of its prompt gets them first. It keeps the
+contract of `EngineHandle`: every request gets exactly one terminal event, a cancelled one on the
+next step.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from loraplex_scheduler.plan import (
     EndEvent,
     Event,
     FinishReason,
+    Pooling,
+    PromptEvent,
     Request,
     SampledToken,
+    StartTimes,
     TokenEvent,
     TokenLogprobs,
 )
@@ -25,6 +30,9 @@ from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.engine.messages import EngineInfo, EngineState, EngineStats, FreedMemory
 
 END_TOKEN = 0
+
+#: Of every request's first token or embedding.
+TIMES = StartTimes(queue_s=0.25, load_s=0.5, prefill_s=0.125)
 
 INFO = EngineInfo(
     max_model_len=256,
@@ -68,6 +76,8 @@ class FakeEngine:
         self.is_ending: Callable[[Request], bool] = lambda request: True
         #: Tokens of a prompt that were found in the prefix cache.
         self.num_cached: Callable[[Request], int] = lambda request: 0
+        #: Of each token of answers.
+        self.logprob_of: Callable[[Request, int], float] = lambda request, token_id: -0.5
         self.submitted: list[Request] = []
         self.cancelled: set[str] = set()
         self.ended: dict[str, FinishReason] = {}
@@ -75,6 +85,7 @@ class FakeEngine:
         #: What each discard frees.
         self.freed_memory = FreedMemory()
         self.kept: frozenset[str] = frozenset()
+        self.tokenizer = ""
         self.prefetched: list[AdapterManifest] = []
 
     @property
@@ -110,6 +121,9 @@ class FakeEngine:
     def keep_adapters(self, adapter_ids: frozenset[str]) -> None:
         self.kept = adapter_ids
 
+    def learn_tokens(self, tokenizer: str) -> None:
+        self.tokenizer = tokenizer
+
     def prefetch(self, manifest: AdapterManifest) -> None:
         self._check_ready()
         self.prefetched.append(manifest)
@@ -131,26 +145,57 @@ class FakeEngine:
             if event.finish_reason is not None:
                 return
 
-    def _events(self, request: Request) -> list[TokenEvent]:
+    def _events(self, request: Request) -> list[Event]:
+        if request.pooling is not None:
+            return [_embedded(request)]
+        events: list[Event] = [*self._prompt_events(request), *self._token_events(request)]
+        return events
+
+    def _prompt_events(self, request: Request) -> list[PromptEvent]:
+        """Return what the prompt's tokens get, in two parts, as of a prompt computed in chunks."""
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None:
+            return []
+        text = request.prompt_token_ids[request.num_virtual :]
+        logprobs = [one for t in text[1:] if (one := _logprobs(t, num_top)) is not None]
+        half = len(logprobs) // 2
+        parts = [tuple(logprobs[:half]), tuple(logprobs[half:])]
+        return [PromptEvent(request.request_id, part) for part in parts if part]
+
+    def _token_events(self, request: Request) -> list[TokenEvent]:
         token_ids = [*self.reply(request)]
         if not request.sampling.ignore_eos:
             token_ids.append(END_TOKEN)
         token_ids = (token_ids * request.sampling.max_tokens)[: request.sampling.max_tokens]
         events: list[TokenEvent] = []
         for num_sent, token_id in enumerate(token_ids, start=1):
-            token = SampledToken(token_id, self._logprobs(request, token_id))
+            logprob = self.logprob_of(request, token_id)
+            token = SampledToken(token_id, _logprobs(token_id, request.sampling.logprobs, logprob))
+            times = TIMES if num_sent == 1 else None
             num_cached = self.num_cached(request) if num_sent == 1 else 0
             reason = FinishReason.LENGTH if num_sent == request.sampling.max_tokens else None
             if token_id == END_TOKEN and not request.sampling.ignore_eos:
                 reason = FinishReason.STOP
-            events.append(TokenEvent(request.request_id, token, reason, num_cached))
+            events.append(TokenEvent(request.request_id, token, reason, num_cached, times))
             if reason is FinishReason.STOP:
                 break
         return events
 
-    def _logprobs(self, request: Request, token_id: int) -> TokenLogprobs | None:
-        num_top = request.sampling.logprobs
-        if num_top is None:
-            return None
-        top = [(token_id, -0.5), (1 + token_id % 2, float("-inf"))]
-        return TokenLogprobs(-0.5, tuple(top[:num_top]))
+
+def embedding_of(token_ids: Sequence[int], pooling: Pooling) -> tuple[float, ...]:
+    """Return what a prompt without virtual tokens is embedded as; length 4, not normalised."""
+    mean = sum(token_ids) / len(token_ids)
+    return (1.0, 2.0, float(token_ids[-1]), mean if pooling is Pooling.MEAN else 0.0)
+
+
+def _embedded(request: Request) -> EndEvent:
+    assert request.pooling is not None, "the request is to be continued"
+    embedding = embedding_of(request.prompt_token_ids[request.num_virtual :], request.pooling)
+    return EndEvent(request.request_id, FinishReason.STOP, embedding=embedding, times=TIMES)
+
+
+def _logprobs(token_id: int, num_top: int | None, logprob: float = -0.5) -> TokenLogprobs | None:
+    if num_top is None:
+        return None
+    top = [(token_id, logprob), (1 + token_id % 2, float("-inf"))]
+    return TokenLogprobs(logprob, tuple(top[:num_top]))

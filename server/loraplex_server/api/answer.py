@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex_scheduler.errors import RequestRefused
-from loraplex_scheduler.plan import FinishReason, SampledToken
+from loraplex_scheduler.plan import FinishReason, SampledToken, TokenLogprobs
 from loraplex_server.api.error_table import error_body
 from loraplex_server.api.errors import (
     AdapterDeleted,
@@ -27,8 +27,8 @@ from loraplex_server.api.errors import (
     RequestTimedOut,
     ServerStopping,
 )
-from loraplex_server.api.generation import Generation
 from loraplex_server.api.json_text import compact
+from loraplex_server.api.timings import Headers
 from loraplex_server.api.usage import Usage
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.text.assembler import TextDelta
@@ -36,6 +36,7 @@ from loraplex_server.text.assembler import TextDelta
 log = logging.getLogger(__name__)
 
 _USUAL_RETRY_S: Final = 1.0
+_MANY_SEQUENCES: Final = 16
 _STREAM_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -51,22 +52,30 @@ class Written:
     tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: str | int | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    embedding: tuple[float, ...] | None = None
 
     def add(self, delta: TextDelta) -> None:
         """Append what the delta brought."""
         self.text += delta.text
         self.tokens += delta.tokens
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.embedding = delta.embedding or self.embedding
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason.value
             self.stop_reason = delta.stop_reason
 
 
-class AnswerFormat(Protocol):
-    """Writes one kind of answer; made for one request."""
+class CompleteFormat(Protocol):
+    """Writes one kind of answer that is not streamed; made for one request."""
 
     def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
+        """Return the body of the answer."""
         ...
+
+
+class AnswerFormat(CompleteFormat, Protocol):
+    """Writes one kind of answer, complete or streamed; made for one request."""
 
     def stream_head(self) -> bytes:
         """Return the events before any text."""
@@ -90,6 +99,33 @@ class AnswerFormat(Protocol):
         ...
 
 
+class AnswerSource(Protocol):
+    """Where an answer's text comes from; see `Generation`, which is one."""
+
+    @property
+    def timeout_error(self) -> RequestTimedOut: ...
+
+    @property
+    def cancel_error(self) -> AdapterDeleted | None: ...
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def is_abandoned(self) -> bool: ...
+
+    def abandon(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def take(self) -> list[tuple[int, TextDelta]]: ...
+
+    def timing_headers(self, *, is_complete: bool) -> Headers: ...
+
+
 class OpenAIStreamEnd:
     """How OpenAI's streams end: part of an `AnswerFormat`."""
 
@@ -105,15 +141,23 @@ class GenerationAnswer(Response):
 
     def __init__(
         self,
-        generation: Generation,
-        answer_format: AnswerFormat,
+        generation: AnswerSource,
+        answer_format: CompleteFormat,
         *,
-        is_stream: bool,
+        stream_format: AnswerFormat | None = None,
         is_engine_ready: Callable[[], bool],
+        more_headers: Callable[[Usage], Headers] = lambda usage: [],
     ) -> None:
+        """Prepare an answer.
+
+        Args:
+            stream_format: of a stream, the same as `answer_format`; None for a complete answer.
+            more_headers: of a complete answer, beside its times.
+        """
         self._generation = generation
         self._format = answer_format
-        self._is_stream = is_stream
+        self._stream_format = stream_format
+        self._more_headers = more_headers
         self._is_engine_ready = is_engine_ready
         self.background = None
 
@@ -134,8 +178,8 @@ class GenerationAnswer(Response):
         self._raise_failure(first)
         if self._generation.is_abandoned:
             return
-        if self._is_stream:
-            await self._send_stream(first, send)
+        if self._stream_format is not None:
+            await self._send_stream(self._stream_format, first, send)
         else:
             await self._send_complete(first, send)
 
@@ -151,34 +195,49 @@ class GenerationAnswer(Response):
                 sequences[index].add(delta)
             deltas = await self._generation.take()
             self._raise_failure(deltas)
-        body = self._format.complete(sequences, self._generation.usage)
-        raw = compact(body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
+        usage = self._generation.usage
+        raw = await self._written(sequences, usage)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(raw)),
+            *self._generation.timing_headers(is_complete=True),
+            *self._more_headers(usage),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": raw})
 
-    async def _send_stream(self, deltas: list[tuple[int, TextDelta]], send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+    async def _written(self, sequences: list[Written], usage: Usage) -> bytes:
+        if len(sequences) <= _MANY_SEQUENCES:
+            return compact(self._format.complete(sequences, usage)).encode()
+        # Of many embeddings this takes long enough to be felt in every running stream.
+        body = await asyncio.to_thread(self._format.complete, sequences, usage)
+        return (await asyncio.to_thread(compact, body)).encode()
+
+    async def _send_stream(
+        self, answer_format: AnswerFormat, deltas: list[tuple[int, TextDelta]], send: Send
+    ) -> None:
+        headers = [*_STREAM_HEADERS, *self._generation.timing_headers(is_complete=False)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         chunk = b""
         try:
-            chunk = self._format.stream_head()
+            chunk = answer_format.stream_head()
             while deltas:
                 self._raise_failure(deltas)
-                chunk += b"".join([self._format.stream_delta(i, delta) for i, delta in deltas])
+                chunk += b"".join([answer_format.stream_delta(i, delta) for i, delta in deltas])
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = b""
                 deltas = await self._generation.take()
-            chunk = self._format.stream_tail(self._generation.usage)
+            chunk = answer_format.stream_tail(self._generation.usage)
         except _FAILURES as error:
-            chunk += self._format.stream_error(error)
+            chunk += answer_format.stream_error(error)
         except _ClientGone:
             raise
         except Exception as error:
             # The status is sent already: only an event can tell.
             log.error("a stream broke off", exc_info=error)
-            chunk += self._format.stream_error(error)
-        await send({"type": "http.response.body", "body": chunk + self._format.stream_end})
+            chunk += answer_format.stream_error(error)
+        await send({"type": "http.response.body", "body": chunk + answer_format.stream_end})
 
     def _raise_failure(self, deltas: list[tuple[int, TextDelta]]) -> None:
         """Raise what ended a sequence other than its own end, for the whole answer."""

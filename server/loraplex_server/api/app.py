@@ -16,6 +16,8 @@ from loraplex_server.api.adapters import adapters_router
 from loraplex_server.api.audit import audit_router
 from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
+from loraplex_server.api.dialogues import Dialogues
+from loraplex_server.api.embeddings import embeddings_router
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.error_table import install_error_handlers
@@ -23,17 +25,21 @@ from loraplex_server.api.foreign_adapters import ForeignAdapters
 from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
+from loraplex_server.api.job_maker import JobMaker
 from loraplex_server.api.keys import keys_router
 from loraplex_server.api.lorax_generate import lorax_router
+from loraplex_server.api.messages import messages_router
 from loraplex_server.api.model_names import ModelNames
 from loraplex_server.api.models import models_router
 from loraplex_server.api.ops import ops_router
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
+from loraplex_server.api.responses import responses_router
 from loraplex_server.api.services import Services
 from loraplex_server.api.sglang_adapters import sglang_adapters_router
 from loraplex_server.api.tenant_accounts import TenantAccounts
 from loraplex_server.api.tenant_desk import TenantDesk
+from loraplex_server.api.tokenize import tokenize_router
 from loraplex_server.api.upkeep import Upkeep
 from loraplex_server.api.uploads import AdapterUploads
 from loraplex_server.api.usage_report import usage_router
@@ -80,13 +86,20 @@ def create_app(services: Services) -> FastAPI:
         engine=services.engine,
         vocabulary=services.vocabulary,
         generations=generations,
+        jobs=JobMaker(services.engine, services.vocabulary),
         adapter_names=names,
         model_names=ModelNames(AdapterAccess(services.catalog), services.base_names),
         tenant_header=desk.header,
     )
     app.include_router(completions_router(front))
-    app.include_router(chat_router(front))
-    app.include_router(lorax_router(front))
+    config = services.config
+    dialogues = Dialogues(front, config.tool_parser, config.trust_request_chat_template)
+    app.include_router(chat_router(dialogues))
+    app.include_router(responses_router(dialogues))
+    app.include_router(messages_router(dialogues))
+    app.include_router(embeddings_router(front))
+    app.include_router(tokenize_router(dialogues))
+    app.include_router(lorax_router(dialogues, base_name))
     app.include_router(
         models_router(
             engine=services.engine,

@@ -100,6 +100,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     GenerationFailed: ErrorShape(500, _SERVER, "generation_failed"),
     text.ChatTemplateMissing: ErrorShape(400, _INVALID, "no_chat_template"),
     text.ChatTemplateFailed: ErrorShape(400, _INVALID, "chat_template_failed"),
+    text.InvalidGrammar: ErrorShape(400, _INVALID, "invalid_grammar"),
     text.InvalidText: ErrorShape(400, _INVALID, "invalid_text"),
     text.UnknownToken: ErrorShape(400, _INVALID, "unknown_token"),
     InvalidSampling: ErrorShape(400, _INVALID, "invalid_value"),
@@ -251,7 +252,9 @@ def _explain(problem: Mapping[str, Any], content_type: str | None) -> InvalidReq
     if kind == "json_invalid":
         reason = problem["ctx"]["error"]
         return InvalidRequest(f"the body is not valid JSON: {reason} at byte {location[-1]}")
-    param = str(problem.get("ctx", {}).get("param") or _path(location[1:]))
+    # A check of a whole object names one of its fields.
+    field = problem.get("ctx", {}).get("param")
+    param = _path([*location[1:], field] if field else location[1:])
     if not param:
         if kind == "missing":
             return InvalidRequest("the body is empty; send a JSON object")

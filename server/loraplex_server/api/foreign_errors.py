@@ -46,11 +46,31 @@ def _lorax(status: int, error: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return (422 if status == 400 else status), {"error": error["message"], "error_type": kind}
 
 
+_ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def _anthropic(status: int, error: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """`code` and `param` stay, for people; the type is all that clients read."""
+    usual = "api_error" if status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(status, usual)
+    return status, {"type": "error", "error": {**error, "type": kind}}
+
+
 _REWRITES: Final[Mapping[str, Rewrite]] = {
     "/v1/load_lora_adapter": _vllm,
     "/v1/unload_lora_adapter": _vllm,
     "/load_lora_adapter": _sglang,
     "/unload_lora_adapter": _sglang,
+    "/v1/messages": _anthropic,
+    "/v1/messages/count_tokens": _anthropic,
     "/generate": _lorax,
     "/generate_stream": _lorax,
 }

@@ -1,66 +1,35 @@
-"""What both generation endpoints do: find the model, encode, submit, and answer."""
+"""What all generation endpoints do: find who answers, make jobs, submit them, and answer."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import anyio
-import anyio.to_thread
 from starlette.requests import HTTPConnection
 
-from loraplex_server.adapters.defaults import AdapterDefaults
+from loraplex_scheduler.plan import Pooling
 from loraplex_server.api.adapter_names import AdapterNames
-from loraplex_server.api.answer import AnswerFormat, GenerationAnswer
-from loraplex_server.api.context_limit import ContextLimit
-from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.answer import AnswerFormat, AnswerSource, CompleteFormat, GenerationAnswer
+from loraplex_server.api.answer_grammar import GrammarWriter
+from loraplex_server.api.fan_out import FanOut, FanOutFormat
 from loraplex_server.api.generations import Generations
 from loraplex_server.api.job import Job, Terms
+from loraplex_server.api.job_maker import Demands, JobMaker, PromptWish, Wish
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
+from loraplex_server.api.news import News
 from loraplex_server.api.principals import namespace_of
-from loraplex_server.api.prompts import PromptEncoder
-from loraplex_server.api.request_defaults import default_len, fill_in
-from loraplex_server.api.sampling import base_sampling, text_options
-from loraplex_server.api.schemas import GenerationBody
+from loraplex_server.api.schemas import GenerationBody, RequestBody
 from loraplex_server.api.tenant_header import TenantHeader
+from loraplex_server.api.timings import Headers
+from loraplex_server.api.usage import Usage
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
-from loraplex_server.tenants.namespace import Namespace
-from loraplex_server.text.errors import ChatTemplateFailed
-from loraplex_server.text.time_limit import TookTooLong, run_within
 from loraplex_server.text.vocabulary import Vocabulary
 
-#: Texts longer than this are encoded in a thread: they would hold up every running stream.
-_LONG_TEXT_CHARS: Final = 8192
-#: For adapters' own chat templates, and encoding what they write.
-_TEMPLATE_S: Final = 5.0
-_MAX_TEMPLATES_AT_WORK: Final = 2
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What an endpoint makes of its own fields.
-
-    Attributes:
-        num_prompts: what `encode` will return.
-        num_chars: text to encode, to decide where.
-        encode: returns the prompts' token ids.
-        max_tokens: as requested; `default_tokens` if not, and as many as fit if neither is set.
-        grammar: of the answer, as `SamplingParams.grammar`; None where the body's own fields decide.
-    """
-
-    num_prompts: int
-    num_chars: int
-    encode: Callable[[PromptEncoder], list[list[int]]]
-    max_tokens: int | None
-    default_tokens: int | None
-    logprobs: int | None
-    is_chat: bool = False
-    grammar: str | None = None
+__all__ = ["Demands", "Front", "Wish", "new_id", "unix_time"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +39,11 @@ class Front:
     engine: EngineHandle
     vocabulary: Vocabulary
     generations: Generations
+    jobs: JobMaker
     adapter_names: AdapterNames
     model_names: ModelNames
     tenant_header: TenantHeader
-    template_threads: anyio.CapacityLimiter = field(
-        default_factory=lambda: anyio.CapacityLimiter(_MAX_TEMPLATES_AT_WORK)
-    )
+    grammars: GrammarWriter = field(default_factory=GrammarWriter)
 
     async def answer(
         self,
@@ -84,85 +52,115 @@ class Front:
         wish: Wish,
         job_id: str,
         make_format: Callable[[Job], AnswerFormat],
+        *,
+        more_headers: Callable[[Usage], Headers] = lambda usage: [],
     ) -> GenerationAnswer:
         """Submit the request and return its answer to be.
+
+        Args:
+            make_format: called for each model that answers.
+            more_headers: of a complete answer.
 
         Raises:
             ModelNotFound, ContextLengthExceeded, QueueFull, ...: see the error table.
         """
-        terms = Terms(
+        terms = self._terms(body, request)
+        wishes = body.model_wishes
+        num_sequences = len(wishes) * wish.num_prompts * body.num_samples
+        self.generations.check_room(terms.tenant, num_sequences)
+        if body.shape is not None:
+            wish = replace(wish, grammar=await self.grammars.write(body.shape))
+        formats = []
+
+        async def make_job(answerer: Answerer) -> Job:
+            job = await self.jobs.generation(body, terms, wish, job_id, answerer)
+            # At once, as what the format must know of the conversation is known of this model now.
+            formats.append(make_format(job))
+            return job
+
+        jobs, source = await self._start(request, wishes, make_job)
+        answer_format = formats[0] if body.models is None else FanOutFormat(jobs, formats)
+        return GenerationAnswer(
+            source,
+            answer_format,
+            stream_format=answer_format if body.stream else None,
+            is_engine_ready=self._is_engine_ready,
+            more_headers=more_headers,
+        )
+
+    async def embed(
+        self,
+        body: RequestBody,
+        request: HTTPConnection,
+        wish: PromptWish,
+        kind: Pooling,
+        make_format: Callable[[Job], CompleteFormat],
+    ) -> GenerationAnswer:
+        """Submit prompts to be pooled and return the answer to be; raises as `answer`."""
+        terms = self._terms(body, request)
+        self.generations.check_room(terms.tenant, wish.num_prompts)
+        job_id = new_id("embd")
+        [job], source = await self._start(
+            request,
+            [body.model_wish],
+            lambda answerer: self.jobs.pooling(body, terms, wish, job_id, answerer, kind),
+        )
+        return GenerationAnswer(source, make_format(job), is_engine_ready=self._is_engine_ready)
+
+    async def encode(
+        self, model_wish: ModelWish, wish: PromptWish, request: HTTPConnection
+    ) -> tuple[list[list[int]], int]:
+        """Return prompts of any length as their model would get them, and how many tokens fit it.
+
+        Raises:
+            ModelNotFound, ChatTemplateMissing, ...: see the error table.
+        """
+        answerer = await self._acquire(model_wish, request)
+        try:
+            prompts = await self.jobs.encode(None, wish, answerer.record)
+            return prompts, self.jobs.limit(answerer.record).num_tokens
+        finally:
+            await _release_all([answerer])
+
+    def _terms(self, body: RequestBody, request: HTTPConnection) -> Terms:
+        return Terms(
             tenant=self.tenant_header.account_of(request),
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
         )
-        self.generations.check_room(terms.tenant, wish.num_prompts * (body.n or 1))
-        answerer = await self._acquire(body.model_wish, namespace_of(request))
+
+    def _is_engine_ready(self) -> bool:
+        return self.engine.state is EngineState.READY
+
+    async def _start(
+        self,
+        request: HTTPConnection,
+        wishes: Sequence[ModelWish],
+        make_job: Callable[[Answerer], Awaitable[Job]],
+    ) -> tuple[list[Job], AnswerSource]:
+        """Submit one job for each of those who shall answer, all or none."""
+        answerers: list[Answerer] = []
         try:
-            job = await self._job(body, terms, wish, job_id, answerer)
-            generation = self.generations.start(job)
+            jobs = []
+            for wish in wishes:
+                answerers.append(await self._acquire(wish, request))
+                jobs.append(await _naming_whose(answerers[-1], make_job, len(wishes)))
+            news = News()
+            generations = self.generations.start(jobs, news)
         except BaseException:
-            if answerer.adapters:
-                await asyncio.to_thread(answerer.release)
+            await _release_all(answerers)
             raise
-        return GenerationAnswer(
-            generation,
-            make_format(job),
-            is_stream=bool(body.stream),
-            is_engine_ready=lambda: self.engine.state is EngineState.READY,
-        )
+        if len(generations) == 1:
+            return jobs, generations[0]
+        return jobs, FanOut(generations, news, self.generations.clock)
 
-    async def _job(
-        self, body: GenerationBody, terms: Terms, wish: Wish, job_id: str, answerer: Answerer
-    ) -> Job:
-        record = answerer.record
-        limit = ContextLimit.of(self.engine.info.max_model_len, record)
-        defaults = record.defaults if record else AdapterDefaults()
-        prompts = await self._encode(wish, limit, defaults)
-        max_tokens = limit.answer_len(
-            requested=wish.max_tokens,
-            default=default_len(body, defaults.generation, wish.default_tokens),
-            longest_prompt=max(len(prompt) for prompt in prompts),
-        )
-        body = fill_in(body, defaults.generation, max_tokens=max_tokens)
-        sampling = base_sampling(
-            body, self.vocabulary, max_tokens=max_tokens, logprobs=wish.logprobs
-        )
-        return Job(
-            job_id=job_id,
-            model=answerer.name,
-            prompts=tuple(map(tuple, prompts)),
-            n=body.n or 1,
-            sampling=sampling,
-            text=text_options(body),
-            adapters=answerer.adapters,
-            terms=terms,
-        )
-
-    async def _encode(
-        self, wish: Wish, limit: ContextLimit, defaults: AdapterDefaults
-    ) -> list[list[int]]:
-        encoder = PromptEncoder(self.vocabulary, limit, defaults)
-        num_chars = wish.num_chars + len(defaults.system_prompt or "")
-        if defaults.chat_template is not None and wish.is_chat:
-            # A program of whoever registered it: it may take neither our threads nor for ever.
-            prompts = await anyio.to_thread.run_sync(
-                _encode_by_template, wish, encoder, limiter=self.template_threads
-            )
-        elif num_chars > _LONG_TEXT_CHARS:
-            prompts = await asyncio.to_thread(wish.encode, encoder)
-        else:
-            prompts = wish.encode(encoder)
-        if not all(prompts):
-            raise InvalidRequest("a prompt must have at least one token", param="prompt")
-        return prompts
-
-    async def _acquire(self, wish: ModelWish, namespace: Namespace) -> Answerer:
+    async def _acquire(self, wish: ModelWish, request: HTTPConnection) -> Answerer:
         """Resolve who answers, once for the whole request."""
         if (base := self.model_names.base(wish)) is not None:
             return base
         acquiring = asyncio.ensure_future(
-            asyncio.to_thread(self.model_names.acquire, wish, namespace)
+            asyncio.to_thread(self.model_names.acquire, wish, namespace_of(request))
         )
         try:
             answerer = await asyncio.shield(acquiring)
@@ -176,13 +174,22 @@ class Front:
         return answerer
 
 
-def _encode_by_template(wish: Wish, encoder: PromptEncoder) -> list[list[int]]:
+async def _naming_whose(
+    answerer: Answerer, make_job: Callable[[Answerer], Awaitable[Job]], num_models: int
+) -> Job:
+    """Return the job; where several models were asked, an error says whose it is."""
     try:
-        return run_within(_TEMPLATE_S, lambda: wish.encode(encoder))
-    except TookTooLong as error:
-        raise ChatTemplateFailed(
-            f"the adapter's chat template was stopped: {error}", param="messages"
-        ) from error
+        return await make_job(answerer)
+    except Exception as error:
+        if num_models > 1:
+            error.args = (f"`{answerer.name}`: {error}", *error.args[1:])
+        raise
+
+
+async def _release_all(answerers: Sequence[Answerer]) -> None:
+    for answerer in answerers:
+        if answerer.adapters:
+            await asyncio.to_thread(answerer.release)
 
 
 def _release(acquiring: asyncio.Future[Answerer]) -> None:
@@ -190,9 +197,12 @@ def _release(acquiring: asyncio.Future[Answerer]) -> None:
         acquiring.result().release()
 
 
-def new_id(prefix: str) -> str:
-    """Return a fresh id such as `cmpl-5f0c...`."""
-    return f"{prefix}-{secrets.token_hex(16)}"
+def new_id(prefix: str, wanted: str | None = None) -> str:
+    """Return the id of an answer, such as `cmpl-5f0c...`, with the client's own word if it has one.
+
+    Nothing relies on its being unique.
+    """
+    return f"{prefix}-{wanted or secrets.token_hex(16)}"
 
 
 def unix_time() -> int:

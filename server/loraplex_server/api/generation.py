@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
 from loraplex_scheduler.plan import Event, FinishReason, Request
 from loraplex_server.api.errors import AdapterDeleted, Overloaded, RequestTimedOut
 from loraplex_server.api.job import Job
+from loraplex_server.api.news import News
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.tenant_accounts import TenantBill
+from loraplex_server.api.timings import Headers, SequenceTimes, Timings
 from loraplex_server.api.usage import Usage, make_usage
 from loraplex_server.engine.handle import EngineHandle, Submission
 from loraplex_server.text.assembler import TextAssembler, TextDelta
@@ -34,12 +35,17 @@ class Generation:
         assemblers: list[TextAssembler],
         *,
         timeout_error: RequestTimedOut,
+        news: News,
         bill: TenantBill,
         metrics: RequestMetrics,
         clock: Callable[[], float],
         on_end: Callable[[Generation], None],
     ) -> None:
-        """Prepare; `on_end` is called once, when the engine has ended the last sequence."""
+        """Prepare; `on_end` is called once, when the engine has ended the last sequence.
+
+        Args:
+            news: told of every event; whoever waits for several generations gives them one.
+        """
         self.timeout_error = timeout_error
         self.cancel_error: AdapterDeleted | None = None
         self.job = job
@@ -53,17 +59,24 @@ class Generation:
         self._clock = clock
         self._on_end = on_end
         self._arrival_s = requests[0].arrival_s
-        self._last_token_s = [0.0] * len(requests)
+        self._times = [SequenceTimes() for _ in requests]
         self._num_running = len(requests)
         self._unfinished = set(range(len(requests)))
         self._pending: list[Event] = []
-        self._news: asyncio.Future[None] | None = None
+        self._news = news
         self._is_rejected = False
         self._is_abandoned = False
 
     def submit(self, engine: EngineHandle) -> None:
         """Hand the requests over, once; raises EngineUnavailable."""
         self._submission = engine.submit(self._requests, self._receive)
+
+    def withdraw(self) -> None:
+        """Undo what was done so far, as another part of the same answer cannot start."""
+        if self._submission is None:
+            self._bill.close()
+        else:
+            self.close()
 
     @property
     def num_sequences(self) -> int:
@@ -72,12 +85,28 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """What the answer has cost so far."""
+        num_generated = sum(assembler.num_tokens for assembler in self._assemblers)
         return make_usage(
             num_prompt=self.job.num_prompt_tokens,
-            num_generated=sum(assembler.num_tokens for assembler in self._assemblers),
+            num_generated=0 if self.job.is_prompt_only else num_generated,
             # Of each prompt's first sample: the others find in the cache what that one computed.
             num_cached=sum(a.num_cached for a in self._assemblers[:: self.job.n]),
+            metrics=self.timings.metrics(self._clock()),
         )
+
+    @property
+    def timings(self) -> Timings:
+        """When its tokens came, so far."""
+        return Timings(self._arrival_s, tuple(self._times))
+
+    def timing_headers(self, *, is_complete: bool) -> Headers:
+        """Return the times as headers; see `Timings.headers`."""
+        return self.timings.headers(self._clock(), is_complete=is_complete)
+
+    @property
+    def is_finished(self) -> bool:
+        """All of its text was taken."""
+        return not self._unfinished
 
     @property
     def is_abandoned(self) -> bool:
@@ -104,11 +133,9 @@ class Generation:
     async def take(self) -> list[tuple[int, TextDelta]]:
         """Wait for news and return it by sequence index; empty when all have finished."""
         while self._unfinished:
-            if not self._pending:
-                self._news = asyncio.get_running_loop().create_future()
-                await self._news
-            if deltas := self._assemble():
+            if deltas := self.take_ready():
                 return deltas
+            await self._news.wait()
         return []
 
     def _receive(self, event: Event) -> None:
@@ -117,8 +144,7 @@ class Generation:
         self._pending.append(event)
         if event.finish_reason is not None:
             self._receive_end(event.finish_reason)
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        self._news.tell()
 
     def _receive_end(self, reason: FinishReason) -> None:
         if reason is FinishReason.REJECTED and not self._is_rejected:
@@ -133,7 +159,8 @@ class Generation:
         if self._submission is not None and self._num_running:
             self._submission.cancel(request_ids)
 
-    def _assemble(self) -> list[tuple[int, TextDelta]]:
+    def take_ready(self) -> list[tuple[int, TextDelta]]:
+        """Return what is there by sequence index, without waiting for more."""
         events, self._pending = self._pending, []
         now = self._clock()
         deltas, to_cancel = [], []
@@ -159,13 +186,17 @@ class Generation:
         return grouped.items()
 
     def _measure(self, index: int, delta: TextDelta, now: float) -> None:
+        times = self._times[index]
+        if delta.times is not None:
+            times.start, times.first_s, times.last_s = delta.times, now, now
         if delta.tokens:
-            last_s = self._last_token_s[index]
-            if last_s:
-                self._metrics.next_tokens(now - last_s)
+            if times.num_tokens:
+                self._metrics.next_tokens(now - times.last_s)
             else:
                 self._metrics.first_token(now - self._arrival_s)
-            self._last_token_s[index] = now
+                times.first_s = now
+            times.last_s = now
+            times.num_tokens += len(delta.tokens)
         if delta.finish_reason is not None:
             self._unfinished.discard(index)
             self._finish(index, delta.finish_reason, now)

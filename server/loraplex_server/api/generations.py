@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from loraplex_scheduler.plan import Request
@@ -24,9 +25,10 @@ from loraplex_server.api.errors import (
 )
 from loraplex_server.api.generation import Generation
 from loraplex_server.api.job import Job
+from loraplex_server.api.news import News
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
-from loraplex_server.api.tenant_accounts import TenantAccounts
+from loraplex_server.api.tenant_accounts import TenantAccounts, TenantBill
 from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.text.assembler import TextAssembler
@@ -74,6 +76,12 @@ class Generations:
         self._live: set[Generation] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._num_live = 0
+        self._serials = itertools.count()
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock of all times here, in seconds."""
+        return self._clock
 
     @property
     def num_live(self) -> int:
@@ -96,35 +104,56 @@ class Generations:
                 )
             self._tenants.check_room(tenant, num_sequences)
 
-    def start(self, job: Job) -> Generation:
-        """Hand the job to the engine; from now on the generation owns the job's leases.
+    def start(self, jobs: Sequence[Job], news: News) -> list[Generation]:
+        """Hand jobs of one tenant to the engine, all of them or none.
+
+        From now on each generation owns its job's leases.
+
+        Args:
+            news: told of the events of all of them.
 
         Raises:
             Overloaded, EngineUnavailable: and the leases are still the caller's.
             InvalidRequest, QuotaTooSmall: it asks for more than could ever be admitted.
         """
-        self.check_room(job.terms.tenant, job.num_sequences)
+        self.check_room(jobs[0].terms.tenant, sum(job.num_sequences for job in jobs))
         with self._counted_rejections():
-            bill = self._tenants.open(job)
-        requests = self._requests(job, self._clock())
-        generation = Generation(
+            bills = self._open_bills(jobs)
+        now = self._clock()
+        pairs = zip(jobs, bills, strict=True)
+        generations = [self._generation(job, bill, news, now) for job, bill in pairs]
+        try:
+            for generation in generations:
+                generation.submit(self._engine)
+                self._num_live += generation.num_sequences
+                self._live.add(generation)
+        except BaseException:
+            for generation in generations:
+                generation.withdraw()
+            raise
+        return generations
+
+    def _open_bills(self, jobs: Sequence[Job]) -> list[TenantBill]:
+        with contextlib.ExitStack() as opened:
+            bills = []
+            for job in jobs:
+                bills.append(self._tenants.open(job))
+                opened.callback(bills[-1].close)
+            opened.pop_all()
+        return bills
+
+    def _generation(self, job: Job, bill: TenantBill, news: News, now: float) -> Generation:
+        return Generation(
             job,
-            requests,
+            self._requests(job, now),
             self._assemblers(job),
             timeout_error=self._timeout_error(job),
+            news=news,
             bill=bill,
             metrics=self._metrics,
             clock=self._clock,
             on_end=self._end,
         )
-        try:
-            generation.submit(self._engine)
-        except BaseException:
-            bill.close()
-            raise
-        self._num_live += job.num_sequences
-        self._live.add(generation)
-        return generation
 
     def cancel_users(self, name: str, adapter_ids: Collection[str]) -> None:
         """End whatever runs on these adapters by this name, as it was deleted."""
@@ -157,9 +186,11 @@ class Generations:
         (manifest, weight), *more = job.weighted_manifests or ((None, 1.0),)
         vocab_size = len(self._vocabulary)
         prompts = [adapt_prompt(manifest, prompt, vocab_size) for prompt in job.prompts]
+        # Clients may choose a job's id, and the parts of one answer share it.
+        stem = f"{job.job_id}-{next(self._serials)}"
         return tuple(
             Request(
-                request_id=f"{job.job_id}-{index}",
+                request_id=f"{stem}-{index}",
                 prompt_token_ids=prompts[index // job.n].token_ids,
                 sampling=sequence_sampling(job.sampling, index),
                 adapter=prompts[index // job.n].adapter,
@@ -172,6 +203,7 @@ class Generations:
                 num_virtual=prompts[index // job.n].num_virtual,
                 adapter_weight=weight,
                 more_adapters=tuple(more),
+                pooling=job.pooling,
             )
             for index in range(job.num_sequences)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex_memory.adapter_manifest import AdapterManifest
+from loraplex_scheduler.plan import Pooling
 from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.text.assembler import TextOptions
@@ -44,6 +45,9 @@ class Job:
     Attributes:
         model: what the answer calls who gave it.
         adapters: none is the base model; what several add is added up.
+        pooling: nothing is generated: each prompt becomes an embedding.
+        is_prompt_only: the one token of each answer is computed for the sake of its prompt's log
+            probabilities, and nobody gets it.
     """
 
     job_id: str
@@ -54,6 +58,8 @@ class Job:
     text: TextOptions
     adapters: tuple[WeightedAdapter, ...]
     terms: Terms
+    pooling: Pooling | None = None
+    is_prompt_only: bool = False
 
     @property
     def weighted_manifests(self) -> tuple[tuple[AdapterManifest, float], ...]:
@@ -78,4 +84,6 @@ class Job:
     @property
     def max_tokens(self) -> int:
         """Tokens that the job can cost at most, prompts included."""
+        if self.pooling is not None:
+            return self.num_prompt_tokens
         return self.num_prompt_tokens + self.num_sequences * self.sampling.max_tokens

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
+from pydantic import ValidationError
 from starlette.responses import Response
 
-from loraplex_scheduler.plan import SampledToken
-from loraplex_server.api.answer import Written
+from loraplex_server.api.chat_schemas import ChatBody
+from loraplex_server.api.completion_schemas import CompletionBody
 from loraplex_server.api.completions import completion_wish
-from loraplex_server.api.error_table import error_body, shape_of
-from loraplex_server.api.foreign_errors import foreign_error
-from loraplex_server.api.front import Front, new_id
+from loraplex_server.api.dialogues import Dialogues
+from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.front import Wish, new_id
 from loraplex_server.api.job import Job
-from loraplex_server.api.json_text import compact
-from loraplex_server.api.logprobs import shown_logprob
+from loraplex_server.api.lorax_format import LoraxFormat
 from loraplex_server.api.lorax_schemas import LoraxBody
+from loraplex_server.api.timings import Headers
 from loraplex_server.api.usage import Usage
-from loraplex_server.text.assembler import TextDelta
-from loraplex_server.text.vocabulary import Vocabulary
 
-_PATH: Final = "/generate"
+LORAX_PATH: Final = "/generate"
 
 
-def lorax_router(front: Front) -> APIRouter:
-    """Return the endpoints."""
+def lorax_router(dialogues: Dialogues, base_name: str) -> APIRouter:
+    """Return the endpoints.
+
+    Args:
+        base_name: what answers call the base model.
+    """
     router = APIRouter(tags=["LoRAX"])
+    front = dialogues.front
+
+    def wish_of(body: LoraxBody, completion: CompletionBody, num_top: int | None) -> Wish:
+        wish = completion_wish(completion, default_tokens=None, logprobs=num_top)
+        if not body.parameters.apply_chat_template:
+            return wish
+        chat = dialogues.begin(_conversation(body.inputs)).wish()
+        return replace(wish, encode=chat.encode, num_chars=chat.num_chars, is_chat=True)
 
     async def answer(body: LoraxBody, request: Request, *, is_stream: bool) -> Response:
         completion = body.as_completion(is_stream=is_stream)
         has_details = is_stream or bool(body.parameters.details)
+        num_top = (body.parameters.return_k_alternatives or 0) if has_details else None
+        jobs: list[Job] = []
+
+        def make_format(job: Job) -> LoraxFormat:
+            jobs.append(job)
+            return LoraxFormat(job, body, front.vocabulary, has_details=has_details)
+
         return await front.answer(
             completion,
             request,
-            completion_wish(completion, default_tokens=None, logprobs=0 if has_details else None),
+            wish_of(body, completion, num_top),
             new_id("gen"),
-            lambda job: LoraxFormat(job, front.vocabulary, has_details=has_details),
+            make_format,
+            more_headers=lambda usage: _headers(body, jobs[0], base_name, usage),
         )
 
-    @router.post(_PATH, response_model=None)
+    @router.post(LORAX_PATH, response_model=None)
     async def generate(body: LoraxBody, request: Request) -> Response:
         """Continue `inputs`, by `parameters.adapter_id` or the base model."""
         return await answer(body, request, is_stream=False)
@@ -52,78 +73,44 @@ def lorax_router(front: Front) -> APIRouter:
     return router
 
 
-class LoraxFormat:
-    """Implements `AnswerFormat` in LoRAX's shapes; of one sequence."""
+def _conversation(inputs: str) -> ChatBody:
+    """Return `inputs` as a conversation: messages in JSON as LoRAX's are, or what a user says."""
+    messages = _messages(inputs) or [{"role": "user", "content": inputs}]
+    try:
+        return ChatBody.model_validate({"model": "", "adapter_id": "", "messages": messages})
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"])
+        raise InvalidRequest(f"`inputs`: not a conversation: {reason}", param="inputs") from error
 
-    stream_end: Final = b""
 
-    def __init__(self, job: Job, vocabulary: Vocabulary, *, has_details: bool) -> None:
-        self._job = job
-        self._vocabulary = vocabulary
-        self._has_details = has_details
-        self._written = Written()
+def _messages(inputs: str) -> list[dict[str, Any]] | None:
+    try:
+        given = json.loads(inputs)
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(given, list) and all(isinstance(item, dict) for item in given)
+    return given if is_list else None
 
-    def complete(self, sequences: list[Written], usage: Usage) -> dict[str, Any]:
-        """See `AnswerFormat`."""
-        written = sequences[0]
-        body: dict[str, Any] = {"generated_text": written.text}
-        if self._has_details:
-            tokens = [self._token(token, self._text(token)) for token in written.tokens]
-            body["details"] = {**self._details(written), "prefill": [], "tokens": tokens}
-        return body
 
-    def stream_head(self) -> bytes:
-        """See `AnswerFormat`."""
-        return b""
-
-    def stream_delta(self, index: int, delta: TextDelta) -> bytes:
-        """See `AnswerFormat`: the texts of all events together are the text, as clients join them.
-
-        Text that was held back comes with the token that let it go, and the others' is empty.
-        """
-        self._written.add(delta)
-        events = []
-        for position, token in enumerate(delta.tokens, start=1):
-            is_last = position == len(delta.tokens)
-            is_end = is_last and delta.finish_reason is not None
-            event = {
-                "token": self._token(token, delta.text if is_last else ""),
-                "generated_text": self._written.text if is_end else None,
-                "details": self._details(self._written) if is_end else None,
-            }
-            events.append(b"data:" + compact(event).encode() + b"\n\n")
-        return b"".join(events)
-
-    def stream_tail(self, usage: Usage) -> bytes:
-        """See `AnswerFormat`."""
-        return b""
-
-    def stream_error(self, error: Exception) -> bytes:
-        """See `AnswerFormat`."""
-        status = shape_of(type(error)).status
-        _, body = foreign_error(_PATH, status, error_body(error)["error"])
-        return b"data:" + compact(body).encode() + b"\n\n"
-
-    def _details(self, written: Written) -> dict[str, Any]:
-        sampling = self._job.sampling
-        reason = "length"
-        if written.finish_reason == "stop":
-            reason = "eos_token" if written.stop_reason is None else "stop_sequence"
-        return {
-            "finish_reason": reason,
-            "prompt_tokens": self._job.num_prompt_tokens,
-            "generated_tokens": len(written.tokens),
-            "seed": None if sampling.is_greedy else sampling.seed,
-        }
-
-    def _token(self, token: SampledToken, text: str) -> dict[str, Any]:
-        assert token.logprobs is not None, "the engine reports what the sampling asked for"
-        return {
-            "id": token.token_id,
-            "text": text,
-            "logprob": shown_logprob(token.logprobs.logprob),
-            "special": token.token_id in self._vocabulary.special_ids,
-        }
-
-    def _text(self, token: SampledToken) -> str:
-        return self._vocabulary.token_bytes(token.token_id).decode("utf-8", "replace")
+def _headers(body: LoraxBody, job: Job, base_name: str, usage: Usage) -> Headers:
+    """Return LoRAX's headers of a complete answer; times in milliseconds but the first."""
+    metrics = usage.metrics
+    total_ms, queue_ms = metrics.get("total_time_ms", 0.0), metrics.get("queue_time_ms") or 0.0
+    inference_ms = max(0.0, total_ms - queue_ms)
+    num_generated = usage["completion_tokens"]
+    shown = {
+        "x-compute-time": f"{total_ms / 1000:g}",
+        "x-compute-characters": len(body.inputs),
+        "x-total-time": round(total_ms),
+        "x-queue-time": round(queue_ms),
+        "x-inference-time": round(inference_ms),
+        "x-time-per-token": round(inference_ms / max(1, num_generated)),
+        "x-time-to-first-token": round(metrics.get("time_to_first_token_ms", 0.0)),
+        "x-prompt-tokens": usage["prompt_tokens"],
+        "x-generated-tokens": num_generated,
+        "x-total-tokens": usage["total_tokens"],
+        "x-model-id": base_name,
+    }
+    if job.adapters:
+        shown["x-adapter-id"] = job.model
+    return [(name.encode(), str(value).encode("ascii", "replace")) for name, value in shown.items()]

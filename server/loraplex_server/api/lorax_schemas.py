@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from loraplex_server.api.answer_shape import Schema
 from loraplex_server.api.completion_schemas import CompletionBody
-from loraplex_server.api.schemas import StrictBody, check_stop
+from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.schemas import MAX_SAMPLES, check_stop
+from loraplex_server.api.strict_body import StrictBody, invalid
 
 #: Of LoRAX's parameters, by what they are called in completions.
 _SAME_MEANING: Final[Mapping[str, str]] = {
@@ -20,7 +23,22 @@ _SAME_MEANING: Final[Mapping[str, str]] = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
+    "best_of": "best_of",
+    "truncate": "truncate_prompt_tokens",
 }
+
+
+class LoraxResponseFormat(StrictBody):
+    """LoRAX's `response_format`: JSON, by a schema if there is one."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Schema | None = Field(default=None, alias="schema")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> LoraxResponseFormat:
+        if self.type == "text" and self.schema_ is not None:
+            raise invalid("goes with the type `json_object`", "schema")
+        return self
 
 
 class LoraxParameters(StrictBody):
@@ -29,15 +47,7 @@ class LoraxParameters(StrictBody):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "adapter_source": (),
         "api_token": (),
-        "apply_chat_template": (False,),
-        "best_of": (1,),
-        "decoder_input_details": (False,),
         "merged_adapters": (),
-        "response_format": (),
-        "return_full_text": (False,),
-        "return_k_alternatives": (),
-        "schema": (),
-        "truncate": (),
         "typical_p": (1.0,),
         "watermark": (False,),
     }
@@ -53,6 +63,33 @@ class LoraxParameters(StrictBody):
     stop: Annotated[list[str], BeforeValidator(check_stop)] = Field(default_factory=list)
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: Annotated[int, Field(ge=1, le=20)] | None = None
+    return_full_text: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    truncate: Annotated[int, Field(ge=1)] | None = None
+    apply_chat_template: bool | None = None
+    response_format: LoraxResponseFormat | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> LoraxParameters:
+        if (self.best_of or 1) > 1 and not self.is_sampled:
+            raise invalid("needs `do_sample`: greedy answers are all alike", "best_of")
+        if self.schema_ is not None and self.response_format is not None:
+            raise invalid("not together with `response_format`", "schema")
+        return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the answer must look like, as a field of completions."""
+        form = self.response_format
+        schema = self.schema_ if form is None else form.schema_
+        if schema is not None:
+            return {"guided_json": schema}
+        if form is not None and form.type != "text":
+            return {"response_format": {"type": "json_object"}}
+        return {}
 
     @property
     def is_sampled(self) -> bool:
@@ -68,8 +105,13 @@ class LoraxBody(StrictBody):
     parameters: LoraxParameters = LoraxParameters()
 
     def as_completion(self, *, is_stream: bool) -> CompletionBody:
-        """Return the same wish; fields that were not given are not given there either."""
+        """Return the same wish; fields that were not given are not given there either.
+
+        Raises:
+            InvalidRequest: a parameter asks for what this kind of answer does not have.
+        """
         parameters = self.parameters
+        _check_details(parameters, is_stream=is_stream)
         fields: dict[str, Any] = {
             _SAME_MEANING[name]: getattr(parameters, name)
             for name in parameters.model_fields_set & _SAME_MEANING.keys()
@@ -80,7 +122,25 @@ class LoraxBody(StrictBody):
         return CompletionBody(
             adapter_id=parameters.adapter_id or "",
             prompt=[self.inputs],
+            prompt_logprobs=0 if parameters.decoder_input_details and not is_stream else None,
+            **parameters.shape,
             include_stop_str_in_output=True,  # where a text ends by one, LoRAX shows it
             stream=is_stream,
             **fields,
         )
+
+
+def _check_details(parameters: LoraxParameters, *, is_stream: bool) -> None:
+    if is_stream:
+        refused = [
+            ("decoder_input_details", parameters.decoder_input_details),
+            ("return_full_text", parameters.return_full_text),
+            ("best_of", (parameters.best_of or 1) > 1),
+        ]
+        for name, is_given in refused:
+            if is_given:
+                raise InvalidRequest(f"`{name}`: a stream cannot have it", param=name)
+    elif not parameters.details:
+        for name in ("decoder_input_details", "return_k_alternatives"):
+            if getattr(parameters, name):
+                raise InvalidRequest(f"`{name}`: needs `details`, which show it", param=name)

@@ -172,7 +172,7 @@ class ModelNames:
         model is a prefix: other names with a colon are just names.
         """
         yield naming.name
-        if naming.param != "model":
+        if not naming.param.startswith("model"):  # nor one of `models`
             return
         prefixes = [f"{base}:" for base in self._base_names if naming.name.startswith(f"{base}:")]
         for prefix in sorted(prefixes, key=len, reverse=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from loraplex_scheduler.sampling import SamplingParams
@@ -17,9 +18,19 @@ _SEED_MASK: Final = 2**64 - 1
 
 
 def base_sampling(
-    body: GenerationBody, vocabulary: Vocabulary, *, max_tokens: int, logprobs: int | None
+    body: GenerationBody,
+    vocabulary: Vocabulary,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """Return what all sequences of a request share; its seed is the request's, or a random one.
+
+    Args:
+        max_tokens, logprobs, prompt_logprobs, grammar: as of `SamplingParams`; endpoints have
+            their own ways of saying them.
 
     Raises:
         InvalidSampling, UnknownToken: naming the field.
@@ -27,6 +38,8 @@ def base_sampling(
     stop_token_ids = body.stop_token_ids or []
     vocabulary.check(stop_token_ids, param="stop_token_ids")
     vocabulary.check(list(body.logit_bias), param="logit_bias")
+    allowed = body.allowed_token_ids
+    vocabulary.check(allowed or [], param="allowed_token_ids")
     seed = secrets.randbits(64) if body.seed is None else body.seed & _SEED_MASK
     top_k = body.top_k if body.top_k not in (None, -1) else 0  # -1 is vLLM's "off"
     return SamplingParams(
@@ -44,7 +57,21 @@ def base_sampling(
         ignore_eos=bool(body.ignore_eos),
         min_tokens=body.min_tokens or 0,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        allowed_token_ids=None if allowed is None else frozenset(allowed),
+        bad_words=_bad_words(body.bad_words or [], vocabulary),
+        grammar=grammar,
     )
+
+
+def _bad_words(words: Sequence[str], vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
+    """Return the token sequences of words, each as a text begins with it and after a space.
+
+    As in vLLM. Other ways of cutting a word into tokens are rare, and not found.
+    """
+    spellings = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
+    encoded = (tuple(vocabulary.encode(text, add_special_tokens=False)) for text in spellings)
+    return tuple(dict.fromkeys(filter(None, encoded)))
 
 
 def text_options(body: GenerationBody) -> TextOptions:

@@ -1,95 +1,61 @@
 """What the JSON bodies of all generation endpoints have in common, as pydantic checks it.
 
-Types are strict, unknown fields are refused by name, and a field of OpenAI's or vLLM's API that is
-not implemented is refused unless it has a value that asks for nothing (`_NO_OP`): nothing is ever
-accepted and ignored.
+A field of OpenAI's or vLLM's API that is not implemented is refused unless it has a value that asks
+for nothing (`UNSUPPORTED`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, LiteralString
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from loraplex_server.api.answer_shape import ShapeFields
+from loraplex_server.api.model_fields import ModelFields, ModelName
 from loraplex_server.api.model_names import ModelWish, Naming
-from loraplex_server.text.errors import InvalidText
-from loraplex_server.text.vocabulary import check_text
+from loraplex_server.api.strict_body import StrictBody, check_unicode, invalid
 
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
-#: Each costs another pass over the linears.
-MAX_MIXED: Final = 8
+MAX_BAD_WORDS: Final = 128
+#: Models that one request may be sent to.
+MAX_MODELS: Final = 16
 #: Room for a Unix time, which some clients order their requests by.
 MAX_PRIORITY: Final = 2**53 - 1
 
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "cache_salt": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": (),
     "length_penalty": (1.0,),
-    "metadata": (),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
+    "logprob_token_ids": ([],),
+    "metadata": ({},),
+    "repetition_detection": (),
+    "return_weight_versions": (False,),
     "service_tier": ("auto", "default"),
+    "session_id": (),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
 }
-
-
-def invalid(message: LiteralString, param: str | None = None) -> PydanticCustomError:
-    return PydanticCustomError("invalid", message, {"param": param} if param else None)
-
-
-class StrictBody(BaseModel):
-    """Strict types, no unknown fields, no-op values of unsupported ones."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_no_ops(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name not in cls.unsupported:
-                kept[name] = value
-            elif value is not None and value not in cls.unsupported[name]:
-                raise PydanticCustomError(
-                    "unsupported", "this server does not support it", {"param": name}
-                )
-        return kept
 
 
 class StreamOptions(StrictBody):
     """What a stream carries besides the text."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "continuous_usage_stats": (False,),
-        "include_obfuscation": (False,),
+        # Padding against guessing texts from the sizes of packets: OpenAI's, and never sent here.
+        "include_obfuscation": (True, False),
     }
 
     include_usage: bool | None = None
-
-
-def check_unicode(value: str) -> str:
-    try:
-        check_text(value)
-    except InvalidText as error:
-        raise ValueError(str(error)) from None
-    return value
+    continuous_usage_stats: bool | None = None
 
 
 def check_stop(value: Any) -> Any:
@@ -106,14 +72,6 @@ def check_stop(value: Any) -> Any:
     return stops
 
 
-def _check_lora_path(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if len(value) != 1:
-        raise invalid("must be one name, or a list of one: all prompts have the same adapter")
-    return value[0]
-
-
 def _check_logit_bias(value: Any) -> Any:
     if value is None:
         return {}
@@ -127,28 +85,42 @@ def _check_logit_bias(value: Any) -> Any:
     return biases
 
 
-#: More would only overflow what is computed.
-Weight = Annotated[float, Field(ge=-100, le=100)]
+def _check_bad_word(value: str) -> str:
+    if not value.strip() or len(value) > MAX_STOP_CHARS:
+        raise invalid(f"a bad word has 1 to {MAX_STOP_CHARS} characters, not only spaces")
+    return check_unicode(value)
 
 
-class WeightedName(StrictBody):
-    """One adapter of a mixture, and the factor on all that it adds."""
+class RequestBody(ModelFields):
+    """The fields that all requests share which the engine computes; None is the default of each."""
 
-    name: Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
-    weight: Weight = 1.0
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    user: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    ttft_slo_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> RequestBody:
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("must be at least 1, or -1 for as many as fit", "truncate_prompt_tokens")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise invalid("only allowed with `truncate_prompt_tokens`", "truncation_side")
+        return self
 
 
-class GenerationBody(StrictBody):
+class GenerationBody(RequestBody, ShapeFields):
     """The fields that completions and chat completions share; None is the default of each."""
 
-    model: Annotated[str, AfterValidator(check_unicode)] | None = None
-    adapter_id: Annotated[str, AfterValidator(check_unicode)] | None = None
-    lora_path: Annotated[
-        Annotated[str, AfterValidator(check_unicode)] | None,
-        BeforeValidator(_check_lora_path, json_schema_input_type=str | list[str | None] | None),
-    ] = None
-    adapter_scale: Weight | None = None
-    adapters: Annotated[list[WeightedName], Field(min_length=1, max_length=MAX_MIXED)] | None = None
+    models: (
+        Annotated[
+            list[Annotated[ModelName, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_MODELS),
+        ]
+        | None
+    ) = None
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: float | None = None
@@ -161,6 +133,13 @@ class GenerationBody(StrictBody):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_check_logit_bias)] = Field(
         default_factory=dict
     )
+    allowed_token_ids: Annotated[list[int], Field(min_length=1)] | None = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, AfterValidator(_check_bad_word)]], Field(max_length=MAX_BAD_WORDS)
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[list[str], BeforeValidator(check_stop)] = Field(default_factory=list)
     stop_token_ids: list[int] | None = None
@@ -168,40 +147,52 @@ class GenerationBody(StrictBody):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
-    ttft_slo_s: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_model(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("model"):
-            others = (data.get("adapter_id"), data.get("lora_path"), data.get("adapters"))
-            if others == (None, None, None):
-                raise PydanticCustomError("missing", "Field required", {"param": "model"})
-        return data
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationBody:
+    def _check_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise invalid("only allowed with `stream: true`", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("not together with `stream: true`", "prompt_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_models(self) -> GenerationBody:
+        if self.models is None:
+            return self
+        for name in ("model", "adapter_id", "lora_path", "adapter_scale", "adapters"):
+            if getattr(self, name) is not None:
+                raise invalid(f"not together with `{name}`", "models")
+        if len(set(self.models)) < len(self.models):
+            raise invalid("has a name twice; `n` asks one model several times", "models")
         return self
 
     @property
-    def model_wish(self) -> ModelWish:
-        """Who shall answer."""
-        given = {"model": self.model, "adapter_id": self.adapter_id, "lora_path": self.lora_path}
-        return ModelWish(
-            tuple(Naming(param, name) for param, name in given.items() if name is not None),
-            mixture=tuple((adapter.name, adapter.weight) for adapter in self.adapters or ()),
-            scale=self.adapter_scale,
-        )
+    def model_wishes(self) -> list[ModelWish]:
+        """Who shall answer, each by itself."""
+        if self.models is None:
+            return [self.model_wish]
+        return [
+            ModelWish((Naming(f"models[{index}]", name),)) for index, name in enumerate(self.models)
+        ]
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences to compute for each prompt and model."""
+        return self.n or 1
 
     @property
     def includes_usage(self) -> bool:
         """The stream ends with a chunk that carries the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def has_running_usage(self) -> bool:
+        """Each chunk of the stream carries the usage of its choice so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)

@@ -16,7 +16,7 @@ from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.api.errors import AdapterMissing, InvalidRequest
 from loraplex_server.api.foreign_adapters import ForeignAdapters
 from loraplex_server.api.principals import actor_of
-from loraplex_server.api.schemas import StrictBody
+from loraplex_server.api.strict_body import StrictBody
 
 _CLIENT_GONE: Final = 499
 

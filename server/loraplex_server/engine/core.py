@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_manifest import AdapterManifest
@@ -18,9 +19,12 @@ from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Plan, Request, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
+from loraplex_server.engine.constraints import Constraints
 from loraplex_server.engine.loader import AdapterLoader
 from loraplex_server.engine.messages import EngineInfo, EngineStats, FreedMemory
 from loraplex_server.engine.runner import Flight, StepRunner
+
+_NO_GRAMMARS: Final = "this engine was built without a tokenizer, which grammars need"
 
 
 class EngineCore:
@@ -31,6 +35,7 @@ class EngineCore:
     Args:
         overlap: schedule the next step while the runner computes one; for runners that do not
             compute on the host's cores.
+        constraints: grammars of requests, which the runner asks for masks; None refuses them.
     """
 
     def __init__(
@@ -43,8 +48,10 @@ class EngineCore:
         accounts: PoolAccounts,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
+        constraints: Constraints | None = None,
     ) -> None:
         self.info = info
+        self._constraints = constraints
         self.scheduler = scheduler
         self._runner = runner
         self._loader = loader
@@ -61,27 +68,56 @@ class EngineCore:
         self._is_waiting_for_loads = False
 
     @property
+    def _num_waiting_for_grammars(self) -> int:
+        return self._constraints.num_waiting if self._constraints is not None else 0
+
+    @property
     def has_work(self) -> bool:
         """Some request has not ended yet, or some step or load has not been booked.
 
         Steps and loads outlive the requests that asked for them.
         """
-        return self.scheduler.has_work or self._loader.num_outstanding > 0
+        return (
+            self.scheduler.has_work
+            or self._loader.num_outstanding > 0
+            or self._num_waiting_for_grammars > 0
+        )
 
     @property
     def is_waiting_for_loads(self) -> bool:
-        """The last step had nothing to compute: only a load, a command or time can change that."""
+        """The last step had nothing to compute: only a load, a grammar, a command or time can
+        change that.
+        """
         return self._is_waiting_for_loads
 
     def add(self, request: Request) -> list[Event]:
         """Accept a request, or return its terminal event when it can never run, or not in time."""
+        if request.sampling.grammar is None:
+            return self._queue(request)
+        if self._constraints is None:
+            return [EndEvent(request.request_id, FinishReason.REFUSED, _NO_GRAMMARS)]
+        if self._constraints.knows(request.request_id):
+            reason = f"request id {request.request_id} is in use"
+            return [EndEvent(request.request_id, FinishReason.REFUSED, reason)]
+        self._constraints.begin(request)
+        return []
+
+    def abort(self, request_id: str) -> list[Event]:
+        """End a request now; no event when it has ended already."""
+        if self._constraints is not None and self._constraints.forget(request_id):
+            return [EndEvent(request_id, FinishReason.CANCELLED)]
+        return self.scheduler.abort(request_id)
+
+    def _queue(self, request: Request) -> list[Event]:
         try:
             return self.scheduler.add(request)
         except RequestRefused as error:
             return [EndEvent(request.request_id, FinishReason.REFUSED, error.reason)]
 
-    def abort(self, request_id: str) -> list[Event]:
-        return self.scheduler.abort(request_id)
+    def learn_tokens(self, tokenizer: str) -> None:
+        """Compile grammars for this tokenizer, JSON of the `tokenizers` library."""
+        if self._constraints is not None:
+            self._constraints.compiler.learn_tokens(tokenizer)
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         """Bring an adapter closer before anybody asks for it, if that costs nobody anything."""
@@ -124,8 +160,10 @@ class EngineCore:
                 for it. 0 returns at once.
         """
         started = self._clock()
-        events = self.scheduler.expire(started)
-        events += self._book_loads(load_timeout_s if self._is_waiting_for_loads else 0.0)
+        timeout_s = load_timeout_s if self._is_waiting_for_loads else 0.0
+        events = self._book_grammars(0.0 if self._loader.num_outstanding else timeout_s)
+        events += self.scheduler.expire(started)
+        events += self._book_loads(timeout_s if self._loader.num_outstanding else 0.0)
         had_flight = self._in_flight is not None
         if self.scheduler.needs_known_tokens:
             events += self._land()
@@ -144,6 +182,10 @@ class EngineCore:
         self._is_waiting_for_loads = not plan.sequences and not had_flight
         if not self._is_waiting_for_loads:
             self._step_s += self._clock() - started
+        if self._constraints is not None:
+            for event in events:
+                if event.finish_reason is not None:
+                    self._constraints.forget(event.request_id)
         return events
 
     def stats(self) -> EngineStats:
@@ -152,7 +194,7 @@ class EngineCore:
         residency, allocator, prefixes = accounts.residency, accounts.allocator, accounts.prefixes
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + self._num_waiting_for_grammars,
             pages_kv=allocator.num_held(PageUse.KV),
             pages_adapters=allocator.num_held(PageUse.ADAPTER),
             pages_free=allocator.num_free,
@@ -190,7 +232,15 @@ class EngineCore:
     def close(self) -> None:
         """Stop the loader's thread. A step in flight is dropped, with nobody left to tell."""
         self._in_flight = None
+        if self._constraints is not None:
+            self._constraints.close()
         self._loader.close()
+
+    def _book_grammars(self, timeout_s: float) -> list[Event]:
+        if self._constraints is None or not self._constraints.num_waiting:
+            return []
+        ready, events = self._constraints.poll(timeout_s)
+        return events + [event for request in ready for event in self._queue(request)]
 
     def _book_loads(self, timeout_s: float) -> list[Event]:
         events: list[Event] = []
@@ -230,6 +280,7 @@ class EngineCore:
         # A device takes up a step when it was launched and the one before it is done.
         started_at = max(self._launched_at, self._landed_at)
         self._landed_at = self._clock()
-        events = self.scheduler.commit(plan, result, self._landed_at - started_at)
+        took_s = self._landed_at - started_at
+        events = self.scheduler.commit(plan, result, took_s, self._landed_at)
         self._generated_tokens += sum(isinstance(event, TokenEvent) for event in events)
         return events

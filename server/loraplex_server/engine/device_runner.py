@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
@@ -22,10 +21,13 @@ from loraplex_kernels.static_tables import StaticTables
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.engine.prompt_reports import PromptReports, WantedRows
 from loraplex_server.engine.runner import NOT_FINITE
 from loraplex_server.engine.step_graphs import GraphRecorder, StepGraphs
 from loraplex_server.model.adapter_edits import AdapterEdits
+from loraplex_server.model.device_copy import copy_to
 from loraplex_server.model.device_sampler import DeviceSampler, SampledTokens
+from loraplex_server.model.token_masks import GrammarMasks
 from loraplex_server.model.transformer import Transformer
 
 #: Source of an input token whose id the host knows.
@@ -37,12 +39,15 @@ class DeviceFlight:
     """Implements `runner.Flight`: host copies of what a step samples, and when they are there."""
 
     sampled: SampledTokens
+    reports: PromptReports
     arrival: torch.cuda.Event | None
 
     def result(self) -> StepResult:
         if self.arrival is not None:
             self.arrival.synchronize()
-        return self.sampled.result(NOT_FINITE)
+        result = self.sampled.result(NOT_FINITE)
+        self.reports.add_to(result, NOT_FINITE)
+        return result
 
 
 class DeviceRunner:
@@ -53,6 +58,7 @@ class DeviceRunner:
         max_step_tokens: most token rows of a plan.
         max_running: most sequences of a plan.
         recorder: how decode steps are recorded; `record` must be called before the first plan.
+        grammars: knows those of its requests.
     """
 
     def __init__(
@@ -64,8 +70,10 @@ class DeviceRunner:
         max_step_tokens: int,
         max_running: int,
         recorder: GraphRecorder,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         self._model = model
+        self._grammars = grammars
         self._pool = pool
         self._backend = backend
         self._batches = BatchBuilder(pool.layout)
@@ -94,23 +102,22 @@ class DeviceRunner:
         """Enqueue a plan; returns before the device has computed it."""
         attention, lora = self._batches.attention(plan), self._batches.lora(plan)
         more_lora = self._batches.more_lora(plan)
-        ends = attention.query_indptr.numpy()[1:]
-        logit_rows = ends[[step.is_sampled for step in plan.sequences]] - 1
-        edited = self._batches.edits(plan, logit_rows.tolist())
-        sampled = None
-        if not edited and not more_lora:
+        wanted = WantedRows.of(plan.sequences, attention.query_indptr.tolist()[1:])
+        edited = self._batches.edits(plan, wanted.rows)
+        sampled, reports = None, PromptReports()
+        if not edited and not more_lora and not wanted.has_reports:
             sampled = self._try_replay(plan.sequences, attention, lora)
         if sampled is None:
             edits = AdapterEdits(edited, attention, self._pool) if edited else None
             ops = self._backend.prepare(attention, lora, more_lora)
-            sampled = self._run(plan.sequences, ops, logit_rows, edits)
+            sampled, reports = self._run(plan.sequences, ops, wanted, edits)
         self._row_of = {row.request_id: i for i, row in enumerate(sampled.rows)}
-        on_host = sampled.to_host()
+        on_host, reports = sampled.to_host(), reports.to_host()
         arrival = None
         if self._pool.device.type == "cuda":
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record()
-        return DeviceFlight(on_host, arrival)
+        return DeviceFlight(on_host, reports, arrival)
 
     def _try_replay(
         self, steps: Sequence[SequenceStep], attention: AttentionBatch, lora: LoRABatch | None
@@ -126,28 +133,29 @@ class DeviceRunner:
         self._graphs.replay(num_rows, lora is not None)
         if self._sampler.is_plain(steps):
             return self._sampler.collect(steps)
-        return self._sampler.sample(self._logits[: len(steps)], steps)
+        return self._sampler.sample(self._logits[: len(steps)], steps, self._grammars)
 
     def _run(
         self,
         steps: Sequence[SequenceStep],
         ops: StepOps,
-        logit_rows: npt.NDArray[np.int32],
+        wanted: WantedRows,
         edits: AdapterEdits | None,
-    ) -> SampledTokens:
-        rows = [step for step in steps if step.is_sampled]
+    ) -> tuple[SampledTokens, PromptReports]:
         self._fill_inputs(steps)
-        self._inputs.upload({"logit_rows": logit_rows})
-        logits = self._logits[: len(rows)]
-        self._model.forward(
-            self._token_ids(sum(step.num_tokens for step in steps)),
-            ops,
-            self._pool,
-            self._inputs.views["logit_rows"][: len(rows)],
-            out=logits,
-            edits=edits,
-        )
-        return self._sampler.sample(logits, rows)
+        token_ids = self._token_ids(sum(step.num_tokens for step in steps))
+        logits = self._logits[: len(wanted.drawn)]
+        reports = PromptReports()
+        if wanted.has_reports:  # of more rows than the table of a step has
+            rows = copy_to(self._pool.device, torch.tensor(wanted.rows, dtype=torch.int32))
+            states = self._model.final_states(token_ids, ops, self._pool, rows, edits)
+            states.logits(0, len(wanted.drawn), out=logits)
+            reports = PromptReports.of(wanted, states)
+        else:
+            self._inputs.upload({"logit_rows": np.array(wanted.rows, dtype=np.int32)})
+            rows = self._inputs.views["logit_rows"][: len(wanted.rows)]
+            self._model.forward(token_ids, ops, self._pool, rows, out=logits, edits=edits)
+        return self._sampler.sample(logits, wanted.drawn, self._grammars), reports
 
     def _decode(self, num_rows: int, has_lora: bool) -> None:
         """Enqueue what a graph holds: `num_rows` decodes, then their sampling."""

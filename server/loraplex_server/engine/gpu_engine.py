@@ -22,6 +22,7 @@ from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.engine.device_runner import DeviceRunner
 from loraplex_server.engine.runner import StepRunner
 from loraplex_server.engine.step_graphs import CudaGraphRecorder, DirectRecorder, GraphRecorder
+from loraplex_server.model.token_masks import GrammarMasks
 from loraplex_server.model.transformer import Transformer, kernel_model
 
 #: Page ids in all block tables of a step, as a multiple of the pool's pages. Sequences that share a
@@ -38,11 +39,13 @@ def make_device_runner(
     max_step_tokens: int,
     max_running: int,
     recorder: GraphRecorder | None = None,
+    grammars: GrammarMasks | None = None,
 ) -> DeviceRunner:
     """Return a runner whose decode steps are recorded.
 
     Args:
         recorder: default: CUDA graphs on a GPU, none elsewhere (under the Triton interpreter).
+        grammars: see `DeviceRunner`.
     """
     pages_of_one = pool.layout.pages_for_tokens(model.max_model_len)
     capacity = StepCapacity(
@@ -59,6 +62,7 @@ def make_device_runner(
         max_step_tokens=max_step_tokens,
         max_running=max_running,
         recorder=recorder,
+        grammars=grammars,
     )
     runner.record()
     return runner

@@ -71,6 +71,14 @@ class EngineHandle(Protocol):
         """
         ...
 
+    def learn_tokens(self, tokenizer: str) -> None:
+        """Compile the grammars of requests for this tokenizer, also after restarts.
+
+        Args:
+            tokenizer: JSON, as the `tokenizers` library writes it.
+        """
+        ...
+
     def prefetch(self, manifest: AdapterManifest) -> None:
         """Hint that the adapter will be wanted soon; nothing tells whether it was followed.
 

@@ -134,11 +134,18 @@ class PrefetchAdapter:
 
 
 @dataclass(frozen=True)
+class LearnTokens:
+    """Compile grammars for this tokenizer, JSON of the `tokenizers` library; before the first."""
+
+    tokenizer: str
+
+
+@dataclass(frozen=True)
 class Shutdown:
     pass
 
 
-Command = Submit | Cancel | DiscardAdapter | KeepAdapters | PrefetchAdapter | Shutdown
+Command = Submit | Cancel | DiscardAdapter | KeepAdapters | PrefetchAdapter | LearnTokens | Shutdown
 
 
 # From the engine process to the API process.

@@ -28,6 +28,7 @@ from loraplex_server.engine.messages import (
     Command,
     DiscardAdapter,
     KeepAdapters,
+    LearnTokens,
     PrefetchAdapter,
     Ready,
     Shutdown,
@@ -149,6 +150,8 @@ def _apply(core: EngineCore, discards: PendingDiscards, command: Command) -> lis
         core.keep_adapters(command.adapter_ids)
     elif isinstance(command, PrefetchAdapter):
         core.prefetch(command.manifest)
+    elif isinstance(command, LearnTokens):
+        core.learn_tokens(command.tokenizer)
     return []
 
 

@@ -30,6 +30,7 @@ from loraplex_server.engine.messages import (
     EngineStats,
     FreedMemory,
     KeepAdapters,
+    LearnTokens,
     PrefetchAdapter,
     Reply,
     Shutdown,
@@ -83,6 +84,7 @@ class ProcessEngine:
         self._receivers = EventReceivers(self._send)
         self._discards = DiscardAnswers()
         self._kept: frozenset[str] = frozenset()
+        self._tokenizer: str | None = None
         self._state = EngineState.STOPPED
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
@@ -161,6 +163,12 @@ class ProcessEngine:
         self._kept = adapter_ids
         if self._state is EngineState.READY:
             self._send(KeepAdapters(adapter_ids))
+
+    def learn_tokens(self, tokenizer: str) -> None:
+        """See `EngineHandle`."""
+        self._tokenizer = tokenizer
+        if self._state is EngineState.READY:
+            self._send(LearnTokens(tokenizer))
 
     def prefetch(self, manifest: AdapterManifest) -> None:
         """See `EngineHandle`."""
@@ -269,6 +277,8 @@ class ProcessEngine:
             self._info, self._state = reply.info, EngineState.READY
             if self._kept:
                 self._send(KeepAdapters(self._kept))
+            if self._tokenizer is not None:
+                self._send(LearnTokens(self._tokenizer))
             self._is_ready.set()
 
 

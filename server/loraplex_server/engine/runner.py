@@ -13,8 +13,10 @@ from loraplex_kernels.row_max import row_max
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
+from loraplex_server.engine.prompt_reports import PromptReports, WantedRows
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.sampler import sample
+from loraplex_server.model.token_masks import GrammarMasks, mask_rows
 from loraplex_server.model.transformer import Transformer
 
 NOT_FINITE = (
@@ -56,9 +58,13 @@ class Runner:
     Holds no state of any sequence but the token ids that the last launch sampled.
     """
 
-    def __init__(self, model: Transformer, pool: PagePool) -> None:
+    def __init__(
+        self, model: Transformer, pool: PagePool, grammars: GrammarMasks | None = None
+    ) -> None:
+        """Prepare to compute plans over `pool`; `grammars` knows those of its requests."""
         self._model = model
         self._pool = pool
+        self._grammars = grammars
         self._backend = host_backend()
         self._batches = BatchBuilder(pool.layout)
         self._last_sampled: dict[str, int] = {}
@@ -77,22 +83,21 @@ class Runner:
         steps = plan.sequences
         attention = self._batches.attention(plan)
         token_ids = torch.tensor([t for s in steps for t in self._inputs(s)], dtype=torch.int64)
-        ends = attention.query_indptr[1:].tolist()
-        sampled = [
-            (step, end - 1) for step, end in zip(steps, ends, strict=True) if step.is_sampled
-        ]
-        logit_rows = [row for _, row in sampled]
-        edited = self._batches.edits(plan, logit_rows)
-        logits = self._model.forward(
-            token_ids,
-            self._backend.prepare(
-                attention, self._batches.lora(plan), self._batches.more_lora(plan)
-            ),
-            self._pool,
-            torch.tensor(logit_rows, dtype=torch.int64),
-            edits=AdapterEdits(edited, attention, self._pool) if edited else None,
+        wanted = WantedRows.of(steps, attention.query_indptr[1:].tolist())
+        edited = self._batches.edits(plan, wanted.rows)
+        edits = AdapterEdits(edited, attention, self._pool) if edited else None
+        ops = self._backend.prepare(
+            attention, self._batches.lora(plan), self._batches.more_lora(plan)
         )
-        return _draw(logits, [step for step, _ in sampled])
+        rows = torch.tensor(wanted.rows, dtype=torch.int64)
+        if not wanted.has_reports:
+            logits = self._model.forward(token_ids, ops, self._pool, rows, edits=edits)
+            return _draw(logits, wanted.drawn, self._grammars)
+        states = self._model.final_states(token_ids, ops, self._pool, rows, edits)
+        logits = states.logits(0, len(wanted.drawn))
+        result = _draw(logits, wanted.drawn, self._grammars)
+        PromptReports.of(wanted, states).add_to(result, NOT_FINITE)
+        return result
 
     def _inputs(self, step: SequenceStep) -> tuple[int, ...]:
         if step.awaits_token:
@@ -100,8 +105,10 @@ class Runner:
         return step.token_ids
 
 
-def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
-    """Draw a token of each row, but none from a row that is not finite.
+def _draw(
+    logits: torch.Tensor, steps: Sequence[SequenceStep], grammars: GrammarMasks | None
+) -> StepResult:
+    """Draw a token of each row, but none from a row that is not finite or may choose none.
 
     An adapter's finite weights can still overflow; its request fails, its neighbours do not.
     """
@@ -111,6 +118,14 @@ def _draw(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> StepResult:
     if not all(is_sound):
         logits = logits[torch.tensor(is_sound)]
     sound = [step for step, ok in zip(steps, is_sound, strict=True) if ok]
-    tokens = {s.request_id: t for s, t in zip(sound, sample(logits, sound), strict=True)}
     failed = [step.request_id for step, ok in zip(steps, is_sound, strict=True) if not ok]
-    return StepResult(tokens, dict.fromkeys(failed, NOT_FINITE))
+    masks = mask_rows(sound, logits.shape[1], grammars)
+    drawn = sample(logits, sound, masks)
+    tokens = {
+        step.request_id: token
+        for at, (step, token) in enumerate(zip(sound, drawn, strict=True))
+        if at not in masks.failures
+    }
+    failures = dict.fromkeys(failed, NOT_FINITE)
+    failures |= {sound[at].request_id: reason for at, reason in masks.failures.items()}
+    return StepResult(tokens, failures)

@@ -135,15 +135,19 @@ class AdapterEdits:
         for edit in self._edits:
             edit.write_prefix(kv, layer)
 
-    def head(self, logits: torch.Tensor, x: torch.Tensor) -> None:
+    def head(self, logits: torch.Tensor, x: torch.Tensor, first: int | None = None) -> None:
         """Change the logits in place.
 
         Args:
             logits: float32 `[N, V]`, the base's.
             x: `[N, H]`, what the head multiplied.
+            first: these are not all the rows, but those from this one on.
         """
         for edit in self._edits:
-            edit.head(logits, x)
+            rows = edit.logit_rows
+            if first is not None:
+                rows = rows[(rows >= first) & (rows < first + len(logits))] - first
+            edit.head(logits, x, rows)
 
 
 class _AdapterEdit:
@@ -209,9 +213,9 @@ class _AdapterEdit:
             pages, offsets = self._slots
             kv[pages, :, offsets] = prefix[self._virtual_idxs].view(-1, 2, *kv.shape[3:])
 
-    def head(self, logits: torch.Tensor, x: torch.Tensor) -> None:
-        """See `AdapterEdits.head`."""
-        parts, rows = self.parts, self.logit_rows
+    def head(self, logits: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """Change these rows of the logits, see `AdapterEdits.head`."""
+        parts = self.parts
         if not len(rows):
             return
         own = x[rows]

@@ -8,6 +8,7 @@ them rounded to the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,25 @@ from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.rope import build_rope_table
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.weights import LayerWeights, ModelWeights
+
+
+@dataclass(frozen=True)
+class CpuStates:
+    """Implements `FinalStates`: they lie in the program's buffers."""
+
+    step: DecoderStep
+    edits: AdapterEdits | None
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.step.head_input
+
+    def logits(self, first: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `FinalStates`."""
+        logits = self.step.head(first, stop)
+        if self.edits is not None:
+            self.edits.head(logits, self.x[first:stop], first)
+        return logits if out is None else out.copy_(logits)
 
 
 class CpuDecoder:
@@ -69,25 +89,60 @@ class CpuDecoder:
         """See `Transformer.forward`."""
         if logit_rows is None:
             logit_rows = torch.arange(token_ids.shape[0])
+        step = self._start(token_ids, attention, lora, pool, logit_rows, edits, out)
+        norm_at = self.decoder.num_layers * len(Op)
+        if edits is not None:
+            self._edited_layers(step, edits, pool)
+            step.run(
+                norm_at, norm_at + 1, norm=edits.final_norm(self._weights.norm, len(logit_rows))
+            )
+            step.run(norm_at + 1, norm_at + 2)
+            edits.head(step.logits, step.head_input)
+        else:
+            step.run(0, norm_at + 2 if len(logit_rows) else norm_at)
+        return step.logits if out is None or out is step.logits else out.copy_(step.logits)
+
+    def final_states(
+        self,
+        token_ids: torch.Tensor,
+        attention: AttentionBatch,
+        lora: Sequence[LoRABatch],
+        pool: PagePool,
+        rows: torch.Tensor,
+        edits: AdapterEdits | None,
+    ) -> CpuStates:
+        """See `Transformer.final_states`."""
+        no_logits = torch.empty((0, self._weights.embedding.shape[0]))
+        step = self._start(token_ids, attention, lora, pool, rows, edits, no_logits)
+        norm_at = self.decoder.num_layers * len(Op)
+        norm = None
+        if edits is not None:
+            self._edited_layers(step, edits, pool)
+            norm = edits.final_norm(self._weights.norm, len(rows))
+        step.run(norm_at if edits is not None else 0, norm_at + 1, norm=norm)
+        return CpuStates(step, edits)
+
+    def _start(
+        self,
+        token_ids: torch.Tensor,
+        attention: AttentionBatch,
+        lora: Sequence[LoRABatch],
+        pool: PagePool,
+        logit_rows: torch.Tensor,
+        edits: AdapterEdits | None,
+        out: torch.Tensor | None,
+    ) -> DecoderStep:
         embedding = self._weights.embedding
         embedded = (
             F.embedding(token_ids, embedding)
             if edits is None
             else edits.embed(token_ids, embedding)
         )
-        step = self.decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
-        num_ops = self.decoder.num_layers * len(Op)
-        if edits is not None:
-            for layer in range(self.decoder.num_layers):
-                self._edited_layer(step, layer, edits, pool)
-            step.run(
-                num_ops, num_ops + 1, norm=edits.final_norm(self._weights.norm, len(logit_rows))
-            )
-            step.run(num_ops + 1, num_ops + 2)
-            edits.head(step.logits, step.head_input)
-        else:
-            step.run(0, num_ops + 2 if len(logit_rows) else num_ops)
-        return step.logits if out is None or out is step.logits else out.copy_(step.logits)
+        return self.decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
+
+    def _edited_layers(self, step: DecoderStep, edits: AdapterEdits, pool: PagePool) -> None:
+        for layer in range(self.decoder.num_layers):
+            self._edited_layer(step, layer, edits, pool)
 
     def _edited_layer(
         self, step: DecoderStep, index: int, edits: AdapterEdits, pool: PagePool

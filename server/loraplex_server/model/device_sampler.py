@@ -11,8 +11,8 @@ known before the step is launched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from loraplex_server.model.device_copy import copy_from, copy_to
 from loraplex_server.model.draw import uniforms
 from loraplex_server.model.logit_edits import edit_logits
 from loraplex_server.model.sampler import RowLogprobs, take_logprobs
+from loraplex_server.model.token_masks import GrammarMasks, mask_rows
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class SampledTokens:
         outcome: int64 `[2, S]`: the tokens; then 1 for a row whose logits are finite, else 0. On
             the device it is the sampler's own memory: the next launch writes over it.
         logprobs: of the rows that asked, if any did.
+        failures: why rows may choose nothing, by their index.
     """
 
     rows: tuple[SequenceStep, ...]
     outcome: torch.Tensor
     logprobs: RowLogprobs | None = None
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -51,7 +54,7 @@ class SampledTokens:
         They hold nothing before an event recorded behind them has completed.
         """
         logprobs = self.logprobs and self.logprobs.to_host()
-        return SampledTokens(self.rows, copy_from(self.outcome), logprobs)
+        return SampledTokens(self.rows, copy_from(self.outcome), logprobs, self.failures)
 
     def result(self, not_finite: str) -> StepResult:
         """Return the tokens by request id; to be called on host copies that have arrived.
@@ -64,10 +67,12 @@ class SampledTokens:
         sampled: dict[str, SampledToken] = {}
         failures: dict[str, str] = {}
         for i, row in enumerate(self.rows):
-            if is_finite[i]:
-                sampled[row.request_id] = SampledToken(tokens[i], reports.get(i))
-            else:
+            if not is_finite[i]:
                 failures[row.request_id] = not_finite
+            elif i in self.failures:
+                failures[row.request_id] = self.failures[i]
+            else:
+                sampled[row.request_id] = SampledToken(tokens[i], reports.get(i))
         return StepResult(sampled, failures)
 
 
@@ -94,6 +99,7 @@ class DeviceSampler:
         """No row edits its logits or reports log probabilities: a captured launch is enough."""
         return not any(
             row.banned_token_ids
+            or row.sampling.restricts_tokens
             or row.sampling.logit_bias
             or row.sampling.has_penalties
             or row.sampling.logprobs is not None
@@ -124,20 +130,30 @@ class DeviceSampler:
         return SampledTokens(tuple(rows), self._outcome[:, : len(rows)])
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceStep]) -> SampledTokens:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SequenceStep],
+        grammars: GrammarMasks | None = None,
+    ) -> SampledTokens:
         """Choose a token of each row, with all that rows can ask for.
 
         Args:
             logits: float32 `[S, V]`; not changed.
             rows: one per row of `logits`. All token ids they name are below `V`.
+            grammars: those of the rows that have one.
         """
         assert logits.shape[0] == len(rows), "one row of logits per sequence"
-        edited = edit_logits(logits, rows)
+        masks = mask_rows(rows, logits.shape[1], grammars)
+        edited = edit_logits(logits, rows, masks)
         self.fill(rows)
         self.launch(edited)
         sampled = self.collect(rows)
         if edited is not logits and rows:  # a row fails for its logits, not for its edits
             sampled.outcome[1] = logits.amax(-1).isfinite()
         return SampledTokens(
-            sampled.rows, sampled.outcome, take_logprobs(logits, rows, sampled.tokens)
+            sampled.rows,
+            sampled.outcome,
+            take_logprobs(logits, rows, sampled.tokens),
+            masks.failures,
         )

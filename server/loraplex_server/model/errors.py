@@ -3,6 +3,7 @@
 ModelError
 ├── UnsupportedModel     an architecture or an option of it that is not implemented
 ├── ModelNotFound        the model argument leads to no files
+├── NoTokenLeft          what a request allows excludes every token; it alone fails
 └── CheckpointError      files that cannot be read, or tensors that do not fit the config
 """
 
@@ -32,6 +33,10 @@ class ModelNotFound(ModelError):
         self.model = model
         self.reason = reason
         super().__init__(f"model {model!r}: {reason}")
+
+
+class NoTokenLeft(ModelError):
+    """A request may choose no token any more; the message is for whoever sent it."""
 
 
 class CheckpointError(ModelError):

@@ -2,15 +2,16 @@
 
 In this order, each step on the result of the one before (vLLM's order):
 
-1. banned ids become -inf;
+1. what a row may not choose becomes -inf: by its grammar, `allowed_token_ids`, `bad_words` or
+   `min_tokens` (`token_masks.py`);
 2. `logit_bias` is added;
 3. repetition penalty, over the tokens of prompt and output: a positive logit is divided by it, a
    negative one multiplied (CTRL, arXiv 1909.05858, section 4.1, as in transformers);
 4. presence and frequency penalty, over the tokens of the output: `presence + frequency * count` is
    subtracted (OpenAI's definition).
 
-Every edit touches single elements, so the cost follows the tokens named, not the vocabulary, and no
-row can change another.
+Every edit but a whole mask touches single elements, so the cost follows the tokens named, not the
+vocabulary, and no row can change another.
 """
 
 from __future__ import annotations
@@ -24,29 +25,36 @@ import torch
 
 from loraplex_scheduler.plan import SequenceStep
 from loraplex_server.model.device_copy import copy_to
+from loraplex_server.model.token_masks import TokenMasks
 
 _Keys = npt.NDArray[np.int64]
 
 
-def edit_logits(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> torch.Tensor:
-    """Apply each row's bans, bias and penalties.
+def edit_logits(
+    logits: torch.Tensor, rows: Sequence[SequenceStep], masks: TokenMasks
+) -> torch.Tensor:
+    """Apply each row's masks, bias and penalties.
 
     Args:
         logits: float32 `[N, V]`; not changed.
         rows: one per row of `logits`; all token ids in them are below `V`.
+        masks: what they may choose.
 
     Returns:
         `logits` itself when no row asks for anything, else an edited copy.
     """
     biased = [(i, row) for i, row in enumerate(rows) if row.sampling.logit_bias]
-    banned = [(i, row) for i, row in enumerate(rows) if row.banned_token_ids]
     penalised = [(i, row) for i, row in enumerate(rows) if row.sampling.has_penalties]
-    if not (biased or banned or penalised):
+    if not (biased or masks.banned or masks.allowed or penalised):
         return logits
     edited = logits.clone(memory_format=torch.contiguous_format)
     flat, vocab = edited.view(-1), logits.shape[1]
-    if banned:
-        keys = [i * vocab + token for i, row in banned for token in row.banned_token_ids]
+    if masks.allowed:
+        index = copy_to(flat.device, torch.tensor(list(masks.allowed)))
+        allowed = copy_to(flat.device, torch.from_numpy(np.stack(list(masks.allowed.values()))))
+        edited[index] = edited[index].masked_fill_(~allowed, float("-inf"))
+    if masks.banned:
+        keys = [i * vocab + token for i, tokens in masks.banned.items() for token in tokens]
         flat[copy_to(flat.device, torch.tensor(keys))] = float("-inf")
     if biased:
         keys = [i * vocab + token for i, row in biased for token in row.sampling.logit_bias]

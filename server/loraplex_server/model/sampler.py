@@ -1,7 +1,7 @@
 """From logits to tokens: the order of steps, the greedy fast path, and the log probabilities.
 
 1. Log probabilities are taken of the raw logits, before any edit or filter (as vLLM reports them).
-2. Bans, bias and penalties: `logit_edits.py`.
+2. Masks, bias and penalties: `logit_edits.py`.
 3. Greedy rows take the argmax, the lowest id of equals. The others draw: `draw.py`.
 
 A row's token and its log probabilities depend on its own logits, parameters and position only.
@@ -20,6 +20,7 @@ from loraplex_scheduler.plan import SampledToken, SequenceStep, TokenLogprobs
 from loraplex_server.model.device_copy import copy_from, copy_to
 from loraplex_server.model.draw import draw_tokens
 from loraplex_server.model.logit_edits import edit_logits
+from loraplex_server.model.token_masks import TokenMasks, mask_rows
 
 #: Most that `SamplingParams.logprobs` allows. Always so many are selected, so that which of equal
 #: ones are listed does not depend on what other rows ask for.
@@ -27,13 +28,16 @@ _MAX_LOGPROBS: Final = 20
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledToken]:
+def sample(
+    logits: torch.Tensor, rows: Sequence[SequenceStep], masks: TokenMasks | None = None
+) -> list[SampledToken]:
     """Choose the next token of each row.
 
     Args:
         logits: float32 `[N, V]`; not changed.
         rows: one per row of `logits`. All token ids they name (bias, bans, history) are below `V`;
             the door checks that.
+        masks: what they may choose; None where no row has a grammar.
 
     Returns:
         One token per row, with log probabilities where the row asks for them.
@@ -41,7 +45,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SequenceStep]) -> list[SampledTo
     if not rows:
         return []
     assert logits.shape[0] == len(rows), "one row of logits per sequence"
-    edited = edit_logits(logits, rows)
+    edited = edit_logits(logits, rows, masks or mask_rows(rows, logits.shape[1]))
     drawn = [i for i, row in enumerate(rows) if not row.sampling.is_greedy]
     if len(drawn) == len(rows):
         tokens = draw_tokens(edited, rows)
@@ -104,7 +108,18 @@ def take_logprobs(
     if not counts:
         return None
     index = copy_to(logits.device, torch.tensor(list(counts)))
-    logprobs = logits[index].log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[index, None]).squeeze(1)
+    return judge(logits[index], tokens[index], counts)
+
+
+def judge(logits: torch.Tensor, tokens: torch.Tensor, counts: dict[int, int]) -> RowLogprobs:
+    """Compute the log probabilities of a token in each row; waits for nothing.
+
+    Args:
+        logits: float32 `[M, V]`.
+        tokens: int64 `[M]`.
+        counts: as `RowLogprobs.counts`, of as many rows.
+    """
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     top = logprobs.topk(min(_MAX_LOGPROBS, logits.shape[1]))
     return RowLogprobs(counts, chosen, top.indices, top.values)

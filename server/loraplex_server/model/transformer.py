@@ -19,6 +19,7 @@ from loraplex_memory.pool import PagePool
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.cpu_decoder import CpuDecoder, can_decode
 from loraplex_server.model.errors import UnsupportedModel
+from loraplex_server.model.final_states import FinalStates, HeadInput
 from loraplex_server.model.linear import Linear
 from loraplex_server.model.rope import build_rope_table
 from loraplex_server.model.spec import ModelSpec
@@ -102,6 +103,35 @@ class Transformer:
             return decoder.forward(
                 token_ids, ops.attention, ops.lora, pool, logit_rows, out=out, edits=edits
             )
+        states = self._final_states(token_ids, ops, pool, logit_rows, edits)
+        return states.logits(0, len(states.x), out)
+
+    @torch.inference_mode()
+    def final_states(
+        self,
+        token_ids: torch.Tensor,
+        ops: StepOps,
+        pool: PagePool,
+        rows: torch.Tensor,
+        edits: AdapterEdits | None = None,
+    ) -> FinalStates:
+        """Compute the tokens of a step as `forward` does, and leave the head to the caller.
+
+        Args:
+            rows: integers `[N]`, the token rows whose states are wanted; no row twice.
+        """
+        if isinstance(ops, CpuOps) and (decoder := self.cpu_decoder(pool)) is not None:
+            return decoder.final_states(token_ids, ops.attention, ops.lora, pool, rows, edits)
+        return self._final_states(token_ids, ops, pool, rows, edits)
+
+    def _final_states(
+        self,
+        token_ids: torch.Tensor,
+        ops: StepOps,
+        pool: PagePool,
+        rows: torch.Tensor | None,
+        edits: AdapterEdits | None,
+    ) -> HeadInput:
         layers, eps = self._weights.layers, self.spec.rms_norm_eps
         residual = self._embed(token_ids, edits)
         x = ops.rms_norm(residual, _norm(edits, INPUT_NORM, 0, layers[0].input_norm), eps)
@@ -110,15 +140,11 @@ class Transformer:
             norm = _norm(edits, POST_NORM, index, layer.post_norm)
             x, residual = ops.add_rms_norm(delta, residual, norm, eps)
             delta = self._mlp(x, index, layer, ops, pool, edits)
-            if index == len(layers) - 1 and logit_rows is not None:
-                delta, residual = (t.index_select(0, logit_rows) for t in (delta, residual))
+            if index == len(layers) - 1 and rows is not None:
+                delta, residual = (t.index_select(0, rows) for t in (delta, residual))
             norm = self._norm_after(index, len(delta), edits)
             x, residual = ops.add_rms_norm(delta, residual, norm, eps)
-        logits = self._weights.lm_head(x)
-        logits = logits.float() if out is None else out.copy_(logits)
-        if edits is not None:
-            edits.head(logits, x)
-        return logits
+        return HeadInput(x, self._weights.lm_head, edits)
 
     def cpu_decoder(self, pool: PagePool) -> CpuDecoder | None:
         """Return the compiled program for pools of this layout; None where there can be none."""

@@ -3,6 +3,7 @@
 TextError
 ├── ChatTemplateMissing   the model has no chat template
 ├── ChatTemplateFailed    the template refused the messages or its arguments
+├── InvalidGrammar        a grammar, schema, pattern or choice cannot be enforced
 ├── InvalidText           a text is not Unicode (it has lone surrogates)
 └── UnknownToken          a token id lies outside the vocabulary
 """
@@ -24,6 +25,10 @@ class ChatTemplateMissing(TextError):
 
 class ChatTemplateFailed(TextError):
     """The chat template raised an error for these messages or arguments."""
+
+
+class InvalidGrammar(TextError):
+    """What an answer should follow is not a grammar, is too large, or cannot be enforced."""
 
 
 class InvalidText(TextError):

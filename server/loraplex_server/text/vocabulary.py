@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from loraplex_server.text.chat_template import ChatTemplate
 from loraplex_server.text.errors import (
     ChatTemplateFailed,
     ChatTemplateMissing,
@@ -25,6 +27,8 @@ Decode = Callable[[Sequence[int]], str]
 Message = Mapping[str, Any]
 
 _TOKEN_CACHE: Final = 65536
+#: Templates of adapters come and go.
+_TEMPLATE_CACHE: Final = 64
 
 
 def check_text(text: str) -> None:
@@ -33,6 +37,26 @@ def check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidText(f"the text has a lone surrogate at {error.start}") from None
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """What a chat template is told beside the messages.
+
+    Attributes:
+        tools: as OpenAI's API describes them.
+        documents: for templates that know them.
+        adds_generation_prompt: the prompt ends where the assistant's answer begins.
+        continues_final_message: the prompt ends inside of the last message.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    documents: Sequence[Mapping[str, Any]] = ()
+    adds_generation_prompt: bool = True
+    continues_final_message: bool = False
+
+
+_USUAL: Final = RenderOptions()
 
 
 class Vocabulary:
@@ -59,6 +83,7 @@ class Vocabulary:
         self._size = len(tokenizer) if size is None else size
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self.token_bytes = lru_cache(_TOKEN_CACHE)(self._token_bytes)
+        self._as_template = lru_cache(_TEMPLATE_CACHE)(ChatTemplate)
 
     def __len__(self) -> int:
         return self._size
@@ -75,6 +100,13 @@ class Vocabulary:
         Then decoding is the same as reading `token_bytes` as UTF-8 with errors replaced.
         """
         return self._is_byte_level
+
+    def to_json(self) -> str | None:
+        """Return the tokenizer as the `tokenizers` library writes it; None if it is no such one.
+
+        Takes a tenth of a second.
+        """
+        return None if self._backend is None else str(self._backend.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; raises InvalidText."""
@@ -116,14 +148,39 @@ class Vocabulary:
             )
         )
 
+    def chat_template(self, own: str | None = None, *, with_tools: bool = False) -> ChatTemplate:
+        """Return the template that a conversation is written with.
+
+        Args:
+            own: Jinja of an adapter or a request, instead of the tokenizer's.
+            with_tools: choose the one for tools where the tokenizer has several.
+
+        Raises:
+            ChatTemplateMissing: there is none.
+        """
+        text = own if own is not None else getattr(self._tokenizer, "chat_template", None)
+        if isinstance(text, dict):
+            text = (text.get("tool_use") if with_tools else None) or text.get("default")
+        if not text:
+            raise ChatTemplateMissing(
+                "this model has no chat template; use /v1/completions", param="messages"
+            )
+        return self._as_template(text)
+
+    def special_token_id(self, text: str) -> int | None:
+        """Return the id of the special token that is written so; None if it is none."""
+        token_id = self._tokenizer.convert_tokens_to_ids(text)
+        return token_id if token_id in self._special_ids else None
+
     def render_chat(
         self,
         messages: Sequence[Message],
         template_args: Mapping[str, Any] | None = None,
         *,
         template: str | None = None,
+        options: RenderOptions = _USUAL,
     ) -> str:
-        """Return the prompt of a conversation, up to where the assistant's answer begins.
+        """Return the prompt of a conversation, as its template writes it.
 
         Args:
             template_args: variables of the template.
@@ -134,10 +191,7 @@ class Vocabulary:
         """
         from jinja2 import TemplateError
 
-        if template is None and not getattr(self._tokenizer, "chat_template", None):
-            raise ChatTemplateMissing(
-                "this model has no chat template; use /v1/completions", param="messages"
-            )
+        chosen = self.chat_template(template, with_tools=bool(options.tools))
         extra = dict(template_args or {})
         if reserved := sorted(self._template_args & extra.keys()):
             raise ChatTemplateFailed(
@@ -147,9 +201,12 @@ class Vocabulary:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=template,
+                chat_template=chosen.text,
                 tokenize=False,
-                add_generation_prompt=True,
+                tools=list(options.tools) or None,
+                documents=list(options.documents) or None,
+                add_generation_prompt=options.adds_generation_prompt,
+                continue_final_message=options.continues_final_message,
                 **extra,
             )
         except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:

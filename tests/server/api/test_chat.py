@@ -6,6 +6,13 @@ import pytest
 from tests.server.api.conftest import BASE
 
 HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NAMED_G = {"type": "function", "function": {"name": "g"}}
+
+
+def with_parameters(schema):
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +125,29 @@ def test_logprobs_have_bytes_and_alternatives(client):
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Al"}]}, "messages[0].name"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls",
+        ),
         ({"messages": [{"role": "user", "content": "x", "nme": 1}]}, "messages[0].nme"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [with_parameters({"type": "string"})]}, "tools[0].function.parameters"),
+        ({"tools": [with_parameters({"not": {}})], "tool_choice": "required"}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": NAMED_G}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"documents": [{"text": "x"}]}, "documents"),
+        ({"echo": True}, "echo"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"prompt": "x"}, "prompt"),

@@ -5,12 +5,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex_server.api.chat_schemas import ChatBody, ChatMessage
+from loraplex_server.api.answer_shape import StructuredOutputs
+from loraplex_server.api.chat_messages import ChatMessage
+from loraplex_server.api.chat_schemas import ChatBody
 from loraplex_server.api.completion_schemas import CompletionBody
+from loraplex_server.api.embeddings import EmbeddingBody
 from loraplex_server.api.error_table import ERROR_TABLE
 from loraplex_server.api.lorax_schemas import LoraxBody, LoraxParameters
 from loraplex_server.api.schemas import StreamOptions
 from loraplex_server.api.sglang_adapters import SglangLoad
+from loraplex_server.api.tokenize import DetokenizeBody, TokenizeBody
 from loraplex_server.api.vllm_adapters import VllmLoad, VllmUnload
 
 _DOCS = Path(__file__).parents[3] / "docs"
@@ -25,18 +29,26 @@ def test_every_error_code_is_documented():
 FOREIGN = [LoraxBody, LoraxParameters, SglangLoad, VllmLoad, VllmUnload]
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody, *FOREIGN])
+OTHERS = [EmbeddingBody, TokenizeBody, DetokenizeBody, StructuredOutputs, *FOREIGN]
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, *OTHERS])
 def test_every_field_is_documented(body):
-    accepted = [name for name in body.model_fields if f"`{name}" not in DOCUMENT]
-    assert accepted == []
+    names = [field.alias or name for name, field in body.model_fields.items()]
+    assert [name for name in names if f"`{name}" not in DOCUMENT] == []
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions, *FOREIGN])
+@pytest.mark.parametrize("name", StreamOptions.model_fields)
+def test_every_option_of_a_stream_is_documented(name):
+    assert f"`stream_options.{name}`" in DOCUMENT
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, StreamOptions, *OTHERS])
 def test_every_unsupported_field_is_documented(body):
     switches = {"add_generation_prompt", "echo", "parallel_tool_calls", "include_obfuscation"}
-    names = {name for name in body.unsupported if not name.startswith("guided_")} - switches
+    names = set(body.unsupported) - switches
     assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
-    assert {"name", "tool_calls"} <= set(ChatMessage.unsupported)
+    assert {"audio", "function_call"} <= set(ChatMessage.unsupported)
 
 
 def test_every_metric_is_documented(server):

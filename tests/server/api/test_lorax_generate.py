@@ -134,10 +134,13 @@ def test_parameters_mean_what_they_mean_there(server):
         ({"merged_adapters": {"ids": ["a"], "weights": [1]}}, "merged_adapters"),
         ({"api_token": "secret"}, "api_token"),
         ({"best_of": 2}, "best_of"),
+        ({"decoder_input_details": True}, "decoder_input_details"),
+        ({"return_k_alternatives": 2}, "return_k_alternatives"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"schema": {}, "response_format": {"type": "json_object"}}, "schema"),
         ({"typical_p": 0.5}, "typical_p"),
         ({"watermark": True}, "watermark"),
-        ({"truncate": 5}, "truncate"),
-        ({"return_full_text": True}, "return_full_text"),
+        ({"truncate": 0}, "truncate"),
         ({"color": "red"}, "color"),
         ({"max_new_tokens": "many"}, "max_new_tokens"),
         ({"max_new_tokens": 0}, "max_tokens"),
@@ -173,3 +176,86 @@ def test_a_failure_has_loraxs_shape(server):
     shown = events(generate(server, "/generate_stream"))
     assert shown[-1] == {"error": "it broke", "error_type": "generation"}
     wait_until(lambda: server.engine.num_running == 0)
+
+
+def test_the_best_of_several_samples_comes_first(server):
+    likely = {"-0": -2.0, "-1": -0.5, "-2": -1.0}
+    server.engine.logprob_of = lambda request, token_id: likely[request.request_id[-2:]]
+    body = generate(server, best_of=3, do_sample=True, seed=7, details=True).json()
+    details = body["details"]
+    others = details["best_of_sequences"]
+    logprobs = [part["tokens"][0]["logprob"] for part in (details, *others)]
+    assert logprobs == [-0.5, -1.0, -2.0]
+    assert [other["generated_text"] for other in others] == ["hello world"] * 2
+    seeds = [request.sampling.seed for request in server.engine.submitted]
+    assert [part["seed"] for part in (details, *others)] == [seeds[1], seeds[2], seeds[0]]
+
+
+def test_the_prompt_and_the_rivals_of_each_token_are_shown_when_asked_for(server):
+    answer = generate(
+        server, details=True, decoder_input_details=True, return_k_alternatives=2, max_new_tokens=1
+    )
+    details = answer.json()["details"]
+    assert [token["text"] for token in details["prefill"]] == ["hello", " world"]
+    assert [token["logprob"] for token in details["prefill"]] == [None, -0.5]
+    [token] = details["tokens"]
+    rivals = token["alternative_tokens"]
+    assert [rival["logprob"] for rival in rivals] == [-0.5, -9999.0]
+    assert rivals[0]["id"] == token["id"]
+
+
+def test_streams_show_rivals_and_refuse_what_only_whole_answers_have(server):
+    shown = events(generate(server, "/generate_stream", return_k_alternatives=1))
+    assert all(len(event["token"]["alternative_tokens"]) == 1 for event in shown)
+    for name, value in (("return_full_text", True), ("decoder_input_details", True)):
+        answer = generate(server, "/generate_stream", **{name: value})
+        assert (answer.status_code, name in answer.json()["error"]) == (422, True)
+
+
+def test_the_full_text_has_the_inputs_in_front(server):
+    answer = generate(server, return_full_text=True)
+    assert answer.json() == {"generated_text": "hello worldhello world"}
+
+
+def test_a_long_prompt_is_cut_to_its_end(server):
+    assert generate(server, truncate=1).json() == {"generated_text": " world"}
+
+
+@pytest.mark.parametrize(
+    "inputs", ["hello", json.dumps([{"role": "user", "content": "hello"}])], ids=["text", "list"]
+)
+def test_a_chat_template_wraps_what_a_user_says_or_a_conversation(server, inputs):
+    parameters = {"apply_chat_template": True}
+    assert server.post("/generate", {"inputs": inputs, "parameters": parameters}).is_success
+    prompt = server.engine.submitted[0].prompt_token_ids
+    written = server.vocabulary.decoder(skip_special_tokens=False)(prompt)
+    assert written == "<|start|>user\nhello<|end|>\n<|start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"schema": {"type": "object"}},
+        {"schema": '{"type": "object"}'},
+        {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+        {"response_format": {"type": "json_object"}},
+    ],
+)
+def test_a_schema_reaches_the_engine_as_a_grammar(server, parameters):
+    assert generate(server, **parameters).is_success
+    grammar = server.engine.submitted[0].sampling.grammar
+    assert "object" in grammar
+
+
+def test_the_headers_are_those_that_its_clients_read(server, adapter):
+    answer = generate(server, adapter_id=adapter)
+    told = answer.headers
+    assert (told["x-prompt-tokens"], told["x-generated-tokens"], told["x-total-tokens"]) == (
+        "2",
+        "3",
+        "5",
+    )
+    assert (told["x-model-id"], told["x-adapter-id"]) == (BASE, adapter)
+    assert told["x-compute-characters"] == "11"
+    assert int(told["x-total-time"]) >= int(told["x-inference-time"]) >= 0
+    assert int(told["x-queue-time"]) == 250

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from loraplex_server.adapters.defaults import AdapterDefaults
-from loraplex_server.api import front
+from loraplex_server.api import job_maker
 from tests.server.api.conftest import BASE
 from tests.support.fake_engine import INFO
 
@@ -133,7 +133,7 @@ def test_a_template_that_fails_is_told_to_the_request(server, with_defaults, ada
 def test_a_template_that_does_not_end_is_stopped_and_holds_nobody_up(
     server, with_defaults, adapter, monkeypatch
 ):
-    monkeypatch.setattr(front, "_TEMPLATE_S", 0.3)
+    monkeypatch.setattr(job_maker, "_TEMPLATE_S", 0.3)
     loop = "{% for a in r %}" * 3 + "{% endfor %}" * 3
     with_defaults(chat_template="{% set r = range(99999) %}" + loop)
     body = {"model": adapter, "messages": TURN}

@@ -13,6 +13,7 @@ from loraplex_scheduler.sampling import SamplingParams
 from loraplex_server.model.draw import filtered_probs, uniforms
 from loraplex_server.model.logit_edits import edit_logits
 from loraplex_server.model.sampler import sample
+from loraplex_server.model.token_masks import mask_rows
 
 VOCAB = 300
 
@@ -91,7 +92,7 @@ def test_edits_follow_their_formulas_in_order():
                 frequency_penalty=rng.choice([0.0, 0.4]),
             )
         )
-    edited = edit_logits(logits, steps)
+    edited = edit_logits(logits, steps, mask_rows(steps, logits.shape[1]))
     for row, step in enumerate(steps):
         expected = plain_edit(logits[row].tolist(), step)
         torch.testing.assert_close(edited[row], torch.tensor(expected), atol=1e-5, rtol=1e-5)
@@ -116,13 +117,14 @@ def plain_edit(logits: list[float], step: SequenceStep) -> list[float]:
 
 def test_rows_without_edits_are_passed_through_uncopied():
     logits = random_logits(0, rows=2)
-    assert edit_logits(logits, [make_step(), make_step(top_k=3)]) is logits
+    steps = [make_step(), make_step(top_k=3)]
+    assert edit_logits(logits, steps, mask_rows(steps, VOCAB)) is logits
 
 
 def test_presence_and_frequency_count_the_output_only():
     logits = torch.zeros(1, VOCAB)
     step = make_step(history=(5, 5, 6, 6, 7), num_prompt=2, frequency_penalty=0.5)
-    edited = edit_logits(logits, [step])[0]
+    edited = edit_logits(logits, [step], mask_rows([step], VOCAB))[0]
     assert edited[[5, 6, 7, 8]].tolist() == [0.0, -1.0, -0.5, 0.0]
 
 
@@ -336,3 +338,56 @@ def test_only_rows_that_ask_get_logprobs():
 def test_a_vocabulary_smaller_than_the_logprobs_asked_for_is_listed_whole():
     token = sample(random_logits(13, vocab=6), [make_step(logprobs=20)])[0]
     assert len(token.logprobs.top) == 6
+
+
+# What may not be chosen
+
+
+def choose(logits: torch.Tensor, **options) -> int:
+    (token,) = sample(logits, [make_step(temperature=0, **options)])
+    return token.token_id
+
+
+def test_only_allowed_tokens_are_chosen_and_logprobs_stay_those_of_the_model():
+    logits = torch.arange(float(VOCAB))[None]
+    (token,) = sample(
+        logits, [make_step(temperature=0, allowed_token_ids=frozenset({3, 8}), logprobs=1)]
+    )
+    assert token.token_id == 8
+    assert token.logprobs.top[0][0] == VOCAB - 1
+
+
+def test_drawn_rows_keep_to_what_is_allowed_too():
+    counts = draw_counts(random_logits(1), 200, allowed_token_ids=frozenset({3, 8}))
+    assert counts[3] + counts[8] == 200
+    assert counts[3] > 0
+    assert counts[8] > 0
+
+
+def test_a_bad_word_is_not_completed_and_may_begin():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 2.0
+    logits[0, 9] = 1.0
+    words = ((4, 5, 7), (11,))
+    assert choose(logits, bad_words=words, history=(4, 5), num_prompt=0) == 9
+    assert choose(logits, bad_words=words, history=(5, 5), num_prompt=0) == 7
+    assert choose(logits, bad_words=words, history=(5,), num_prompt=0) == 7
+    # The prompt is not what the model says.
+    assert choose(logits, bad_words=words, history=(4, 5), num_prompt=1) == 7
+    logits[0, 11] = 3.0
+    assert choose(logits, bad_words=words) == 7
+
+
+def test_neighbours_of_a_masked_row_are_as_they_were():
+    logits = random_logits(2, rows=3)
+    plain = [make_step(temperature=0), make_step(), make_step(temperature=0)]
+    masked = [plain[0], plain[1], make_step(temperature=0, allowed_token_ids=frozenset({5}))]
+    assert sample(logits, masked)[:2] == sample(logits, plain)[:2]
+    assert sample(logits, masked)[2].token_id == 5
+
+
+def test_a_row_that_may_choose_nothing_says_why():
+    row = make_step(allowed_token_ids=frozenset({3}), banned={3})
+    masks = mask_rows([make_step(), row], VOCAB)
+    assert list(masks.failures) == [1]
+    assert "`allowed_token_ids` and `min_tokens`" in masks.failures[1]
