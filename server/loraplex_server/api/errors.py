@@ -9,7 +9,9 @@ ApiError
 │   └── HeadersTooLarge      its first line and headers have no end
 ├── HeadersTimedOut          nor do they come
 ├── TooManyConnections       more connections are open than the server serves
-├── InvalidApiKey            no key, or not the server's
+├── InvalidApiKey            no key, or not one of the server's
+├── RoleRequired             the key's role does not allow this
+├── TenantForbidden          the request asks for what is another tenant's
 ├── CrossSiteRefused         a web page of another site wants to change something
 ├── TooManyUploads           more uploads are open than the server receives at once
 ├── UploadStalled            nothing came of an upload for too long
@@ -20,6 +22,7 @@ ApiError
 ├── Overloaded               not now: the engine could not answer in time
 │   ├── QueueFull            more requests wait than the server accepts
 │   ├── TenantQueueFull      more of the tenant's requests wait than one tenant may have waiting
+│   ├── RequestQuotaExceeded  the tenant's requests of this minute are spent
 │   └── QuotaExceeded        the tenant's tokens of this minute are spent
 ├── RequestTimedOut          no complete answer within `request_timeout_s`
 │   └── DeadlineExceeded     no complete answer within the request's own `deadline_s`
@@ -30,6 +33,8 @@ ApiError
 from __future__ import annotations
 
 from typing import Final
+
+from loraplex_server.tenants.principal import Role
 
 
 class ApiError(Exception):
@@ -81,7 +86,21 @@ class TooManyConnections(ApiError):
 
 
 class InvalidApiKey(ApiError):
-    """The request brought no key, or not the server's."""
+    """The request brought no key, or not one of the server's."""
+
+
+class RoleRequired(ApiError):
+    """The key's role does not allow this."""
+
+    def __init__(self, needed: Role, given: Role) -> None:
+        super().__init__(
+            f"this needs a key of the role {needed.value}, and yours is {given.value}; an admin "
+            f"can make one: loraplex keys create --role {needed.value}"
+        )
+
+
+class TenantForbidden(ApiError):
+    """The request asks for what is another tenant's, or an admin's; the message says what."""
 
 
 class CrossSiteRefused(ApiError):
@@ -142,6 +161,10 @@ class TenantQueueFull(Overloaded):
 
 class QuotaExceeded(Overloaded):
     """The tenant's tokens of this minute are spent."""
+
+
+class RequestQuotaExceeded(Overloaded):
+    """The tenant's requests of this minute are spent."""
 
 
 class RequestTimedOut(ApiError):

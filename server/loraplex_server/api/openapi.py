@@ -18,7 +18,6 @@ from pydantic.json_schema import models_json_schema
 
 from loraplex_server.api.error_table import ERROR_TABLE, HTTP_CODES
 from loraplex_server.api.foreign_errors import foreign_error
-from loraplex_server.api.guard import OPEN_PATHS
 from loraplex_server.api.openapi_tables import (
     ANSWERS,
     BODIES,
@@ -41,33 +40,42 @@ _EVENT_STREAM: Final[Mapping[str, Any]] = {
 }
 
 #: Of every operation, and in the common shape, as no endpoint has a say in them: no HTTP, no key,
-#: headers too slow or too long, too many connections.
-_OUTSIDE: Final = (400, 401, 408, 431, 503)
-#: Of every endpoint: a wrong request, a bug, no engine.
-_INSIDE: Final = (400, 500, 503)
-#: Of those that take bodies or change something, beside what their tags add: a page of another
-#: site's, a body too slow or too large.
-_CHANGING: Final = (401, 403, 408, 413)
+#: another site's page, headers too slow or too long, too many connections.
+_OUTSIDE: Final = (400, 401, 403, 408, 431, 503)
+#: Of every endpoint: a wrong request, a role that may not, a bug, no engine.
+_INSIDE: Final = (400, 403, 500, 503)
+#: Of those that take bodies or change something, beside what their tags add: a body too slow or too
+#: large.
+_CHANGING: Final = (408, 413)
 #: Of those with other tags, which are taken to generate.
 _GENERATING: Final = (404, 409, 429, 504)
 _BY_TAG: Final[Mapping[str, tuple[int, ...]]] = {
     "models": (404, 409),
+    "keys": (404, 409),
+    "usage": (),
+    "audit": (),
     "adapters": (404, 409, 422, 429, 502, 504),
     "vLLM": (404, 422, 429, 502, 504),
     "SGLang": (429, 502, 504),
     "LoRAX": (404, 409, 422, 429, 504),
 }
+#: A server without keys asks for none.
+_SECURITY: Final[list[dict[str, list[str]]]] = [{"key": []}, {"header": []}, {}]
 _RETRY_STATUSES: Final = (429, 503)
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Have `/openapi.json` and `/docs` show the complete document."""
+def install_openapi(app: FastAPI, open_paths: frozenset[str]) -> None:
+    """Have `/openapi.json` and `/docs` show the complete document.
+
+    Args:
+        open_paths: which need no key.
+    """
     make_plain = app.openapi
 
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = make_plain()
-            _Document(document).complete()
+            _Document(document, open_paths).complete()
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -77,8 +85,9 @@ def install_openapi(app: FastAPI) -> None:
 class _Document:
     """FastAPI's document, being completed in place."""
 
-    def __init__(self, document: dict[str, Any]) -> None:
+    def __init__(self, document: dict[str, Any], open_paths: frozenset[str]) -> None:
         self._document = document
+        self._open_paths = open_paths
         self._schemas: dict[str, Any] = document.setdefault("components", {}).setdefault(
             "schemas", {}
         )
@@ -87,14 +96,19 @@ class _Document:
         """Add what FastAPI cannot know, once."""
         self._add_models()
         components = self._document["components"]
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
         for path, operations in self._document["paths"].items():
             for method, operation in operations.items():
                 self._add_body(method, path, operation)
                 self._add_answers(method, path, operation)
                 self._add_errors(method, path, operation)
                 # A server without keys asks for none.
-                operation["security"] = [] if path in OPEN_PATHS else [{"key": []}, {}]
+                operation["security"] = (
+                    [] if path in self._open_paths else [{"key": []}, {"header": []}, {}]
+                )
         # How FastAPI would have told of fields; here it is 400, in the shape of all errors.
         self._schemas.pop("HTTPValidationError", None)
         self._schemas.pop("ValidationError", None)
@@ -141,8 +155,7 @@ class _Document:
     def _add_errors(self, method: str, path: str, operation: dict[str, Any]) -> None:
         responses = operation["responses"]
         responses.pop("422", None)
-        outside = {*_OUTSIDE} if method == "get" else {*_OUTSIDE, 403}
-        shapes = [(status, dict(_ERROR)) for status in sorted(outside)]
+        shapes = [(status, dict(_ERROR)) for status in _OUTSIDE]
         for status in sorted(_inside_statuses(method, path, operation)):
             shown, body = foreign_error(path, status, _EXAMPLE_ERROR)
             shapes.append((shown, _shape_of(body)))

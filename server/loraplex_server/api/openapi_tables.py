@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from loraplex_server.api import account_answers, dialogue_answers
 from loraplex_server.api import answer_schemas as answers
-from loraplex_server.api import dialogue_answers
 from loraplex_server.api import resource_schemas as resources
 from loraplex_server.api.adapter_bodies import SourceBody
 
@@ -30,6 +30,11 @@ ANSWERS: Final[Mapping[Operation, type[BaseModel]]] = {
     ("post", "/v1/embeddings"): dialogue_answers.EmbeddingListAnswer,
     ("post", "/tokenize"): dialogue_answers.TokenizeAnswer,
     ("post", "/detokenize"): dialogue_answers.DetokenizeAnswer,
+    ("post", "/v1/keys"): account_answers.NewKeyAnswer,
+    ("get", "/v1/keys"): account_answers.KeyListAnswer,
+    ("delete", "/v1/keys/{key_id}"): account_answers.KeyDeletedAnswer,
+    ("get", "/v1/usage"): account_answers.UsageListAnswer,
+    ("get", "/v1/audit"): account_answers.AuditListAnswer,
     ("get", "/v1/models"): resources.ModelListAnswer,
     ("get", "/v1/models/{name}"): resources.ModelAnswer,
     ("delete", "/v1/models/{name}"): resources.ModelDeletedAnswer,
@@ -82,6 +87,7 @@ EXAMPLES: Final[Mapping[Operation, Any]] = {
     ("post", "/generate_stream"): {"inputs": "Once upon", "parameters": {"max_new_tokens": 16}},
     ("patch", "/v1/adapters/{name}"): {"ttl_s": 86400},
     ("post", "/v1/adapters/{name}/rollback"): {"version": 1},
+    ("post", "/v1/keys"): {"name": "laptop", "role": "user", "tenant": "acme"},
     ("post", "/v1/load_lora_adapter"): {"lora_name": "pirate", "lora_path": "pirate"},
     ("post", "/v1/unload_lora_adapter"): {"lora_name": "pirate"},
     ("post", "/load_lora_adapter"): {"lora_name": "pirate", "lora_path": "pirate"},

@@ -55,6 +55,8 @@ class AdapterAnswer(BaseModel):
     pinned: bool
     ttl_s: int | None
     defaults: dict[str, Any]
+    owner: str = Field(description="tenant; empty for nobody's")
+    readers: list[str]
     state: Literal["resident", "loading", "host", "registered"]
 
 

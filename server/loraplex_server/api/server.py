@@ -70,6 +70,7 @@ class Server(uvicorn.Server):
             if self._upkeep is not None:
                 self._upkeep.cancel()
                 await asyncio.wait([self._upkeep])
+            await self._app.state.tenants.close()
             if self._stopping is not None:
                 self._stopping.cancel()
                 await asyncio.wait([self._stopping])

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -73,11 +73,11 @@ def tokenize_router(dialogues: Dialogues) -> APIRouter:
     front = dialogues.front
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
         """Return the token ids of a text or a conversation, as requests would have them."""
         is_text = body.messages is None
         wish = _text_wish(body) if is_text else dialogues.begin(_chat(body)).wish()
-        [token_ids], max_model_len = await front.encode(body.model_wish, wish)
+        [token_ids], max_model_len = await front.encode(body.model_wish, wish, request)
         names = [front.vocabulary.token_text(i) for i in token_ids]
         return {
             "count": len(token_ids),
@@ -87,10 +87,10 @@ def tokenize_router(dialogues: Dialogues) -> APIRouter:
         }
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
         """Return the text of token ids, special tokens included."""
         front.vocabulary.check(body.tokens, param="tokens")
-        await front.encode(body.model_wish, PromptWish(0, 0, lambda encoder: []))
+        await front.encode(body.model_wish, PromptWish(0, 0, lambda encoder: []), request)
         decode = front.vocabulary.decoder(skip_special_tokens=False)
         if len(body.tokens) > _MANY_TOKENS:
             return {"prompt": await asyncio.to_thread(decode, body.tokens)}

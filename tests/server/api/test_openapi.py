@@ -38,11 +38,14 @@ from tests.server.api.conftest import BASE, Running, make_adapter, running_serve
 from tests.support.tiny_tokenizer import make_tokenizer
 
 NUM_EXAMPLES = 6
+#: An admin's: the keys that are made here would shut anybody else out.
+KEY = "admin"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 
 #: Left out of schemathesis' checks: `positive_data_acceptance`, as a schema cannot tell which
 #: adapters exist, how long a context is or which parameters exclude each other; `use_after_free`
-#: and `ensure_resource_availability`, which only runs with links have; `ignored_auth`, as this
-#: server has no key (`test_guard` is about those).
+#: and `ensure_resource_availability`, which only runs with links have; `ignored_auth`, which
+#: `test_guard` is about.
 CHECKS = [
     status_code_conformance,
     content_type_conformance,
@@ -62,16 +65,22 @@ ANSWERED_LATER = {503, 504}
 def server(tmp_path_factory) -> Running:
     vocabulary = Vocabulary(make_tokenizer())
     folder = tmp_path_factory.mktemp("server")
-    with running_server(folder / "data", vocabulary) as running:
+    with running_server(folder / "data", vocabulary, api_key=KEY) as running:
         for name in ("pirate", "team/sql"):
             made = make_adapter(folder / name.replace("/", "-"), seed=len(name))
-            assert running.upload(name, made).status_code == 201
+            assert upload(running, name, made).status_code == 201
         yield running
+
+
+def upload(server: Running, name: str, folder: Path, **fields: str) -> httpx.Response:
+    files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+    url, data = f"{server.url}/v1/adapters", {"name": name, **fields}
+    return httpx.post(url, data=data, files=files, headers=HEADERS, timeout=20)
 
 
 @pytest.fixture(scope="module")
 def document(server) -> dict:
-    return httpx.get(f"{server.url}/openapi.json").json()
+    return httpx.get(f"{server.url}/openapi.json", headers=HEADERS).json()
 
 
 def operations(document: dict):
@@ -139,7 +148,7 @@ def test_the_examples_of_generation_are_answered(server):
     for (_, path), example in EXAMPLES.items():
         if example.keys() & {"model", "inputs"}:
             body = json.loads(json.dumps(example).replace("MODEL", BASE))
-            answer = server.post(path, body)
+            answer = httpx.post(f"{server.url}{path}", json=body, headers=HEADERS, timeout=20)
             assert answer.status_code == 200, answer.text
             if "application/json" in answer.headers["content-type"]:
                 ANSWERS["post", path].model_validate(answer.json(), strict=True)
@@ -152,7 +161,7 @@ def test_an_upload_with_the_documented_fields_is_accepted(server, document, tmp_
     given = {"replace": "true", "ttl_s": "60", "defaults": "{}", "check_base": "true"}
     assert fields.keys() == given.keys() | {"name", "files", "archive", "expected_id"}
     folder: Path = make_adapter(tmp_path / "a", seed=9)
-    assert server.upload("fields", folder, **given).status_code == 201
+    assert upload(server, "fields", folder, **given).status_code == 201
 
 
 # ---- whatever is sent ------------------------------------------------------------------------
@@ -173,7 +182,7 @@ def aim(case):
 
 def check(case) -> None:
     """Send it; raise what schemathesis finds wrong with the answer."""
-    response = case.call(timeout=20)
+    response = case.call(headers=HEADERS, timeout=20)
     checks = [*CHECKS]
     if response.status_code not in ANSWERED_LATER:
         checks.append(not_a_server_error)
@@ -185,12 +194,12 @@ def check(case) -> None:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_whatever_is_sent_the_answer_is_in_the_document(server, tmp_path, mode):
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=HEADERS)
     folder = make_adapter(tmp_path / "pirate")
     problems = []
     for found in schema.get_all_operations():
         operation = found.ok()
-        server.upload("pirate", folder, replace="true")
+        upload(server, "pirate", folder, replace="true")
 
         @settings(
             max_examples=NUM_EXAMPLES,
