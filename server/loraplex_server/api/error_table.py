@@ -25,7 +25,10 @@ from loraplex_server.api.errors import (
     CrossSiteRefused,
     DeadlineExceeded,
     GenerationFailed,
+    HeadersTimedOut,
+    HeadersTooLarge,
     InvalidApiKey,
+    InvalidHttp,
     InvalidRequest,
     InvalidTenant,
     ModelNotFound,
@@ -33,9 +36,13 @@ from loraplex_server.api.errors import (
     QueueFull,
     QuotaExceeded,
     QuotaTooSmall,
+    RequestQuotaExceeded,
     RequestTimedOut,
+    RoleRequired,
     ServerStopping,
+    TenantForbidden,
     TenantQueueFull,
+    TooManyConnections,
     TooManyUploads,
     UploadStalled,
 )
@@ -43,6 +50,7 @@ from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.model.errors import ModelError
+from loraplex_server.tenants import errors as tenants
 from loraplex_server.text import errors as text
 
 log = logging.getLogger(__name__)
@@ -75,7 +83,13 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     ModelNotFound: ErrorShape(404, _INVALID, "model_not_found"),
     AdapterMissing: ErrorShape(404, _INVALID, "adapter_not_found"),
     ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
+    InvalidHttp: ErrorShape(400, _INVALID, "invalid_http"),
+    HeadersTooLarge: ErrorShape(431, _INVALID, "headers_too_large"),
+    HeadersTimedOut: ErrorShape(408, _INVALID, "headers_timeout"),
+    TooManyConnections: ErrorShape(503, _SERVER, "too_many_connections"),
     InvalidApiKey: ErrorShape(401, _INVALID, "invalid_api_key"),
+    RoleRequired: ErrorShape(403, _INVALID, "role_required"),
+    TenantForbidden: ErrorShape(403, _INVALID, "tenant_forbidden"),
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
     TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
     UploadStalled: ErrorShape(408, _INVALID, "upload_timeout"),
@@ -86,6 +100,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
     TenantQueueFull: ErrorShape(429, _LIMIT, "tenant_queue_full"),
     QuotaExceeded: ErrorShape(429, _LIMIT, "quota_exceeded"),
+    RequestQuotaExceeded: ErrorShape(429, _LIMIT, "request_quota_exceeded"),
     Overloaded: ErrorShape(429, _LIMIT, "overloaded"),
     RequestTimedOut: ErrorShape(504, _SERVER, "request_timeout", is_final=True),
     DeadlineExceeded: ErrorShape(504, _SERVER, "deadline_exceeded", is_final=True),
@@ -105,6 +120,8 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     adapters.VersionConflict: ErrorShape(409, _INVALID, "version_conflict", is_final=True),
     adapters.AmbiguousVersion: ErrorShape(400, _INVALID, "ambiguous_version"),
     adapters.VersionIsCurrent: ErrorShape(409, _INVALID, "version_is_current", is_final=True),
+    adapters.AdapterNotOwned: ErrorShape(403, _INVALID, "adapter_not_owned"),
+    adapters.OwnerHasEnough: ErrorShape(403, _INVALID, "adapter_quota_exceeded"),
     adapters.PinRefused: ErrorShape(409, _INVALID, "pin_refused", is_final=True),
     adapters.SelfTestFailed: ErrorShape(500, _SERVER, "self_test_failed", is_final=True),
     adapters.SourceForbidden: ErrorShape(403, _INVALID, "source_forbidden"),
@@ -117,6 +134,9 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     adapters.InvalidUpload: ErrorShape(400, _INVALID, "invalid_upload"),
     adapters.UploadTooLarge: ErrorShape(413, _INVALID, "upload_too_large"),
     adapters.StorageFailed: ErrorShape(503, _SERVER, "storage_failed"),
+    tenants.KeyNotFound: ErrorShape(404, _INVALID, "key_not_found"),
+    tenants.InvalidKeyWish: ErrorShape(400, _INVALID, "invalid_key"),
+    tenants.InvalidCursor: ErrorShape(400, _INVALID, "invalid_cursor"),
     MemoryAccountError: _INTERNAL,
     ModelError: _INTERNAL,
 }
@@ -127,11 +147,14 @@ REJECTIONS: Final[tuple[type[Overloaded], ...]] = (
     QueueFull,
     TenantQueueFull,
     QuotaExceeded,
+    RequestQuotaExceeded,
 )
 
-_HTTP_CODES: Final[Mapping[int, str]] = {
+#: Errors of the framework's, and of bodies as they are read.
+HTTP_CODES: Final[Mapping[int, str]] = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_timeout",
     413: "body_too_large",
 }
 
@@ -196,6 +219,7 @@ def install_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, _handle)
     app.add_exception_handler(RequestValidationError, _handle_validation)
     app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(RecursionError, _handle_recursion)
     app.add_exception_handler(Exception, _handle_unexpected)
 
 
@@ -203,6 +227,13 @@ async def _handle(request: Request, error: Exception) -> ErrorResponse:
     if shape_of(type(error)).is_internal:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(error, request.url.path)
+
+
+async def _handle_recursion(request: Request, error: Exception) -> ErrorResponse:
+    """Python's parsers take JSON that is deeper than what else walks through it."""
+    log.warning("%s %s: %s", request.method, request.url.path, error)
+    problem = InvalidRequest("the body is nested too deeply")
+    return error_response(problem, request.url.path)
 
 
 async def _handle_unexpected(request: Request, error: Exception) -> ErrorResponse:
@@ -219,7 +250,7 @@ async def _handle_http(request: Request, error: Exception) -> ErrorResponse:
         "message": message,
         "type": _INVALID if error.status_code < 500 else _SERVER,
         "param": None,
-        "code": _HTTP_CODES.get(error.status_code, "invalid_request"),
+        "code": HTTP_CODES.get(error.status_code, "invalid_request"),
     }
     status, body = foreign_error(request.url.path, error.status_code, shown)
     return ErrorResponse(body, status_code=status, headers=error.headers)

@@ -85,6 +85,11 @@ class Generation:
         return len(self._ids)
 
     @property
+    def age_s(self) -> float:
+        """Seconds since it arrived."""
+        return self._clock() - self._requests[0].arrival_s
+
+    @property
     def usage(self) -> Usage:
         """What the answer has cost so far."""
         num_generated = sum(assembler.num_tokens for assembler in self._assemblers)

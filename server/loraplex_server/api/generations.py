@@ -27,6 +27,7 @@ from loraplex_server.api.generation import Generation
 from loraplex_server.api.job import Job
 from loraplex_server.api.job_meter import JobMeter
 from loraplex_server.api.news import News
+from loraplex_server.api.place_forecast import PlaceForecast
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.sampling import sequence_sampling
 from loraplex_server.api.tenant_accounts import TenantAccounts, TenantBill
@@ -34,9 +35,6 @@ from loraplex_server.engine.adapted_prompt import adapt_prompt
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.text.assembler import TextAssembler
 from loraplex_server.text.vocabulary import Vocabulary
-
-#: A place is free when somebody's answer ends, which nobody can foresee.
-_QUEUE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Generations:
         self._vocabulary = vocabulary
         self._metrics = metrics
         self._max_sequences = max_sequences
+        self._places = PlaceForecast(max_sequences, clock)
         self._promises = promises
         self._tenants = tenants
         self._clock = clock
@@ -89,6 +88,11 @@ class Generations:
         """Sequences that the engine has not ended yet."""
         return self._num_live
 
+    @property
+    def num_jobs(self) -> int:
+        """Requests that the engine has not ended yet, whatever they hold."""
+        return len(self._live)
+
     def check_room(self, tenant: str, num_sequences: int) -> None:
         """Raise as `start` would for a job of so many sequences, its tokens aside."""
         if num_sequences > self._max_sequences:
@@ -101,7 +105,7 @@ class Generations:
             if self._num_live + num_sequences > self._max_sequences:
                 raise QueueFull(
                     f"{self._num_live} sequences run or wait already; try again shortly",
-                    retry_after_s=_QUEUE_RETRY_S,
+                    retry_after_s=self._places.retry_after_s(num_sequences),
                 )
             self._tenants.check_room(tenant, num_sequences)
 
@@ -176,6 +180,7 @@ class Generations:
         """The engine has ended all of it."""
         job = generation.job
         self._num_live -= job.num_sequences
+        self._places.leave(job.num_sequences, generation.age_s)
         self._live.remove(generation)
         if job.adapters:
             release = asyncio.create_task(asyncio.to_thread(_release, job))
