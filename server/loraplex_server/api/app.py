@@ -68,7 +68,7 @@ def create_app(services: Services) -> FastAPI:
         keys=desk.keys,
         tenant_header=desk.header,
         open_paths=open_paths,
-        limit_headers=desk.accounts.limit_headers,
+        limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
     )
     app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
     install_error_handlers(app)
