@@ -71,7 +71,7 @@ def create_app(services: Services) -> FastAPI:
         keys=desk.keys,
         tenant_header=desk.header,
         open_paths=open_paths,
-        limit_headers=desk.accounts.limit_headers,
+        limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
     )
     # Around the guard, whose refusals have an id too.
     app.add_middleware(Envelope, receive_timeout_s=services.config.receive_timeout_s)

@@ -29,7 +29,8 @@ class Guard:
 
     Args:
         open_paths: which need no key.
-        limit_headers: what to tell a tenant of its limits, with each answer that it pays for.
+        limit_headers: what to tell a tenant of its limits, with each answer that it pays for; None
+            where nobody has any.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Guard:
         keys: KeyRing,
         tenant_header: TenantHeader,
         open_paths: frozenset[str],
-        limit_headers: Callable[[str], Mapping[str, str]],
+        limit_headers: Callable[[str], Mapping[str, str]] | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._app = app
@@ -58,7 +59,10 @@ class Guard:
         except (ApiError, StorageFailed) as error:
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive, self._with_limits(scope, send))
+        limit_headers = self._limit_headers
+        if limit_headers is not None:  # else no chunk of a stream pays for it
+            send = _with_limits(limit_headers, scope, send)
+        await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -84,15 +88,18 @@ class Guard:
         if key.has_expired(self._clock()):
             raise InvalidApiKey("this key has expired; ask an admin of the server for another one")
 
-    def _with_limits(self, scope: Scope, send: Send) -> Send:
-        async def send_with_limits(message: Message) -> None:
-            if message["type"] == "http.response.start" and ACCOUNT_KEY in scope:
-                limits = self._limit_headers(scope[ACCOUNT_KEY])
-                more = [(name.encode(), value.encode()) for name, value in limits.items()]
-                message["headers"] = [*message.get("headers", ()), *more]
-            await send(message)
 
-        return send_with_limits
+def _with_limits(
+    limit_headers: Callable[[str], Mapping[str, str]], scope: Scope, send: Send
+) -> Send:
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start" and ACCOUNT_KEY in scope:
+            limits = limit_headers(scope[ACCOUNT_KEY])
+            more = [(name.encode(), value.encode()) for name, value in limits.items()]
+            message["headers"] = [*message.get("headers", ()), *more]
+        await send(message)
+
+    return send_with_limits
 
 
 def _secret_of(headers: Headers) -> str:

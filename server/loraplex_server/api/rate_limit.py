@@ -20,6 +20,11 @@ class RateLimit:
         # One for each limit that there is: tenants with the same one share a table.
         self._quotas: dict[int, TokenQuota] = {}
 
+    @property
+    def is_any(self) -> bool:
+        """Whether there is a limit for anybody."""
+        return bool(self._limits if isinstance(self._limits, int) else any(self._limits.values()))
+
     def per_minute(self, tenant: str) -> int:
         """Return what a tenant gets a minute; 0 for no limit."""
         return limit_of(self._limits, tenant)

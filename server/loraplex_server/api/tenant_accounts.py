@@ -93,6 +93,11 @@ class TenantAccounts:
             self._ledger.open(bill)
         return bill
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether any tenant may have a limit by the minute."""
+        return self._requests.is_any or self._tokens.is_any
+
     def limit_headers(self, tenant: str) -> dict[str, str]:
         """Return what to tell a tenant of its limits; nothing of those that it has not."""
         now = self._clock()
