@@ -264,6 +264,14 @@ class Config:
     shutdown_grace_s: int = _setting(
         integer_of(0), 20, "service", "let running requests finish so long when stopping", "S"
     )
+    drain_delay_s: float = _setting(
+        parse_wait,
+        0.0,
+        "service",
+        "when stopping, serve as before for so long while `/ready` says 503, until load balancers "
+        "have noticed",
+        "S",
+    )
     log_level: str = _setting(
         choice_of("debug", "info", "warning", "error"),
         "info",

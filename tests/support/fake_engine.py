@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 
 from loraplex_memory.adapter_manifest import AdapterManifest
@@ -68,6 +69,8 @@ class FakeEngine:
         self.is_ending: Callable[[Request], bool] = lambda request: True
         #: Tokens of a prompt that were found in the prefix cache.
         self.num_cached: Callable[[Request], int] = lambda request: 0
+        #: Holds answers back after their first token, until it is set.
+        self.gate: threading.Event | None = None
         self.submitted: list[Request] = []
         self.cancelled: set[str] = set()
         self.ended: dict[str, FinishReason] = {}
@@ -121,6 +124,8 @@ class FakeEngine:
     async def _answer(self, request: Request, take: Callable[[Event], None]) -> None:
         for num_sent, event in enumerate(self._events(request)):
             await asyncio.sleep(self.step_s)
+            while num_sent and self._is_held(request):
+                await asyncio.sleep(0.005)
             if request.request_id in self.cancelled:
                 event = EndEvent(request.request_id, FinishReason.CANCELLED)
             elif self.end_with and num_sent >= self.end_after and self.is_ending(request):
@@ -130,6 +135,10 @@ class FakeEngine:
             take(event)
             if event.finish_reason is not None:
                 return
+
+    def _is_held(self, request: Request) -> bool:
+        is_shut = self.gate is not None and not self.gate.is_set()
+        return is_shut and request.request_id not in self.cancelled
 
     def _events(self, request: Request) -> list[TokenEvent]:
         token_ids = [*self.reply(request)]

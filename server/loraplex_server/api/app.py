@@ -13,6 +13,7 @@ from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.adapters import adapters_router
 from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
+from loraplex_server.api.drain import Drain, DrainGate
 from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.error_table import install_error_handlers
@@ -45,6 +46,8 @@ def create_app(services: Services) -> FastAPI:
     base_name = services.base_names[0]
     registry.register(EngineCollector(services.engine, names, base_name))
     app = FastAPI(title="loraplex", version=version("loraplex"), description=_DESCRIPTION)
+    drain = app.state.drain = Drain()
+    app.add_middleware(DrainGate, drain=drain)
     app.add_middleware(Guard, api_key=services.config.api_key)
     app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
     install_error_handlers(app)
@@ -103,7 +106,12 @@ def create_app(services: Services) -> FastAPI:
     )
     app.include_router(
         ops_router(
-            engine=services.engine, adapter_names=names, registry=registry, base_name=base_name
+            engine=services.engine,
+            adapter_names=names,
+            generations=generations,
+            drain=drain,
+            registry=registry,
+            base_name=base_name,
         )
     )
     return app

@@ -80,6 +80,11 @@ class Generations:
         """Sequences that the engine has not ended yet."""
         return self._num_live
 
+    @property
+    def num_jobs(self) -> int:
+        """Requests that the engine has not ended yet, whatever they hold."""
+        return len(self._live)
+
     def check_room(self, tenant: str, num_sequences: int) -> None:
         """Raise as `start` would for a job of so many sequences, its tokens aside."""
         if num_sequences > self._max_sequences:

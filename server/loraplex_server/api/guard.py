@@ -12,7 +12,7 @@ from loraplex_server.api.error_table import error_response
 from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey
 
 #: For probes and scrapers, which say nothing of any tenant.
-_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
+_OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/ready", "/ping", "/load"})
 _CHANGING_METHODS: Final = frozenset({"POST", "PATCH", "DELETE"})
 
 

@@ -1,7 +1,9 @@
 """Serving the application on a socket until a signal, and stopping in order.
 
-No new connections; running requests finish, up to `shutdown_grace_s`; then the engine ends what is
-left, so that every stream gets its last event; then `serve` returns.
+After the signal the server goes on listening, and says by `/ready` that it is about to end. For
+`drain_delay_s` it serves as before, while load balancers notice. Then new work is refused; what was
+accepted finishes, up to `shutdown_grace_s`; then the engine ends what is left, so that every stream
+gets its last event; then the listener closes and `serve_until_signal` returns. See decision 24.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Final
 import uvicorn
 
 from loraplex_server.api.app import create_app
+from loraplex_server.api.drain import Drain
 from loraplex_server.api.http_protocol import HttpProtocol
 from loraplex_server.api.services import Services
 
@@ -35,7 +38,8 @@ class Server(uvicorn.Server):
         self._services = services
         self._app = create_app(services)
         self._upkeep: asyncio.Task[None] | None = None
-        self._grace: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._drain: Drain = self._app.state.drain
         config = services.config
         super().__init__(
             uvicorn.Config(
@@ -45,7 +49,7 @@ class Server(uvicorn.Server):
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",
                 lifespan="off",
-                timeout_graceful_shutdown=config.shutdown_grace_s + _LAST_WRITES_S,
+                timeout_graceful_shutdown=_LAST_WRITES_S,
             )
         )
 
@@ -57,18 +61,18 @@ class Server(uvicorn.Server):
             if self._upkeep is not None:
                 self._upkeep.cancel()
                 await asyncio.wait([self._upkeep])
-        if self._grace is not None:
-            self._grace.cancel()
-            await asyncio.wait([self._grace])
+            if self._stopping is not None:
+                self._stopping.cancel()
+                await asyncio.wait([self._stopping])
 
     def stop(self) -> None:
         """Stop with grace, or without it if called again; from the event loop."""
-        if self._grace is not None:
-            self.force_exit = True
-            return
-        log.info("stopping; running requests may finish")
-        self.should_exit = True
-        self._grace = asyncio.create_task(self._end_after_grace())
+        if self._stopping is None:
+            log.info("stopping; requests under way may finish")
+            self._drain.begin()
+            self._stopping = asyncio.create_task(self._stop_in_order())
+        else:
+            self._stop_at_once()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then say so."""
@@ -87,9 +91,30 @@ class Server(uvicorn.Server):
                 loop.add_signal_handler(number, self.stop)
         yield
 
-    async def _end_after_grace(self) -> None:
-        await asyncio.sleep(self._services.config.shutdown_grace_s)
+    async def _stop_in_order(self) -> None:
+        config = self._services.config
+        await asyncio.sleep(config.drain_delay_s)
+        self._drain.close()
+        if not await self._drain.wait_idle(config.shutdown_grace_s):
+            log.warning(
+                "%d requests are not answered after shutdown_grace_s of %d s; ending them",
+                self._drain.num_working,
+                config.shutdown_grace_s,
+            )
         await self._services.engine.stop()
+        if not await self._drain.wait_idle(_LAST_WRITES_S):
+            self._abort_connections()
+        self.should_exit = True
+
+    def _stop_at_once(self) -> None:
+        log.warning("stopping at once; requests under way break off")
+        self._drain.close()
+        self.should_exit = self.force_exit = True
+        self._abort_connections()
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def greeting(services: Services, listener: socket.socket) -> str:

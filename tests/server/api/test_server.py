@@ -21,10 +21,12 @@ def stoppable(tmp_path, vocabulary):
     """Return a function that starts a `Server` with a grace period: (url, engine, stop, thread)."""
     catalog = make_catalog(tmp_path, base_name=BASE)
 
-    def start(shutdown_grace_s: int):
+    def start(shutdown_grace_s: int, drain_delay_s: float = 0.0):
         engine = FakeEngine()
         engine.step_s = 0.02
-        config = Config(data_dir=tmp_path, shutdown_grace_s=shutdown_grace_s)
+        config = Config(
+            data_dir=tmp_path, shutdown_grace_s=shutdown_grace_s, drain_delay_s=drain_delay_s
+        )
         services = Services(config, engine, catalog, vocabulary, base_names=(BASE,))
         listener = socket.create_server(("127.0.0.1", 0))
         server = Server(services)
@@ -67,14 +69,18 @@ def test_connections_send_small_chunks_at_once():
     assert asyncio.run(nodelay())
 
 
-def stream_until_stopped(url, stop, max_tokens: int) -> str:
-    body = {
+def endless(max_tokens: int) -> dict:
+    return {
         "model": BASE,
         "prompt": "abc",
         "stream": True,
         "max_tokens": max_tokens,
         "ignore_eos": True,
     }
+
+
+def stream_until_stopped(url, stop, max_tokens: int) -> str:
+    body = endless(max_tokens)
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
         pieces = answer.iter_text()
         first = next(pieces)
@@ -104,6 +110,62 @@ def test_after_the_grace_period_streams_end_with_an_error(stoppable):
     thread.join(timeout=10)
     assert not thread.is_alive()
     assert engine.num_running == 0
+
+
+def test_a_draining_server_refuses_work_but_listens_until_the_last_answer(stoppable):
+    url, engine, stop, thread = stoppable(20)
+    gate = threading.Event()
+    engine.gate = gate
+    with httpx.stream("POST", f"{url}/v1/completions", json=endless(20), timeout=20) as answer:
+        pieces = answer.iter_text()
+        next(pieces)
+        assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+        stop()
+        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/ready").json() == {"status": "draining"}
+        assert httpx.get(f"{url}/ping").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/load").json()["server_load"] == 1
+        for path in ("/v1/completions", "/v1/adapters", "/v1/adapters/a/prefetch"):
+            refused = httpx.post(f"{url}{path}", json=endless(1))
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "server_stopping"
+            assert refused.headers["x-request-id"]
+        assert thread.is_alive()
+        gate.set()
+        text = "".join(pieces)
+    assert '"finish_reason":"length"' in text
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert [reason.value for reason in engine.ended.values()] == ["length"]
+
+
+def test_with_a_delay_the_server_serves_on_while_balancers_notice(stoppable):
+    url, _, stop, thread = stoppable(20, drain_delay_s=1000)
+    with httpx.Client(base_url=url) as kept:
+        assert "connection" not in kept.get("/version").headers
+        stop()
+        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        served = kept.post("/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 1})
+        assert (served.status_code, served.headers["connection"]) == (200, "close")
+    stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_a_second_signal_ends_at_once(stoppable):
+    url, engine, stop, thread = stoppable(1000)
+    engine.gate = threading.Event()  # never opens: the answer would take for ever
+    with (
+        pytest.raises(httpx.TransportError),
+        httpx.stream("POST", f"{url}/v1/completions", json=endless(250), timeout=20) as answer,
+    ):
+        for _ in answer.iter_text():
+            stop()
+            stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_a_busy_port_is_one_clear_line(capsys):
