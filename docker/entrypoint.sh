@@ -38,11 +38,16 @@ config_file() {
     printf '%s' "$found"
 }
 
-# Whether somebody has said who may use the server.
-has_key() {
-    [ -z "${LORAPLEX_API_KEY:-}" ] || return 0
+# Whether somebody has said who may use the server, or that anybody may.
+is_decided() {
+    [ -z "${LORAPLEX_API_KEY:-}${LORAPLEX_ALLOW_OPEN:-}" ] || return 0
+    for word; do
+        case $word in
+            --allow-open | --allow-open=*) return 0 ;;
+        esac
+    done
     file=$(config_file "$@")
-    [ -n "$file" ] && grep -q '^[[:space:]]*api_key[[:space:]]*=' "$file" 2>/dev/null
+    [ -n "$file" ] && grep -Eq '^[[:space:]]*(api_key|allow_open)[[:space:]]*=' "$file" 2>/dev/null
 }
 
 # A server that others reach needs a key; the first start makes one, and later ones find it.
@@ -50,7 +55,7 @@ provide_key() {
     case ${LORAPLEX_HOST:-127.0.0.1} in
         127.* | ::1 | localhost) return 0 ;;
     esac
-    has_key "$@" && return 0
+    is_decided "$@" && return 0
     key_file=$data/admin-key
     if [ ! -s "$key_file" ]; then
         # Written beside and moved: a start that is cut short leaves no half key.

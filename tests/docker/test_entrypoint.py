@@ -160,6 +160,13 @@ def test_a_key_in_the_configuration_file_is_respected(container, tmp_path):
         assert not (container.data / "admin-key").exists()
 
 
+def test_a_server_that_is_meant_to_be_open_gets_no_key(container):
+    container.run("--allow-open", "on", "--port", "no-port")
+    container.env["LORAPLEX_ALLOW_OPEN"] = "on"
+    container.run("--port", "no-port")
+    assert not (container.data / "admin-key").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "problem"), [(None, "is the secret mounted"), ("", "is empty")]
 )

@@ -206,9 +206,10 @@ def test_objects_that_name_each_other_agree():
 def test_rules_and_dashboards_are_those_that_compose_uses():
     found = render(EVERYTHING)
     groups = found["PrometheusRule/test"]["spec"]["groups"]
-    rules = sorted((DOCKER / "prometheus" / "rules").glob("*.yml"))
-    assert rules
-    assert groups == [g for path in rules for g in yaml.safe_load(path.read_text())["groups"]]
+    files = sorted((DOCKER / "prometheus").rglob("*.yml"))
+    expected = [g for path in files for g in yaml.safe_load(path.read_text()).get("groups", ())]
+    assert expected
+    assert groups == expected
     boards = {path.name: path for path in (DOCKER / "grafana" / "dashboards").glob("*.json")}
     shipped = [o["data"] for name, o in found.items() if name.startswith("ConfigMap/")]
     assert boards
