@@ -20,8 +20,13 @@ BLOCK_TIMEOUT_S = 60.0
 # Both read the path of a block from standard input, run it where the last one left off, and write
 # its status to the descriptor of their first argument. The shell leaves its variables and folder
 # to Python. `errexit` ends the shell within a block, so that the descriptor closes.
-_SHELL = """
+# HTTP errors are failures of curl here, which has two options for it and refuses both at once.
+_SHELL = r"""
 set -euo pipefail
+curl() {
+    if [[ " $* " =~ \ (--fail.*|-[a-zA-Z]*f[a-zA-Z]*)\  ]]; then command curl "$@"
+    else command curl --fail-with-body "$@"; fi
+}
 while IFS= read -r block; do
     . "$block" </dev/null
     env -0 >"$HOME/.environment"
@@ -109,8 +114,7 @@ class DocSession:
         """
         self._folder, self._ports = folder, ports
         self._log = folder / ".output"
-        # HTTP errors are failures of commands too.
-        (folder / ".curlrc").write_text("fail-with-body\nno-progress-meter\nmax-time = 60\n")
+        (folder / ".curlrc").write_text("no-progress-meter\nmax-time = 60\n")
         env = {**env, "HOME": str(folder), "PWD": str(folder)}
         (folder / ".environment").write_text(f"PWD={folder}\0")
         self._interpreters = {
