@@ -25,6 +25,7 @@ def servers(tmp_path_factory) -> Iterator[DocServers]:
 
 
 @pytest.mark.model
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_commands_of_a_page_run(page: Page, servers: DocServers, tmp_path: Path):
     variables, flags = page.server
@@ -37,7 +38,9 @@ def test_the_commands_of_a_page_run(page: Page, servers: DocServers, tmp_path: P
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "LORAPLEX_BASE_URL": server.base_url,
+        # Tests share the machine, and threads that wait for each other take it from others.
         "OMP_NUM_THREADS": "1",
+        "LORAPLEX_THREADS": "1",
         "TERM": "dumb",
         **variables,
     }

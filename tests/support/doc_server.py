@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "examples"
 ADAPTERS = ("pirate", "json-extract", "sql", "ticket-label")
 
 _SMALL = ("--pool-bytes", "256MiB", "--host-bytes", "64MiB", "--max-model-len", "2048")
+_ONE_THREAD = ("--threads", "1")
 
 Settings = tuple[tuple[tuple[str, str], ...], tuple[str, ...]]
 
@@ -29,7 +30,7 @@ class DocServers:
         settings = (tuple(sorted(variables.items())), tuple(flags))
         if settings not in self._servers:
             folder = self._folder / str(len(self._servers))
-            server = ServerProcess(folder, *_SMALL, *flags, env=variables)
+            server = ServerProcess(folder, *_SMALL, *_ONE_THREAD, *flags, env=variables)
             self._servers[settings] = server
             server.wait_until_ready()
         server = self._servers[settings]
