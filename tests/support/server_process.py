@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -22,16 +23,18 @@ def free_port() -> int:
 class ServerProcess:
     """Started on construction; `stop` ends it and everything it started."""
 
-    def __init__(self, data_dir: Path, *flags: str) -> None:
+    def __init__(self, data_dir: Path, *flags: str, env: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / "server.log"
         data_dir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "loraplex_server", "--port", str(self.port)]
         command += ["--data-dir", str(data_dir / "data"), *flags]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LORAPLEX_")}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("LORAPLEX_")}
         with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env={**inherited, **(env or {})}
+            )
 
     def wait_until_ready(self, timeout_s: float = 240.0) -> None:
         deadline = time.monotonic() + timeout_s
