@@ -16,6 +16,7 @@ environment variable and no server code; it needs only httpx and pydantic.
 from __future__ import annotations
 
 from loraplex.async_client import AsyncClient
+from loraplex.async_stream import AsyncStream
 from loraplex.client import Client
 from loraplex.errors import (
     AdapterFilesError,
@@ -36,7 +37,7 @@ from loraplex.errors import (
     UnprocessableEntityError,
     UsageError,
 )
-from loraplex.stream import AsyncStream, Stream
+from loraplex.stream import Stream
 
 __version__: str
 
