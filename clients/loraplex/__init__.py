@@ -9,7 +9,8 @@
         )
         print(answer.text)
 
-`AsyncClient` has the same methods, to be awaited. Importing this package reads no file, no
+`loraplex.push(model, name)` pushes a PEFT model straight from training. `AsyncClient` has the same
+methods as `Client`, to be awaited. Importing this package reads no file, no
 environment variable and no server code; it needs only httpx and pydantic.
 """
 
@@ -37,6 +38,7 @@ from loraplex.errors import (
     UnprocessableEntityError,
     UsageError,
 )
+from loraplex.model_push import push
 from loraplex.stream import Stream
 
 __version__: str
@@ -64,6 +66,7 @@ __all__ = [
     "UnprocessableEntityError",
     "UsageError",
     "__version__",
+    "push",
 ]
 
 

@@ -13,7 +13,7 @@ from loraplex.types.adapter import (
     FreedBytes,
     ReportEntry,
 )
-from loraplex.types.answer import Answer, PromptTokensDetails, Usage
+from loraplex.types.answer import Answer, AnswerTimes, PromptTokensDetails, Usage
 from loraplex.types.base import ApiModel, Page
 from loraplex.types.chat import (
     ChatChoice,
@@ -49,6 +49,7 @@ __all__ = [
     "AdapterValidation",
     "AdapterVersions",
     "Answer",
+    "AnswerTimes",
     "ApiKey",
     "ApiModel",
     "AuditEntry",

@@ -31,14 +31,35 @@ class Usage(ApiModel):
         return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else 0
 
 
+class AnswerTimes(ApiModel):
+    """How long the parts of an answer took, as the server measured them; None is not known.
+
+    Queue, adapter load and prefill are those of the sequence that had its first token first.
+    """
+
+    time_to_first_token_ms: float | None = None
+    queue_time_ms: float | None = None
+    adapter_load_ms: float | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    mean_itl_ms: float | None = None
+    tokens_per_second: float | None = None
+    total_time_ms: float | None = None
+
+
 class Answer(ApiModel):
-    """What completions, chat completions and the chunks of both have in common."""
+    """What completions, chat completions and the chunks of both have in common.
+
+    Attributes:
+        metrics: How long its parts took; of a stream with the usage.
+    """
 
     id: str
     object: str
     created: int
     model: str
     usage: Usage | None = None
+    metrics: AnswerTimes | None = None
 
     @property
     @abstractmethod
