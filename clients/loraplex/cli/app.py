@@ -22,6 +22,7 @@ from loraplex.cli import (
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
+from loraplex.cli.top.command import top
 from loraplex.errors import LoraplexError
 from loraplex.version import installed_version
 
@@ -51,6 +52,7 @@ app.command("simulate", cls=serve.PassThrough, add_help_option=False)(simulate.s
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)
+app.command("top")(top)
 adapters.app.command("versions")(adapter_versions.versions)
 adapters.app.command("rollback")(adapter_versions.rollback)
 adapters.app.command("pin")(adapter_settings.pin)

@@ -1,6 +1,6 @@
 """Pushing adapters while `transformers.Trainer` trains them.
 
-    Trainer(..., callbacks=[PushAdapterCallback("support-bot")])
+Trainer(..., callbacks=[PushAdapterCallback("support-bot")])
 """
 
 from __future__ import annotations
