@@ -28,6 +28,8 @@ DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000"
 # Connecting is quick or hopeless; a long answer that is not streamed takes minutes.
 DEFAULT_TIMEOUT: Final = httpx.Timeout(600.0, connect=5.0)
 DEFAULT_MAX_RETRIES: Final = 2
+# httpx's own 100 would hold back programs that ask a lot at once, without a word.
+DEFAULT_LIMITS: Final = httpx.Limits(max_connections=1000, max_keepalive_connections=20)
 
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 

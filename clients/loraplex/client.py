@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import httpx
 
 from loraplex.base_client import (
+    DEFAULT_LIMITS,
     DEFAULT_MAX_RETRIES,
     DEFAULT_TIMEOUT,
     BaseClient,
@@ -50,6 +51,7 @@ class Client(BaseClient):
         max_retries: int = DEFAULT_MAX_RETRIES,
         default_headers: Mapping[str, str] | None = None,
         proxy: str | None = None,
+        limits: httpx.Limits = DEFAULT_LIMITS,
         http_client: httpx.Client | None = None,
     ) -> None:
         """Make a client; nothing is sent yet.
@@ -61,14 +63,15 @@ class Client(BaseClient):
             max_retries: How many attempts may follow the first (see `loraplex.retry`).
             default_headers: Sent with every request.
             proxy: The URL of what to reach the server through; default: HTTP_PROXY and its like.
-            http_client: For certificates, transports, limits; it stays the caller's to close.
+            limits: How many connections there may be; by default 1000, of which 20 are kept.
+            http_client: For certificates, transports; it stays the caller's to close.
 
         Raises:
             UsageError: The base URL, the key or the proxy cannot be used.
         """
         refuse_both(http_client, proxy)
         super().__init__(base_url, api_key, timeout, max_retries, default_headers, proxy)
-        self._http = http_client or httpx.Client(proxy=proxy)
+        self._http = http_client or httpx.Client(proxy=proxy, limits=limits)
         self._owns_http = http_client is None
 
     @property

@@ -19,6 +19,7 @@ from loraplex.cli import (
     serve,
     simulate,
 )
+from loraplex.cli.bench.command import bench
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
@@ -53,6 +54,7 @@ app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)
 app.command("top")(top)
+app.command("bench")(bench)
 adapters.app.command("versions")(adapter_versions.versions)
 adapters.app.command("rollback")(adapter_versions.rollback)
 adapters.app.command("pin")(adapter_settings.pin)

@@ -71,7 +71,7 @@ class PushAdapterCallback(TrainerCallback):  # type: ignore[misc,unused-ignore] 
         """Push the checkpoint that was just written."""
         if self._when == "end" or not state.is_world_process_zero:
             return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = Path(args.output_dir or "trainer_output") / f"checkpoint-{state.global_step}"
         name = f"{self.name}-step-{state.global_step}" if self._name_steps else self.name
         self._push(saved_folder(checkpoint, self._adapter_name), name)
 
