@@ -14,12 +14,15 @@ from loraplex.cli import (
     adapters,
     chat,
     check,
+    ledger,
     models,
     pool,
     serve,
     simulate,
 )
 from loraplex.cli.bench.command import bench
+from loraplex.cli.completion import completion
+from loraplex.cli.doctor.command import doctor
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
@@ -45,7 +48,7 @@ app = typer.Typer(
     cls=ErrorBoundary,
     help="Serve thousands of LoRA adapters of one language model.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_show_locals=False,
 )
 app.command("serve", cls=serve.PassThrough, add_help_option=False)(serve.serve)
@@ -55,6 +58,10 @@ app.command("models")(models.models)
 app.command("pool")(pool.pool)
 app.command("top")(top)
 app.command("bench")(bench)
+app.command("doctor")(doctor)
+app.command("usage")(ledger.usage)
+app.command("audit")(ledger.audit)
+app.command("completion")(completion)
 adapters.app.command("versions")(adapter_versions.versions)
 adapters.app.command("rollback")(adapter_versions.rollback)
 adapters.app.command("pin")(adapter_settings.pin)
