@@ -110,6 +110,10 @@ def test_a_model_that_is_not_there_and_adapters_of_another_base_are_told(tiny):
     assert "stranger (someone/else)" in findings[-1].told
 
 
+def test_another_version_is_a_note(tiny):
+    assert verdicts(ask(tiny))["version"] is Verdict.NOTE
+
+
 def test_a_server_that_is_not_ready_fails(tiny):
     tiny.failing["GET", "/health"] = Reply({"status": "starting"}, 503)
     assert verdicts(ask(tiny))["server"] is Verdict.FAIL
@@ -142,7 +146,7 @@ def test_the_command_tells_all_of_a_real_server(tiny_server, tmp_path):
     found = {item["subject"]: item["verdict"] for item in json.loads(result.stdout)}
     assert result.exit_code == 0, result.stdout
     wanted = {"python", "packages", "gpu", "compiler", "memory", "data folder", "server", "clock"}
-    assert wanted | {"key", "models", "adapters"} == set(found)
+    assert wanted | {"key", "version", "models", "adapters"} == set(found)
     failing = CliRunner().invoke(app, [*command, "--model", "absent"])
     assert failing.exit_code == 1
     assert "-> push it: loraplex adapters push FOLDER --name absent" in failing.stdout

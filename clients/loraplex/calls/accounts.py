@@ -11,7 +11,9 @@ Role: TypeAlias = Literal["admin", "uploader", "user"]
 Bucket: TypeAlias = Literal["hour", "day", "all"]
 
 
-def create_key(name: str, role: Role, tenant: str, expires_in_s: float | None) -> Call[CreatedKey]:
+def create_key(
+    name: str, role: Role, tenant: str | None, expires_in_s: float | None
+) -> Call[CreatedKey]:
     """POST /v1/keys. Never sent twice: an answer that was lost had a secret in it."""
     fields = {"name": name, "role": role, "tenant": tenant, "expires_in_s": expires_in_s}
     body = body_of(fields, {})

@@ -21,7 +21,12 @@ class Keys:
         self._client = client
 
     def create(
-        self, name: str, *, role: Role, tenant: str, expires_in_s: float | None = None
+        self,
+        name: str,
+        *,
+        role: Role,
+        tenant: str | None = None,
+        expires_in_s: float | None = None,
     ) -> CreatedKey:
         """Make a key. Its `secret` is in this answer and in no other.
 
@@ -29,7 +34,7 @@ class Keys:
             name: For people.
             role: What it allows: "user" asks models, "uploader" changes the tenant's adapters too,
                 "admin" may do anything.
-            tenant: On whose account its requests run.
+            tenant: On whose account its requests run; admins need none.
             expires_in_s: Seconds until it stops working; None for never.
         """
         return self._client.send(accounts.create_key(name, role, tenant, expires_in_s))
@@ -83,7 +88,7 @@ class Audit:
     def list(
         self, *, tenant: str | None = None, subject: str | None = None, page_size: int = 100
     ) -> Iterator[AuditEntry]:
-        """Iterate over the entries.
+        """Iterate over the entries, newest first.
 
         Args:
             tenant: Of this tenant only.

@@ -20,6 +20,7 @@ from loraplex.errors import (
     PermissionDeniedError,
 )
 from loraplex.types import Model
+from loraplex.version import installed_version
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _MAX_SKEW_S = 30.0
@@ -36,14 +37,13 @@ def check_server(shared: Client, model: str | None) -> Iterator[Finding]:
     client = shared.with_options(timeout=_TIMEOUT_S, max_retries=0)
     try:
         health = client.health()
-        version = client.version()
     except APIConnectionError as error:
         yield from _nobody(client.base_url, error)
         return
     except LoraplexError as error:
         yield fail("server", explain(error), "see that --base-url is a loraplex server's")
         return
-    told = f"loraplex {version} at {client.base_url}: {health.status}"
+    told = f"{client.base_url}: {health.status}"
     if health.is_ok:
         yield ok("server", told)
     else:
@@ -58,8 +58,20 @@ def check_server(shared: Client, model: str | None) -> Iterator[Finding]:
         yield fail("models", explain(error), "see the server's log")
         return
     yield ok("key", "accepted, or none needed")
+    yield check_version(client)
     yield from check_models(models, model)
     yield from check_adapters(client, models)
+
+
+def check_version(client: Client) -> Finding:
+    """Compare the server's version with this one's."""
+    ours, theirs = installed_version(), client.version()
+    if ours != theirs:
+        told = f"the server is {theirs}, this is {ours}"
+        return note(
+            "version", told, f"if a command is unknown there: pip install loraplex=={theirs}"
+        )
+    return ok("version", ours)
 
 
 def check_models(models: list[Model], wanted: str | None) -> Iterator[Finding]:
