@@ -82,6 +82,15 @@ def test_a_limit_tells_that_there_is_more(ledger):
     assert result.stderr == "there are more: raise --limit\n"
 
 
+def test_a_server_without_the_call_is_told_from_one_without_the_name(tiny_server):
+    result = CliRunner().invoke(app, ["--base-url", tiny_server.base_url, "adapters", "show", "x"])
+    assert "`loraplex models` lists what the server knows" in result.stderr
+    error = {"error": {"message": "GET /v1/usage: Not Found", "code": "not_found"}}
+    with serve(lambda received: Reply(error, 404)) as running:
+        result = CliRunner().invoke(app, ["--base-url", running.url, "usage"])
+    assert "the server has no such call; `loraplex doctor`" in result.stderr
+
+
 def test_a_time_that_is_none_is_refused(ledger):
     result = ledger("usage", "--since", "yesterday")
     assert result.exit_code == 1
