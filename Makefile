@@ -37,9 +37,10 @@ check: $(READY)  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)  ## format and mend what lint can mend
+format: $(READY)  ## format, mend what lint can mend, write the synchronous client
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python clients/generate_sync.py
 
 bench: $(READY)  ## compare with PEFT's mixed batch on this machine
 	$(BIN)/python server/bench/bench_serve.py

@@ -9,13 +9,15 @@
         )
         print(answer.text)
 
-`AsyncClient` has the same methods, to be awaited. Importing this package reads no file, no
+`loraplex.push(model, name)` pushes a PEFT model straight from training. `AsyncClient` has the same
+methods as `Client`, to be awaited. Importing this package reads no file, no
 environment variable and no server code; it needs only httpx and pydantic.
 """
 
 from __future__ import annotations
 
 from loraplex.async_client import AsyncClient
+from loraplex.async_stream import AsyncStream
 from loraplex.client import Client
 from loraplex.errors import (
     AdapterFilesError,
@@ -36,7 +38,8 @@ from loraplex.errors import (
     UnprocessableEntityError,
     UsageError,
 )
-from loraplex.stream import AsyncStream, Stream
+from loraplex.model_push import push
+from loraplex.stream import Stream
 
 __version__: str
 
@@ -63,6 +66,7 @@ __all__ = [
     "UnprocessableEntityError",
     "UsageError",
     "__version__",
+    "push",
 ]
 
 

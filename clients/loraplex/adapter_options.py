@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 
@@ -13,11 +13,13 @@ class AdapterSettings(TypedDict, total=False):
         pinned: Keep it in the pool once it is there.
         ttl_s: Delete it so many seconds after its last use; None for never.
         defaults: `chat_template`, `system_prompt`, `max_context`, `generation`.
+        readers: The tenants that may use it besides its owner; "*" is all. Needs keys.
     """
 
     pinned: bool
     ttl_s: int | None
     defaults: Mapping[str, Any]
+    readers: Sequence[str]
 
 
 class RegisterOptions(TypedDict, total=False):

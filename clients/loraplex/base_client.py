@@ -10,9 +10,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 import httpx
-from pydantic import ValidationError
 
-from loraplex.calls import AnswerT, Call
+from loraplex.calls.call import AnswerT, Call
 from loraplex.errors import (
     APIConnectionError,
     APIStatusError,
@@ -23,13 +22,14 @@ from loraplex.errors import (
     parse_error_body,
 )
 from loraplex.retry import Failure, parse_retry_after_s, parse_should_retry, retry_delay_s
-from loraplex.types import AdapterPage
 from loraplex.version import installed_version
 
 DEFAULT_BASE_URL: Final = "http://127.0.0.1:8000"
 # Connecting is quick or hopeless; a long answer that is not streamed takes minutes.
 DEFAULT_TIMEOUT: Final = httpx.Timeout(600.0, connect=5.0)
 DEFAULT_MAX_RETRIES: Final = 2
+# httpx's own 100 would hold back programs that ask a lot at once, without a word.
+DEFAULT_LIMITS: Final = httpx.Limits(max_connections=1000, max_keepalive_connections=20)
 
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -50,16 +50,19 @@ class BaseClient:
         timeout: float | httpx.Timeout | None,
         max_retries: int,
         default_headers: Mapping[str, str] | None,
+        proxy: str | None,
     ) -> None:
         self.base_url = _server_root(
             base_url or os.environ.get("LORAPLEX_BASE_URL") or DEFAULT_BASE_URL
         )
         api_key = api_key or os.environ.get("LORAPLEX_API_KEY")
+        self._api_key = _checked_key(api_key) if api_key else None
         self.timeout = timeout
         self.max_retries = max_retries
+        self._proxy = proxy
         self._headers = {"User-Agent": f"loraplex-python/{installed_version()}"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
+        if self._api_key:
+            self._headers["Authorization"] = f"Bearer {self._api_key}"
         self._headers.update(default_headers or {})
         self._owns_http = False
 
@@ -99,6 +102,25 @@ class BaseClient:
             "timeout": self.timeout,
         }
 
+    def _openai_settings(self, timeout_type: type[Any]) -> dict[str, Any]:
+        """Return the arguments of either client of the `openai` package, except the transport.
+
+        Args:
+            timeout_type: That package's `Timeout`, which need not be that of our httpx.
+        """
+        of_itself = ("User-Agent", "Authorization")
+        timeout = self.timeout
+        if isinstance(timeout, httpx.Timeout):
+            timeout = timeout_type(**timeout.as_dict())
+        return {
+            "base_url": f"{self.base_url}/v1",
+            # It insists on a key, of which a server without keys takes no notice.
+            "api_key": self._api_key or "none",
+            "timeout": timeout,
+            "max_retries": self.max_retries,
+            "default_headers": {k: v for k, v in self._headers.items() if k not in of_itself},
+        }
+
     def _delay_or_raise(
         self, call: Call[Any], attempt: int, outcome: httpx.Response | httpx.RequestError
     ) -> float:
@@ -118,6 +140,17 @@ class BaseClient:
         raise _connection_error(outcome, f"{self.base_url}{call.path}") from outcome
 
 
+def refuse_both(http_client: object, proxy: object) -> None:
+    """Refuse a proxy beside a whole httpx client, which has its own or none."""
+    if http_client is not None and proxy is not None:
+        raise UsageError("give the proxy to your own http_client: httpx.Client(proxy=...)")
+
+
+def missing_openai(error: ModuleNotFoundError) -> UsageError:
+    """Return what to do about an `openai` package that is not there."""
+    return UsageError(f"client.openai() needs the openai package ({error}): pip install openai")
+
+
 def is_answer(call: Call[Any], response: httpx.Response) -> bool:
     """Return whether a response carries the call's answer, and not an error."""
     return response.is_success or response.status_code in call.answer_statuses
@@ -130,17 +163,12 @@ def parse_answer(call: Call[AnswerT], response: httpx.Response) -> AnswerT:
         InvalidResponseError: The body is not what the contract says.
     """
     try:
-        return call.answer_type.model_validate_json(response.content)
-    except ValidationError as error:
+        return call.answer_type.from_body(response.content)
+    except ValueError as error:
         what = f"{call.method} {response.url} (status {response.status_code})"
         raise InvalidResponseError(
             f"{what} did not answer as a loraplex server does; is the base URL right? {error}"
         ) from error
-
-
-def next_cursor(page: AdapterPage, after: str | None) -> str | None:
-    """Return where the next page starts, None after the last."""
-    return page.last if page.has_more and page.last != after else None
 
 
 def _failure(outcome: httpx.Response | httpx.RequestError) -> Failure:

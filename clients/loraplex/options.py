@@ -16,9 +16,27 @@ Messages: TypeAlias = Iterable[Mapping[str, Any] | ChatMessage]
 
 
 class StreamOptions(TypedDict, total=False):
-    """What a stream carries besides text."""
+    """What a stream carries besides text; `continuous_usage_stats` counts in every chunk."""
 
     include_usage: bool
+    continuous_usage_stats: bool
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """What an answer must look like; exactly one of these."""
+
+    json: Mapping[str, Any] | str
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+    json_object: bool
+
+
+class ResponseFormat(TypedDict, total=False):
+    """OpenAI's word for it: `type` is "text", "json_object" or "json_schema"."""
+
+    type: Required[str]
+    json_schema: Mapping[str, Any]
 
 
 class WeightedAdapter(TypedDict, total=False):
@@ -39,10 +57,13 @@ class SamplingOptions(TypedDict, total=False):
 
     adapter_id names an adapter where `model` is the base model, as LoRAX's field does; lora_path is
     SGLang's word for the same. adapter_scale is a factor on all that the adapter adds; adapters
-    mixes several: what they add, times their weights, is added up. What is not given may have a
-    default of the adapter's own; for the server's instead, send null with `extra_body`.
+    mixes several: what they add, times their weights, is added up. models, in place of `model`,
+    asks several adapters the same: the answer has the choices of each, in that order. What is not
+    given may have a default of the adapter's own; for the server's instead, send null with
+    `extra_body`.
     """
 
+    models: Sequence[str] | None
     adapter_id: str | None
     lora_path: str | Sequence[str] | None
     adapter_scale: float | None
@@ -66,6 +87,13 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     logit_bias: Mapping[str, float] | Mapping[int, float] | None
     stream_options: StreamOptions | None
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    prompt_logprobs: int | None
+    return_token_ids: bool | None
+    truncate_prompt_tokens: int | None
+    response_format: ResponseFormat | None
+    structured_outputs: StructuredOutputs | None
     user: str | None
     priority: int | None
     deadline_s: float | None
@@ -76,6 +104,7 @@ class SamplingOptions(TypedDict, total=False):
 class CompletionOptions(SamplingOptions, total=False):
     """The fields of POST /v1/completions besides model, prompt and stream."""
 
+    best_of: int | None
     echo: bool | None
     logprobs: int | None
 
@@ -86,4 +115,30 @@ class ChatOptions(SamplingOptions, total=False):
     logprobs: bool | None
     top_logprobs: int | None
     max_completion_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
     chat_template_kwargs: Mapping[str, Any] | None
+
+
+class EmbeddingOptions(TypedDict, total=False):
+    """The fields of POST /v1/embeddings besides model and input."""
+
+    dimensions: int | None
+    user: str | None
+    extra_body: Mapping[str, Any] | None
+
+
+class TokenizeOptions(TypedDict, total=False):
+    """The fields of POST /tokenize besides model and what is to be tokenized.
+
+    The last two are for messages.
+    """
+
+    add_special_tokens: bool | None
+    return_token_strs: bool | None
+    add_generation_prompt: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    extra_body: Mapping[str, Any] | None

@@ -11,6 +11,9 @@ import pytest
 import loraplex.async_client
 import loraplex.client
 from loraplex import AsyncClient, Client
+from tests.support.server_process import ServerProcess
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_tokenizer import make_tokenizer
 
 
 class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -41,6 +44,27 @@ class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
 def _no_environment(monkeypatch):
     for name in ("LORAPLEX_BASE_URL", "LORAPLEX_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory):
+    """A real server over a tiny random Llama that can chat; its folder is `tiny_server.model`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    save_tiny_model(folder, vocab_size=len(tokenizer), max_position_embeddings=512, **ids)
+    tokenizer.save_pretrained(folder)
+    sizes = ("--pool-bytes", "4MiB", "--host-bytes", "4MiB", "--threads", "1")
+    server = ServerProcess(
+        tmp_path_factory.mktemp("server"),
+        *("--model", str(folder), "--served-model-name", "tiny", *sizes),
+    )
+    server.model = folder
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture

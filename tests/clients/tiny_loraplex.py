@@ -12,7 +12,13 @@ from python_multipart.multipart import parse_form
 
 from tests.support.http_server import Received, Reply
 
-NOT_FOUND = {"error": {"message": "no such thing", "type": "not_found_error", "code": "not_found"}}
+NOT_FOUND = {
+    "error": {
+        "message": "no such thing",
+        "type": "not_found_error",
+        "code": "adapter_not_found",
+    }
+}
 
 
 class TinyLoraplex:

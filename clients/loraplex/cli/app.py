@@ -15,14 +15,19 @@ from loraplex.cli import (
     chat,
     check,
     keys,
+    ledger,
     models,
     pool,
     serve,
     simulate,
 )
+from loraplex.cli.bench.command import bench
+from loraplex.cli.completion import completion
+from loraplex.cli.doctor.command import doctor
 from loraplex.cli.problems import explain
 from loraplex.cli.settings import Settings
 from loraplex.cli.terminal import stderr
+from loraplex.cli.top.command import top
 from loraplex.errors import LoraplexError
 from loraplex.version import installed_version
 
@@ -44,7 +49,7 @@ app = typer.Typer(
     cls=ErrorBoundary,
     help="Serve thousands of LoRA adapters of one language model.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_show_locals=False,
 )
 app.command("serve", cls=serve.PassThrough, add_help_option=False)(serve.serve)
@@ -53,6 +58,12 @@ app.command("keys", cls=serve.PassThrough, add_help_option=False)(keys.keys)
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)
+app.command("top")(top)
+app.command("bench")(bench)
+app.command("doctor")(doctor)
+app.command("usage")(ledger.usage)
+app.command("audit")(ledger.audit)
+app.command("completion")(completion)
 adapters.app.command("versions")(adapter_versions.versions)
 adapters.app.command("rollback")(adapter_versions.rollback)
 adapters.app.command("pin")(adapter_settings.pin)

@@ -31,6 +31,7 @@ _ADVICE: dict[type[LoraplexError], str] = {
 
 #: Where the status says too little; "" where the server's message says all there is to do.
 _ADVICE_BY_CODE = {
+    "not_found": "the server has no such call; `loraplex doctor` compares its version with this",
     "adapter_name_taken": "--replace makes it a new version, `loraplex adapters rm` frees the name",
     "version_conflict": "`loraplex adapters versions NAME` shows what there is",
     "source_forbidden": "",

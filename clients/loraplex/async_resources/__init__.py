@@ -1,0 +1,1 @@
+"""The operations of `AsyncClient`, grouped as their paths are."""

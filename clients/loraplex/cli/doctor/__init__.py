@@ -1,0 +1,1 @@
+"""`loraplex doctor`: what could keep a server from starting, or a client from using one."""

@@ -1,0 +1,1 @@
+"""`loraplex top`: what the server does, as it does it."""
