@@ -47,6 +47,10 @@ class TokenQuota:
         self._set(tenant, level - num_tokens, now)
         return None
 
+    def left(self, tenant: str, now: float) -> float:
+        """Return what is in the tenant's bucket; below 0 while it pays a debt."""
+        return self._level(tenant, now)
+
     def refund(self, tenant: str, num_tokens: int) -> None:
         """Give back tokens that were taken and turned out not to be needed."""
         known = self._levels.get(tenant)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with bind(config) as listener:
-            _warn_if_open(config, listener)
+            _refuse_if_open(config, listener)
             asyncio.run(_serve(config, listener))
     except StartError as error:
         return _fail(error, code=1)
@@ -77,14 +77,27 @@ def bind(config: Config) -> socket.socket:
     return listener
 
 
-def _warn_if_open(config: Config, listener: socket.socket) -> None:
+def _refuse_if_open(config: Config, listener: socket.socket) -> None:
+    """Let nobody offer the whole network a server without keys by mistake."""
     address = listener.getsockname()[0]
-    if config.api_key is None and not ipaddress.ip_address(address).is_loopback:
-        log.warning(
-            "anybody who reaches %s can use this server and its adapters; set LORAPLEX_API_KEY, or "
-            "put something in front of it that checks who asks",
-            address,
-        )
+    if ipaddress.ip_address(address).is_loopback or config.allow_open:
+        return
+    from loraplex_server.adapters.errors import StorageFailed
+    from loraplex_server.tenants.key_database import has_keys
+
+    try:
+        if has_keys(config):
+            return
+    except StorageFailed as error:
+        raise StartError(str(error)) from error
+    raise StartError(
+        f"anybody who reaches {address} could use this server and delete its adapters, as it has "
+        f"no API keys. Make the first one, an admin's, and start again:\n"
+        f"    loraplex keys create --name me --role admin --data-dir {config.data_dir}\n"
+        "or set LORAPLEX_API_KEY to a secret of your own, or let it be open, such as behind "
+        "something that checks who asks:\n"
+        "    loraplex serve --allow-open on ..."
+    )
 
 
 def _cannot_listen(config: Config, error: OSError) -> StartError:

@@ -20,6 +20,7 @@ from loraplex_scheduler.policies import ADMISSIONS, EVICTIONS, ORDERS
 from loraplex_server.flags import FlagError, flag_parser
 from loraplex_server.setting_values import (
     Parser,
+    TenantLimit,
     choice_of,
     integer_of,
     or_auto,
@@ -34,6 +35,7 @@ from loraplex_server.setting_values import (
     parse_text,
     parse_wait,
     parse_weights,
+    per_tenant,
 )
 from loraplex_server.text.tool_format import TOOL_PARSERS
 
@@ -231,7 +233,17 @@ class Config:
         integer_of(0, 65535), 8000, "service", "port to listen on; 0: any free one"
     )
     api_key: str | None = _setting(
-        parse_secret, None, "service", "refuse requests without this key", "KEY"
+        parse_secret, None, "service", "an admin's key, beside those of `loraplex keys`", "KEY"
+    )
+    allow_open: bool = _setting(
+        parse_switch,
+        False,
+        "service",
+        "without any keys, listen on addresses that others can reach too",
+        "ON/OFF",
+    )
+    metrics_open: bool = _setting(
+        parse_switch, True, "service", "let /metrics be read without a key", "ON/OFF"
     )
     request_timeout_s: float = _setting(
         parse_seconds, 600.0, "service", "end a request after so many seconds", "S"
@@ -253,14 +265,36 @@ class Config:
         "shares under order vtc, e.g. gold=3,free=1; default: 1 for each",
         "WEIGHTS",
     )
-    tenant_tokens_per_minute: int = _setting(
-        integer_of(0), 0, "service", "answer 429 when a tenant asks for more; 0: no limit"
+    tenant_tokens_per_minute: TenantLimit = _setting(  # noqa: RUF009 - as of `data_dir`
+        per_tenant(integer_of(0)),
+        0,
+        "service",
+        "answer 429 when a tenant asks for more; 0: no limit; or 1000,gold=5000",
+        "LIMIT",
     )
-    max_queued_per_tenant: int = _setting(
-        integer_of(0),
+    tenant_requests_per_minute: TenantLimit = _setting(  # noqa: RUF009 - as of `data_dir`
+        per_tenant(integer_of(0)), 0, "service", "the same of requests that generate", "LIMIT"
+    )
+    max_queued_per_tenant: TenantLimit = _setting(  # noqa: RUF009 - as of `data_dir`
+        per_tenant(integer_of(0)),
         0,
         "service",
         "answer 429 when more of a tenant's sequences wait; 0: no limit but max_queued",
+        "LIMIT",
+    )
+    tenant_max_adapters: TenantLimit = _setting(  # noqa: RUF009 - as of `data_dir`
+        per_tenant(integer_of(0)),
+        0,
+        "service",
+        "adapters that a tenant may have; 0: no limit",
+        "LIMIT",
+    )
+    tenant_max_adapter_bytes: TenantLimit = _setting(  # noqa: RUF009 - as of `data_dir`
+        per_tenant(or_word("0", 0, parse_size)),
+        0,
+        "service",
+        "their bytes, with all versions kept, e.g. 10GiB; 0: no limit",
+        "LIMIT",
     )
     shutdown_grace_s: int = _setting(
         integer_of(0), 20, "service", "let running requests finish so long when stopping", "S"
@@ -315,8 +349,6 @@ def _check_together(config: Config) -> None:
     """Refuse settings that others make meaningless."""
     if config.registry_url is not None and config.blob_url is None:
         raise ConfigError("registry_url is shared by several servers, and so needs blob_url")
-    if config.tenant_weights and config.tenant_header is None:
-        raise ConfigError("tenant_weights means nothing without tenant_header")
     if config.tenant_weights and config.order != "vtc":
         raise ConfigError(f"tenant_weights means nothing with order {config.order}; use vtc")
 

@@ -14,6 +14,9 @@ from typing import Any, Final
 
 Parser = Callable[[Any], Any]
 
+#: A number for every tenant, or numbers by tenant; "*" is whoever is not named, 0 if nobody is.
+TenantLimit = int | Mapping[str, int]
+
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
     "mi": 2**20,
@@ -104,6 +107,31 @@ def parse_weights(raw: Any) -> Mapping[str, float]:
             raise ValueError(expected)
         weights[name] = weight
     return weights
+
+
+def per_tenant(parse: Parser) -> Parser:
+    """Take one limit for all, or `1000,gold=5000`; in TOML a table, where `*` is the rest."""
+    expected = "a limit, or one and those of tenants, such as 1000,gold=5000"
+
+    def parse_limits(raw: Any) -> TenantLimit:
+        if isinstance(raw, Mapping):
+            return {str(tenant): parse(limit) for tenant, limit in raw.items()}
+        if not isinstance(raw, str) or not set(raw) & {",", "="}:
+            return int(parse(raw))
+        parts = [part if "=" in part else f"*={part}" for part in raw.split(",")]
+        limits = [(tenant, parse(limit)) for tenant, limit in _pairs(",".join(parts), expected)]
+        if not all(tenant for tenant, _ in limits) or len(dict(limits)) < len(limits):
+            raise ValueError(expected)
+        return dict(limits)
+
+    return parse_limits
+
+
+def limit_of(limits: TenantLimit, tenant: str) -> int:
+    """Return the limit of one tenant; 0 is none."""
+    if isinstance(limits, int):
+        return limits
+    return limits.get(tenant, limits.get("*", 0))
 
 
 def choice_of(*options: str) -> Parser:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_server.config import SECRETS, Config, ConfigError, load_config
+from loraplex_server.setting_values import limit_of
 
 
 def write_toml(folder: Path, text: str) -> str:
@@ -56,7 +57,8 @@ def test_the_file_can_be_named_by_the_environment(tmp_path):
         (["--tenant-weights", "=1"], {}, "", "names with weights above 0"),
         (["--tenant-weights", "a=1,a=2"], {}, "", "names with weights above 0"),
         ([], {}, "tenant_weights = 3", "names with weights above 0"),
-        (["--tenant-weights", "a=1"], {}, "", "nothing without tenant_header"),
+        (["--tenant-max-adapters", "3,a=x"], {}, "", "a whole number"),
+        (["--tenant-max-adapters", "3,4"], {}, "", "such as 1000,gold=5000"),
         (
             ["--tenant-weights", "a=1", "--tenant-header", "x", "--order", "fcfs"],
             {},
@@ -173,3 +175,23 @@ def test_the_data_folder_follows_xdg(monkeypatch, tmp_path):
     assert Config().data_dir == tmp_path / "loraplex"
     monkeypatch.delenv("XDG_DATA_HOME")
     assert Config().data_dir == Path.home() / ".loraplex"
+
+
+@pytest.mark.parametrize(
+    ("raw", "limits"),
+    [
+        ("3", 3),
+        ("3,gold=5", {"*": 3, "gold": 5}),
+        ("gold=5", {"gold": 5}),
+        ("*=3,gold=0", {"*": 3, "gold": 0}),
+    ],
+)
+def test_limits_may_differ_by_tenant(raw, limits, tmp_path):
+    config = load_config(["--tenant-requests-per-minute", raw], {})
+    assert config.tenant_requests_per_minute == limits
+    assert limit_of(config.tenant_requests_per_minute, "gold") == (
+        limits if isinstance(limits, int) else limits["gold"]
+    )
+    path = write_toml(tmp_path, '[tenant_max_adapter_bytes]\n"*" = "1GiB"\ngold = 7\n')
+    by_table = load_config(["--config", path], {}).tenant_max_adapter_bytes
+    assert (limit_of(by_table, "gold"), limit_of(by_table, "other")) == (7, 1 << 30)

@@ -14,6 +14,7 @@ from loraplex.cli import (
     adapters,
     chat,
     check,
+    keys,
     models,
     pool,
     serve,
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command("serve", cls=serve.PassThrough, add_help_option=False)(serve.serve)
 app.command("simulate", cls=serve.PassThrough, add_help_option=False)(simulate.simulate)
+app.command("keys", cls=serve.PassThrough, add_help_option=False)(keys.keys)
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("pool")(pool.pool)

@@ -15,12 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.adapter_writer import AdapterWriter
+from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.checks import AdapterChecks
 from loraplex_server.adapters.data_dir import DataDir, storage_errors
@@ -48,6 +49,9 @@ __all__ = ["AdapterCatalog", "AdapterLease"]
 DEFAULT_KEEP_VERSIONS: Final = 5
 _EXPIRED_AT_ONCE: Final = 100
 _SPEC_CACHE: Final = 1024
+
+#: Who changes what where nobody says.
+_SOMEBODY: Final = Actor()
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +146,16 @@ class AdapterCatalog:
             self.close()
             raise
 
+    @property
+    def database(self) -> Engine:
+        """Where names are, and all that must change together with them."""
+        return self._store.database
+
+    @property
+    def scope(self) -> str:
+        """What tells the served base from others in the database."""
+        return self._registry.scope
+
     def close(self) -> None:
         """Write what is not written yet, and let go of the data folder. Idempotent."""
         if self._is_closed:
@@ -216,14 +230,19 @@ class AdapterCatalog:
             raise AdapterNotFound(record.name)
         return report
 
-    def list(self, *, limit: int = 100, after: str | None = None) -> tuple[AdapterRecord, ...]:
+    def list(
+        self, *, limit: int = 100, after: str | None = None, reader: str | None = None
+    ) -> tuple[AdapterRecord, ...]:
         """Return up to `limit` records ordered by name, those behind the name `after`.
+
+        Args:
+            reader: only what this tenant may read.
 
         Raises:
             StorageFailed
         """
         with self._reading("list adapters") as connection:
-            rows = self._registry.page(connection, limit, after)
+            rows = self._registry.page(connection, limit, after, reader)
         return tuple(map(self._record, rows))
 
     def versions(
@@ -238,7 +257,12 @@ class AdapterCatalog:
     # ---- changing --------------------------------------------------------------------------
 
     def rollback(
-        self, name: str, *, version: int | None = None, adapter_id: str | None = None
+        self,
+        name: str,
+        *,
+        version: int | None = None,
+        adapter_id: str | None = None,
+        actor: Actor = _SOMEBODY,
     ) -> AdapterRecord:
         """Let the name stand for one of its other versions, given by its number or its id.
 
@@ -258,10 +282,15 @@ class AdapterCatalog:
             if found is None:
                 raise AdapterNotFound(f"{name} version {version}")
             row = found
-        return self._record(self._store.set_current(name, row, self._now()))
+        return self._record(self._store.set_current(name, row, self._now(), actor))
 
     def change(
-        self, name: str, settings: Mapping[str, Any], *, max_pinned_pages: int | None = None
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        max_pinned_pages: int | None = None,
+        actor: Actor = _SOMEBODY,
     ) -> AdapterRecord:
         """Change the given fields of a name's settings.
 
@@ -277,11 +306,18 @@ class AdapterCatalog:
             self._store.database.begin() as connection,
         ):
             row = change_settings(
-                self._registry, connection, name, settings, self._num_pages, max_pinned_pages
+                self._registry,
+                connection,
+                name,
+                settings,
+                self._num_pages,
+                max_pinned_pages,
+                actor=actor,
+                now=self._now(),
             )
         return self._record(row)
 
-    def delete(self, name: str) -> Removal:
+    def delete(self, name: str, *, actor: Actor = _SOMEBODY) -> Removal:
         """Take a name with all its versions away, or the one version `name@sha256:...`.
 
         It is gone when this returns. Users that hold a lease go on, and `Removal` tells when they
@@ -290,7 +326,7 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, VersionIsCurrent, StorageFailed
         """
-        removed = self._store.remove(parse_reference(name))
+        removed = self._store.remove(parse_reference(name), now=self._now(), actor=actor)
         assert removed is not None, "nothing was asked of its age"
         return self._removal(removed)
 
@@ -311,7 +347,7 @@ class AdapterCatalog:
         removals = []
         for name in names:
             try:
-                removed = self._store.remove(AdapterReference(name), expired_at=now)
+                removed = self._store.remove(AdapterReference(name), now=now, is_expiry=True)
             except AdapterNotFound:
                 continue
             if removed is not None:

@@ -6,6 +6,8 @@ AdapterError
 ├── VersionConflict      the name does not have the content that was to be replaced
 ├── AmbiguousVersion     several versions of the name have ids that begin so
 ├── VersionIsCurrent     the version that the name stands for cannot be deleted by itself
+├── AdapterNotOwned      it can be read, and is another's to change
+├── OwnerHasEnough       its owner may not have more adapters, or more bytes of them
 ├── PinRefused           pinned adapters would take more of the pool than they may
 ├── InvalidAdapterName   the name cannot be used, whatever the adapter
 ├── BaseNameTaken        a stored adapter has the name that the base is to be served by
@@ -74,6 +76,23 @@ class VersionIsCurrent(AdapterError):
         super().__init__(
             f"{name!r} stands for this version: roll back to another one first, or delete the name"
         )
+
+
+class AdapterNotOwned(AdapterError):
+    """`name` is another's to change, or everybody's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"{name!r} is not an adapter of your tenant; its owner or an admin can change it"
+        )
+
+
+class OwnerHasEnough(AdapterError):
+    """The owner of the name may not have more adapters, or more bytes of them; says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
 
 
 class PinRefused(AdapterError):

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_server.adapters.audit_log import Actor, AuditEntry, write_audit
 from loraplex_server.adapters.errors import AdapterNotFound, PinRefused
 from loraplex_server.adapters.registry import Registry, VersionRow
 
@@ -19,6 +20,8 @@ def change_settings(
     settings: Mapping[str, Any],
     pages_of: Callable[[AdapterSpec], int],
     max_pinned_pages: int | None,
+    actor: Actor,
+    now: int,
 ) -> VersionRow:
     """Change the given fields of a name's settings, in the caller's transaction.
 
@@ -39,4 +42,8 @@ def change_settings(
     changed = registry.find(connection, name)
     if changed is None:  # SQLite's transaction begins with the first change
         raise AdapterNotFound(name)
+    # Defaults may be long, and hold what a tenant would not have everybody keep.
+    details = {field: "set" if field == "defaults" else settings[field] for field in settings}
+    entry = AuditEntry("adapter.change", name, row.owner, row.adapter_id, details, actor)
+    write_audit(connection, entry, now)
     return changed

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_server.adapters.defaults import AdapterDefaults
 from loraplex_server.adapters.registration import UPLOAD, NameSettings
+
+#: Among `readers`: every tenant.
+EVERYBODY: Final = "*"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class AdapterRecord:
         source: `upload`, or where the server fetched it.
         last_used: Unix time of the name's last use, up to a minute late; None if never used.
         settings: of the name, see `NameSettings`.
+        owner: the tenant whose it is; "" is nobody's in particular.
     """
 
     name: str
@@ -73,8 +78,16 @@ class AdapterRecord:
     source: str = UPLOAD
     last_used: int | None = None
     settings: NameSettings = field(default_factory=NameSettings)
+    owner: str = ""
 
     @property
     def defaults(self) -> AdapterDefaults:
         """What its requests get where they do not say otherwise."""
         return self.settings.defaults
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Tenants beside the owner who may use it; `*` stands for all."""
+        if self.settings.readers is not None:
+            return self.settings.readers
+        return () if self.owner else (EVERYBODY,)

@@ -9,8 +9,13 @@ from loraplex_server.adapters.checks import AdapterChecks, CheckedAdapter
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registration_rules import (
+    check_owner,
+    check_ownership,
+    check_replaceable,
+)
 from loraplex_server.adapters.registry import NewVersion, Registry, StoredAdapter, VersionRow
-from loraplex_server.adapters.store import AdapterStore, check_replaceable
+from loraplex_server.adapters.store import AdapterStore
 
 
 class AdapterRegistrar:
@@ -53,8 +58,10 @@ class AdapterRegistrar:
         """Spare a hopeless upload the writing; the store decides."""
         with storage_errors("look the name up"), self._store.database.connect() as connection:
             row = self._registry.find(connection, wish.name)
-        if row is None or row.adapter_id != content_id:
-            check_replaceable(wish, row)
+            check_ownership(wish, row)
+            if row is None or row.adapter_id != content_id:
+                check_replaceable(wish, row)
+                check_owner(self._registry, connection, wish, row, new=None)
 
     def _write(
         self, wish: Registration, checked: CheckedAdapter, folder: Path, now: int
@@ -75,6 +82,7 @@ class AdapterRegistrar:
             created=now,
             source=wish.source,
             report=checked.report_json(),
+            owner=wish.owner,
         )
 
 

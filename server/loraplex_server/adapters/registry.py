@@ -19,6 +19,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    or_,
     select,
     update,
 )
@@ -27,6 +28,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.defaults import AdapterDefaults
+from loraplex_server.adapters.record import EVERYBODY
 from loraplex_server.adapters.registration import NameSettings
 from loraplex_server.adapters.registry_tables import adapters, names, versions
 from loraplex_server.adapters.spec_json import decode_spec, encode_spec
@@ -58,6 +60,7 @@ class VersionRow:
     source: str
     last_used: int | None
     settings: NameSettings
+    owner: str
 
     @property
     def adapter_id(self) -> str:
@@ -74,13 +77,14 @@ class NewVersion:
     created: int
     source: str
     report: str
+    owner: str = ""
 
 
 class Registry:
     """Stateless; names and versions belong to `scope`, adapters to all scopes together."""
 
     def __init__(self, scope: str, num_layers: int) -> None:
-        self._scope = scope
+        self.scope = scope
         # Thousands of adapters of one shape have one spec, which is costly to decode.
         self._decode_spec = lru_cache(_SPEC_CACHE)(partial(decode_spec, num_layers=num_layers))
 
@@ -98,7 +102,13 @@ class Registry:
         Not a lock of its row, which a new name does not have yet.
         """
         if connection.dialect.name == "postgresql":
-            key = func.hashtextextended(f"{self._scope}\n{name}", 0)
+            key = func.hashtextextended(f"{self.scope}\n{name}", 0)
+            connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+    def lock_owner(self, connection: Connection, owner: str) -> None:
+        """Let nobody else add to what the owner has in this transaction; before `lock`."""
+        if connection.dialect.name == "postgresql":
+            key = func.hashtextextended(f"owner\n{self.scope}\n{owner}", 0)
             connection.execute(select(func.pg_advisory_xact_lock(key)))
 
     def find_by_id(
@@ -118,13 +128,21 @@ class Registry:
     def find_like(self, connection: Connection, name: str) -> str | None:
         """Return a name that differs from `name` in case at most; stored names are ASCII."""
         query = select(names.c.name).where(
-            names.c.scope == self._scope, func.lower(names.c.name) == name.casefold()
+            names.c.scope == self.scope, func.lower(names.c.name) == name.casefold()
         )
         return connection.execute(query).scalar()
 
-    def page(self, connection: Connection, limit: int, after: str | None) -> list[VersionRow]:
-        """Return up to `limit` current versions behind `after`, ordered by name (code points)."""
+    def page(
+        self, connection: Connection, limit: int, after: str | None, reader: str | None = None
+    ) -> list[VersionRow]:
+        """Return up to `limit` current versions behind `after`, ordered by name (code points).
+
+        Args:
+            reader: only what this tenant may read.
+        """
         query = self._rows().where(versions.c.version == names.c.current)
+        if reader is not None:
+            query = query.where(_is_readable(connection, reader))
         if after is not None:
             query = query.where(names.c.name > after)
         rows = connection.execute(query.order_by(names.c.name).limit(limit))
@@ -154,6 +172,20 @@ class Registry:
         query = select(names.c.name).where(self._is(name), self._is_expired(now))
         return connection.execute(query).first() is not None
 
+    def owned(self, connection: Connection, owner: str) -> tuple[int, int]:
+        """Return how many names an owner has, and the bytes of all their versions."""
+        is_owned = and_(names.c.scope == self.scope, names.c.owner == owner)
+        num_names = connection.execute(select(func.count()).where(is_owned)).scalar_one()
+        size = func.coalesce(func.sum(adapters.c.size_bytes + adapters.c.native_bytes), 0)
+        query = (
+            select(size)
+            .select_from(versions)
+            .join(names, and_(names.c.scope == versions.c.scope, names.c.name == versions.c.name))
+            .join(adapters)
+            .where(is_owned)
+        )
+        return int(num_names), int(connection.execute(query).scalar_one())
+
     def report(self, connection: Connection, name: str, version: int) -> Any:
         """Return what the reader said of a version, as JSON values; None if it is gone."""
         query = select(versions.c.report).where(
@@ -170,7 +202,7 @@ class Registry:
         version = self._next_version(connection, new)
         connection.execute(
             insert(versions).values(
-                scope=self._scope,
+                scope=self.scope,
                 name=new.name,
                 version=version,
                 adapter_id=new.adapter.adapter_id,
@@ -190,6 +222,8 @@ class Registry:
         values = dict(settings)
         if "defaults" in values:
             values["defaults"] = json.dumps(values["defaults"].to_json())
+        if values.get("readers") is not None:
+            values["readers"] = json.dumps(values["readers"])
         if values:
             connection.execute(update(names).where(self._is(name)).values(**values))
 
@@ -199,7 +233,7 @@ class Registry:
         last_used = func.coalesce(names.c.last_used, 0)
         statement = (
             update(names)
-            .where(names.c.scope == self._scope, names.c.name == bindparam("used_name"))
+            .where(names.c.scope == self.scope, names.c.name == bindparam("used_name"))
             .values(
                 last_used=case((last_used > used_at, last_used), else_=used_at),
                 active=case((names.c.active > used_at, names.c.active), else_=used_at),
@@ -232,14 +266,14 @@ class Registry:
     # ---- pieces ----------------------------------------------------------------------------
 
     def _is(self, name: str) -> Any:
-        return and_(names.c.scope == self._scope, names.c.name == name)
+        return and_(names.c.scope == self.scope, names.c.name == name)
 
     def _is_version(self, name: str) -> Any:
-        return and_(versions.c.scope == self._scope, versions.c.name == name)
+        return and_(versions.c.scope == self.scope, versions.c.name == name)
 
     def _is_expired(self, now: int) -> Any:
         return and_(
-            names.c.scope == self._scope,
+            names.c.scope == self.scope,
             names.c.ttl_s.is_not(None),
             names.c.pinned.is_(False),
             names.c.active + names.c.ttl_s <= now,
@@ -264,8 +298,8 @@ class Registry:
         version = 1 if last is None else int(last) + 1
         values = {"current": version, "last_version": version, "active": new.created}
         if last is None:
-            fresh = {"pinned": False, "defaults": "{}", **values}
-            connection.execute(insert(names).values(scope=self._scope, name=new.name, **fresh))
+            fresh = {"pinned": False, "defaults": "{}", "owner": new.owner, **values}
+            connection.execute(insert(names).values(scope=self.scope, name=new.name, **fresh))
         else:
             connection.execute(update(names).where(self._is(new.name)).values(**values))
         return version
@@ -284,6 +318,8 @@ class Registry:
                 names.c.pinned,
                 names.c.ttl_s,
                 names.c.defaults,
+                names.c.owner,
+                names.c.readers,
                 adapters.c.spec,
                 adapters.c.size_bytes,
                 adapters.c.native_bytes,
@@ -292,7 +328,7 @@ class Registry:
             .select_from(versions)
             .join(names, and_(names.c.scope == versions.c.scope, names.c.name == versions.c.name))
             .join(adapters)
-            .where(versions.c.scope == self._scope)
+            .where(versions.c.scope == self.scope)
         )
 
     def _decode(self, row: Row[Any]) -> VersionRow:
@@ -315,8 +351,20 @@ class Registry:
                 pinned=row.pinned,
                 ttl_s=row.ttl_s,
                 defaults=AdapterDefaults.model_validate_json(row.defaults),
+                readers=None if row.readers is None else tuple(json.loads(row.readers)),
             ),
+            owner=row.owner,
         )
+
+
+def _is_readable(connection: Connection, reader: str) -> Any:
+    """Return the condition that `AdapterRecord.readers` and its owner make of a row."""
+    # Not LIKE, for which SQLite knows no case. No tenant's name has a quote.
+    find = func.strpos if connection.dialect.name == "postgresql" else func.instr
+    by_rule = and_(names.c.readers.is_(None), names.c.owner == "")
+    named = [find(names.c.readers, json.dumps(who)) > 0 for who in (reader, EVERYBODY)]
+    own = and_(names.c.owner == reader, names.c.owner != "")
+    return or_(own, by_rule, *named)
 
 
 def _drop_unnamed(connection: Connection, ids: set[str]) -> set[str]:

@@ -10,10 +10,16 @@ from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.adapters.registry_migrations import BlobUpgrade, migrate_from_1, migrate_from_2
+from loraplex_server.adapters.registry_migrations import (
+    BlobUpgrade,
+    migrate_from_1,
+    migrate_from_2,
+    migrate_from_3,
+)
 from loraplex_server.adapters.registry_tables import metadata, schema_version
+from loraplex_server.adapters.tenant_tables import audit
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 _BUSY_TIMEOUT_S: Final = 10.0
 #: Of PostgreSQL: one server at a time may make or migrate the tables.
 _MIGRATION_LOCK: Final = 0x10AF1E
@@ -87,6 +93,9 @@ def _bring_to_schema(connection: Connection, upgrade_blob: BlobUpgrade) -> None:
         migrate_from_1(connection, upgrade_blob)
     if version in (1, 2):
         migrate_from_2(connection)
+    if version == 3:
+        migrate_from_3(connection)
+    assert audit.name in metadata.tables, "all tables are there, or not all would be made"
     metadata.create_all(connection)
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -3,6 +3,7 @@
 1   adapters(id, ranks, size_bytes), names(scope, name, adapter_id, base_model, created)
 2   `ranks` became `spec`, and files and ids those of format 2
 3   names have versions and settings; see `registry_tables`
+4   names have owners and readers; keys, usage and audit, see `tenant_tables`
 """
 
 from __future__ import annotations
@@ -85,3 +86,14 @@ def migrate_from_2(connection: Connection) -> None:
     )
     for table in ("names_2", "adapters_2"):
         connection.execute(text(f"DROP TABLE {table}"))
+
+
+def migrate_from_3(connection: Connection) -> None:
+    """Give names an owner, nobody; the tables of tenants are made with all others.
+
+    A server of the release before that still runs on the database goes on: it never says who owns
+    a name, and nobody does.
+    """
+    connection.execute(text("ALTER TABLE names ADD COLUMN owner VARCHAR DEFAULT '' NOT NULL"))
+    connection.execute(text("ALTER TABLE names ADD COLUMN readers TEXT"))
+    connection.execute(text("CREATE INDEX names_owned ON names (scope, owner)"))

@@ -56,6 +56,8 @@ names: Final = Table(
     Column("pinned", Boolean, nullable=False),
     Column("ttl_s", BigInteger),
     Column("defaults", Text, nullable=False),
+    Column("owner", String, nullable=False, server_default=""),  # a tenant; "" is nobody's
+    Column("readers", Text),  # JSON list of tenants; null is the owner, or all if it has none
 )
 
 versions: Final = Table(
@@ -74,3 +76,4 @@ versions: Final = Table(
 
 Index("names_that_expire", names.c.scope, names.c.ttl_s)
 Index("names_pinned", names.c.scope, names.c.pinned)
+Index("names_owned", names.c.scope, names.c.owner)

@@ -16,24 +16,28 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from loraplex_server.adapters.audit_log import Actor, AuditEntry, write_audit
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import (
-    AdapterNameTaken,
     AdapterNotFound,
     AmbiguousVersion,
     StorageFailed,
-    VersionConflict,
     VersionIsCurrent,
 )
 from loraplex_server.adapters.holds import AdapterHolds, Drain
 from loraplex_server.adapters.references import AdapterReference
 from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registration_rules import (
+    check_owner,
+    check_ownership,
+    check_replaceable,
+)
 from loraplex_server.adapters.registry import (
     NewVersion,
     Registry,
@@ -49,6 +53,10 @@ _log = logging.getLogger(__name__)
 #: Of a registry that other servers use too: whoever stores a file has so long to register it, and
 #: whoever runs on a deleted one elsewhere so long to have read it.
 SHARED_GRACE_S: Final = 3600.0
+
+
+#: Of what nobody asked for: names expire.
+_ITSELF: Final = Actor()
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ class AdapterStore:
             self._tell(*ending)
         return row, is_new
 
-    def set_current(self, name: str, row: VersionRow, now: int) -> VersionRow:
+    def set_current(self, name: str, row: VersionRow, now: int, actor: Actor) -> VersionRow:
         """Let the name stand for another of its versions."""
         with self._lock, storage_errors("roll the adapter back"):
             with self.database.begin() as connection:
@@ -205,18 +213,24 @@ class AdapterStore:
                     raise AdapterNotFound(f"{name}@{row.adapter_id}")
                 if not found.is_current:
                     self._registry.set_current(connection, name, row.version, now)
+                    _note(connection, "rollback", found, actor, now, version=found.version)
                 changed = self._registry.find_version(connection, name, row.version)
             self._at_stage("rolled back")
         assert changed is not None, "it was there a moment ago, in the same transaction"
         return changed
 
     def remove(
-        self, reference: AdapterReference, *, expired_at: int | None = None
+        self,
+        reference: AdapterReference,
+        *,
+        now: int,
+        actor: Actor = _ITSELF,
+        is_expiry: bool = False,
     ) -> RemovedVersions | None:
         """Take a name with all its versions away, or one version that is not current.
 
         Args:
-            expired_at: only if the name has expired by then and nobody uses it; None otherwise.
+            is_expiry: only if the name has expired and nobody uses it; None otherwise.
 
         Raises:
             AdapterNotFound, AmbiguousVersion, VersionIsCurrent, StorageFailed
@@ -226,7 +240,7 @@ class AdapterStore:
             with storage_errors("delete the adapter"), self.database.begin() as connection:
                 self._registry.lock(connection, name)
                 row = self._resolve(connection, reference)
-                if expired_at is not None and not self._has_expired(connection, name, expired_at):
+                if is_expiry and not self._has_expired(connection, name, now):
                     return None
                 if reference.id_prefix is not None and row.is_current:
                     raise VersionIsCurrent(name, row.adapter_id)
@@ -236,6 +250,8 @@ class AdapterStore:
                 else:
                     ids = {row.adapter_id}
                     gone = self._registry.remove_versions(connection, name, [row])
+                details = {"ids": sorted(ids), "expired": is_expiry}
+                _note(connection, "delete", row, actor, now, **details)
             self._at_stage("unnamed")
             drains = tuple(Drain(i, name, is_last=i in gone) for i in sorted(ids))
             for drain in drains:
@@ -264,11 +280,15 @@ class AdapterStore:
     ) -> tuple[VersionRow, bool, set[str]]:
         name, adapter_id = new.name, new.adapter.adapter_id
         with self.database.begin() as connection:
+            if wish.owner:
+                self._registry.lock_owner(connection, wish.owner)
             self._registry.lock(connection, name)
             current = self._registry.find(connection, name)
+            check_ownership(wish, current)
             is_new = current is None or current.adapter_id != adapter_id
             if is_new:
                 check_replaceable(wish, current)
+                check_owner(self._registry, connection, wish, current, new)
                 self._make_current(connection, new, now)
             else:
                 assert current is not None, "it has the content"
@@ -277,7 +297,11 @@ class AdapterStore:
             old = self._surplus(connection, name, current)
             gone = self._registry.remove_versions(connection, name, old) if old else set()
             row = self._registry.find(connection, name)
-        assert row is not None, "it was written in the same transaction"
+            assert row is not None, "it was written in the same transaction"
+            if is_new or wish.settings:
+                verb = ("replace" if current else "create") if is_new else "change"
+                details = {"version": row.version, "source": row.source, "pruned": sorted(gone)}
+                _note(connection, verb, row, wish.actor, now, **details)
         return row, is_new, gone
 
     def _make_current(self, connection: Connection, new: NewVersion, now: int) -> None:
@@ -367,14 +391,8 @@ class AdapterStore:
             raise
 
 
-def check_replaceable(wish: Registration, current: VersionRow | None) -> None:
-    """Check that other content may take the place of what the name stands for.
-
-    Raises:
-        AdapterNameTaken, VersionConflict
-    """
-    current_id = current.adapter_id if current else None
-    if wish.expected_id is not None and wish.expected_id != current_id:
-        raise VersionConflict(wish.name, wish.expected_id, current_id)
-    if current_id is not None and not wish.replace:
-        raise AdapterNameTaken(wish.name, current_id)
+def _note(
+    connection: Connection, verb: str, row: VersionRow, actor: Actor, now: int, **details: Any
+) -> None:
+    entry = AuditEntry(f"adapter.{verb}", row.name, row.owner, row.adapter_id, details, actor)
+    write_audit(connection, entry, now)

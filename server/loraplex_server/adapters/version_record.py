@@ -33,4 +33,5 @@ def make_record(row: VersionRow, num_pages: int, unwritten_use: int | None) -> A
         source=row.source,
         last_used=max(unwritten_use or 0, row.last_used or 0) or None,
         settings=row.settings,
+        owner=row.owner,
     )

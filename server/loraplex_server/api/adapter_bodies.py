@@ -6,18 +6,43 @@ import json
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from loraplex_server.adapters.defaults import AdapterDefaults
-from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.adapters.record import EVERYBODY, AdapterRecord
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.pool_map import Tiers
+from loraplex_server.tenants.principal import is_tenant_name
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 #: A hundred years.
 MAX_TTL_S: Final = 3_155_760_000
+
+_MAX_READERS: Final = 256
+
+
+def _check_readers(readers: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [name for name in readers if name != EVERYBODY and not is_tenant_name(name)]:
+        raise ValueError(f"no tenant can be called {wrong[0][:64]!r}; give tenants, or *")
+    return tuple(dict.fromkeys(readers))
+
+
+#: Tenants, or `*`; null for the rule.
+Readers = Annotated[
+    Annotated[tuple[str, ...], Field(max_length=_MAX_READERS), AfterValidator(_check_readers)]
+    | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 TtlS = Annotated[int, Field(ge=1, le=MAX_TTL_S)]
 _Id = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -48,6 +73,7 @@ class AdapterOptions(_Strict):
         return {name: getattr(self, name) for name in given}
 
     def registration_of(self, name: str, source: str) -> Registration:
+        """Return the wish, whose owner and actor are for others to fill in."""
         return Registration(
             name=name,
             check_base=self.check_base,
@@ -80,11 +106,12 @@ class SettingsBody(_Strict):
     pinned: bool = False
     ttl_s: TtlS | None = None
     defaults: AdapterDefaults = Field(default_factory=AdapterDefaults)
+    readers: Readers = None
 
     @model_validator(mode="after")
     def _check_any(self) -> SettingsBody:
         if not self.model_fields_set:
-            raise ValueError("give at least one of `pinned`, `ttl_s`, `defaults`")
+            raise ValueError("give at least one of `pinned`, `ttl_s`, `defaults`, `readers`")
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -140,6 +167,8 @@ def record_body(record: AdapterRecord, tiers: Tiers) -> dict[str, Any]:
         "pinned": record.settings.pinned,
         "ttl_s": record.settings.ttl_s,
         "defaults": record.defaults.to_json(),
+        "owner": record.owner,
+        "readers": list(record.readers),
         "state": "registered" if tier == "disk" else tier,
     }
 

@@ -15,6 +15,7 @@ from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import InvalidUpload
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.validation import Validation
+from loraplex_server.api.adapter_access import AdapterAccess
 from loraplex_server.api.adapter_bodies import (
     RollbackBody,
     SettingsBody,
@@ -24,9 +25,10 @@ from loraplex_server.api.adapter_bodies import (
     validation_body,
 )
 from loraplex_server.api.adapter_names import AdapterNames
-from loraplex_server.api.errors import InvalidRequest
+from loraplex_server.api.errors import InvalidRequest, TenantForbidden
 from loraplex_server.api.json_text import compact
 from loraplex_server.api.pool_map import Tiers
+from loraplex_server.api.principals import actor_of, namespace_of, principal_of
 from loraplex_server.api.removals import DRAIN_S, AdapterRemovals, FreedBytes, RemovalMode
 from loraplex_server.api.upkeep import Upkeep, prefetch
 from loraplex_server.api.uploads import AdapterUploads
@@ -54,6 +56,12 @@ def adapters_router(
         pinned_share: of the pool's pages, what pinned adapters may take together.
     """
     router = APIRouter(tags=["adapters"])
+    access = AdapterAccess(catalog)
+
+    async def changeable(name: str, request: Request) -> str:
+        """Return what the catalogue calls an adapter that the caller may change."""
+        namespace = namespace_of(request)
+        return await asyncio.to_thread(access.registered_name, namespace, name, to_change=True)
 
     @router.post("/v1/adapters", status_code=201, response_model=None)
     async def add_adapter(request: Request) -> Response:
@@ -85,12 +93,15 @@ def adapters_router(
 
     @router.get("/v1/adapters", response_model=None)
     async def list_adapters(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str | None = None
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: str | None = None,
     ) -> Response:
-        """List adapters by name, those behind the name `after`."""
+        """List adapters by name that the caller may use, those behind the name `after`."""
+        reader = namespace_of(request).reader
 
         def page() -> bytes:
-            records = catalog.list(limit=limit + 1, after=after)
+            records = catalog.list(limit=limit + 1, after=after, reader=reader)
             return _page(records, limit, engine, [record.name for record in records])
 
         return _json(await asyncio.to_thread(page))
@@ -98,41 +109,50 @@ def adapters_router(
     @router.get("/v1/adapters/{name:path}/versions", response_model=None)
     async def list_versions(
         name: str,
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[int | None, Query(ge=1)] = None,
     ) -> Response:
         """List a name's versions, newest first, those behind the version `after`."""
 
         def page() -> bytes:
-            records = catalog.versions(name, limit=limit + 1, before=after)
+            known = access.registered_name(namespace_of(request), name)
+            records = catalog.versions(known, limit=limit + 1, before=after)
             return _page(records, limit, engine, [record.version for record in records])
 
         return _json(await asyncio.to_thread(page))
 
     @router.get("/v1/adapters/{name:path}", response_model=None)
-    async def get_adapter(name: str) -> Response:
+    async def get_adapter(name: str, request: Request) -> Response:
         """Describe one adapter, or one version of it (`name@sha256:...`)."""
 
         def describe() -> bytes:
-            record = catalog.get(name)
+            record = access.find(namespace_of(request), name)
             body = {**record_body(record, Tiers(engine.stats)), "report": catalog.report(record)}
             return compact(body).encode()
 
         return _json(await asyncio.to_thread(describe))
 
     @router.post("/v1/adapters/{name:path}/rollback")
-    async def roll_back(name: str, body: RollbackBody) -> dict[str, Any]:
+    async def roll_back(name: str, body: RollbackBody, request: Request) -> dict[str, Any]:
         """Let the name stand for another of its versions."""
         record = await asyncio.to_thread(
-            catalog.rollback, name, version=body.version, adapter_id=body.id
+            catalog.rollback,
+            await changeable(name, request),
+            version=body.version,
+            adapter_id=body.id,
+            actor=actor_of(request),
         )
         if record.settings.pinned:
             await upkeep.keep_pinned()
         return record_body(record, Tiers(engine.stats))
 
     @router.patch("/v1/adapters/{name:path}")
-    async def change_adapter(name: str, body: SettingsBody) -> dict[str, Any]:
-        """Pin or unpin the adapter, set when it expires, or its defaults."""
+    async def change_adapter(name: str, body: SettingsBody, request: Request) -> dict[str, Any]:
+        """Pin or unpin the adapter, set when it expires, its defaults, or who may use it."""
+        if "pinned" in body.model_fields_set and not principal_of(request).is_admin:
+            raise TenantForbidden("pinned adapters take memory from all: only admins can pin")
+        known = await changeable(name, request)
         try:
             max_pages = int(engine.info.num_pages * pinned_share)
         except EngineUnavailable:
@@ -140,7 +160,11 @@ def adapters_router(
                 raise  # how large the pool is, is not known yet
             max_pages = None
         record = await asyncio.to_thread(
-            catalog.change, name, body.settings(), max_pinned_pages=max_pages
+            catalog.change,
+            known,
+            body.settings(),
+            max_pinned_pages=max_pages,
+            actor=actor_of(request),
         )
         if "pinned" in body.model_fields_set:
             await upkeep.keep_pinned()
@@ -149,20 +173,23 @@ def adapters_router(
     @router.delete("/v1/adapters/{name:path}")
     async def delete_adapter(
         name: str,
+        request: Request,
         mode: RemovalMode = RemovalMode.DRAIN,
         timeout_s: Annotated[float, Query(ge=0, le=_MAX_DRAIN_S)] = DRAIN_S,
     ) -> dict[str, Any]:
         """Delete a name or one version, and answer when all it took is free."""
-        record, freed = await removals.remove(name, mode, timeout_s)
+        known = await changeable(name, request)
+        record, freed = await removals.remove(known, mode, timeout_s, actor_of(request))
         return _deleted_body(name, record, freed)
 
     @router.post("/v1/adapters/{name:path}/prefetch", status_code=202)
-    async def prefetch_adapter(name: str) -> dict[str, Any]:
+    async def prefetch_adapter(name: str, request: Request) -> dict[str, Any]:
         """Hint that requests for the adapter will come soon; answers before anything is moved."""
         if name in base_names:
             raise InvalidRequest("the base model is always there; name an adapter", param="name")
         tiers = Tiers(engine.stats)
-        adapter_id = await prefetch(engine, catalog, adapter_names, name)
+        known = await asyncio.to_thread(access.registered_name, namespace_of(request), name)
+        adapter_id = await prefetch(engine, catalog, adapter_names, known)
         tier = tiers.of(adapter_id)
         return {"object": "adapter.prefetch", "name": name, "id": adapter_id, "tier": tier}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
 from loraplex_server.adapters.sources.source import SourcePolicy
+from loraplex_server.api.access import METRICS_PATH, OPEN_PATHS, role_check
+from loraplex_server.api.adapter_access import AdapterAccess
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.adapters import adapters_router
+from loraplex_server.api.audit import audit_router
 from loraplex_server.api.chat import chat_router
 from loraplex_server.api.completions import completions_router
 from loraplex_server.api.dialogues import Dialogues
@@ -23,6 +26,7 @@ from loraplex_server.api.front import Front, unix_time
 from loraplex_server.api.generations import Generations, Promises
 from loraplex_server.api.guard import Guard
 from loraplex_server.api.job_maker import JobMaker
+from loraplex_server.api.keys import keys_router
 from loraplex_server.api.lorax_generate import lorax_router
 from loraplex_server.api.messages import messages_router
 from loraplex_server.api.model_names import ModelNames
@@ -34,10 +38,11 @@ from loraplex_server.api.responses import responses_router
 from loraplex_server.api.services import Services
 from loraplex_server.api.sglang_adapters import sglang_adapters_router
 from loraplex_server.api.tenant_accounts import TenantAccounts
-from loraplex_server.api.tenant_header import TenantHeader
+from loraplex_server.api.tenant_desk import TenantDesk
 from loraplex_server.api.tokenize import tokenize_router
 from loraplex_server.api.upkeep import Upkeep
 from loraplex_server.api.uploads import AdapterUploads
+from loraplex_server.api.usage_report import usage_router
 from loraplex_server.api.vllm_adapters import vllm_adapters_router
 from loraplex_server.sizing import choose_device, choose_step_sizes
 
@@ -50,11 +55,24 @@ def create_app(services: Services) -> FastAPI:
     names = AdapterNames()
     base_name = services.base_names[0]
     registry.register(EngineCollector(services.engine, names, base_name))
-    app = FastAPI(title="loraplex", version=version("loraplex"), description=_DESCRIPTION)
-    app.add_middleware(Guard, api_key=services.config.api_key)
+    desk = TenantDesk(services)
+    open_paths = OPEN_PATHS | ({METRICS_PATH} if services.config.metrics_open else frozenset())
+    app = FastAPI(
+        title="loraplex",
+        version=version("loraplex"),
+        description=_DESCRIPTION,
+        dependencies=[Depends(role_check(open_paths))],
+    )
+    app.add_middleware(
+        Guard,
+        keys=desk.keys,
+        tenant_header=desk.header,
+        open_paths=open_paths,
+        limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
+    )
     app.add_middleware(Envelope)  # around the guard, whose refusals have an id too
     install_error_handlers(app)
-    generations = _generations(services, RequestMetrics(registry))
+    generations = _generations(services, RequestMetrics(registry), desk.accounts)
     removals = AdapterRemovals(services.engine, services.catalog, generations, names)
     upkeep = app.state.upkeep = Upkeep(
         services.engine,
@@ -62,6 +80,7 @@ def create_app(services: Services) -> FastAPI:
         removals,
         names,
         is_shared=services.config.registry_url is not None,
+        chores=(desk.keys.write_uses,),
     )
     front = Front(
         engine=services.engine,
@@ -69,8 +88,8 @@ def create_app(services: Services) -> FastAPI:
         generations=generations,
         jobs=JobMaker(services.engine, services.vocabulary),
         adapter_names=names,
-        model_names=ModelNames(services.catalog, services.base_names),
-        tenant_header=TenantHeader(services.config.tenant_header),
+        model_names=ModelNames(AdapterAccess(services.catalog), services.base_names),
+        tenant_header=desk.header,
     )
     app.include_router(completions_router(front))
     config = services.config
@@ -90,7 +109,7 @@ def create_app(services: Services) -> FastAPI:
             removals=removals,
         )
     )
-    uploads = _uploads(services)
+    uploads = _uploads(services, desk)
     foreign = ForeignAdapters(
         services.engine,
         services.catalog,
@@ -119,20 +138,27 @@ def create_app(services: Services) -> FastAPI:
             engine=services.engine, adapter_names=names, registry=registry, base_name=base_name
         )
     )
+    app.include_router(keys_router(desk))
+    app.include_router(usage_router(desk, services.base_names))
+    app.include_router(audit_router(services.catalog.database))
+    app.state.tenants = desk
     return app
 
 
-def _uploads(services: Services) -> AdapterUploads:
+def _uploads(services: Services, desk: TenantDesk) -> AdapterUploads:
     config = services.config
     return AdapterUploads(
         services.engine,
         services.catalog,
         max_upload_bytes=config.max_upload_bytes,
         source_policy=SourcePolicy(config.adapter_root, config.allow_private_sources),
+        owners=desk.owners,
     )
 
 
-def _generations(services: Services, metrics: RequestMetrics) -> Generations:
+def _generations(
+    services: Services, metrics: RequestMetrics, tenants: TenantAccounts
+) -> Generations:
     config = services.config
     sizes = choose_step_sizes(config, choose_device(config.device))
     return Generations(
@@ -141,15 +167,6 @@ def _generations(services: Services, metrics: RequestMetrics) -> Generations:
         metrics=metrics,
         max_sequences=sizes.max_running + config.max_queued,
         promises=Promises(config.request_timeout_s, config.ttft_slo_s),
-        tenants=_tenants(services),
-        clock=services.clock,
-    )
-
-
-def _tenants(services: Services) -> TenantAccounts:
-    config = services.config
-    return TenantAccounts(
-        max_queued=config.max_queued_per_tenant,
-        tokens_per_minute=config.tenant_tokens_per_minute,
+        tenants=tenants,
         clock=services.clock,
     )

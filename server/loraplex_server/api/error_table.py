@@ -33,8 +33,11 @@ from loraplex_server.api.errors import (
     QueueFull,
     QuotaExceeded,
     QuotaTooSmall,
+    RequestQuotaExceeded,
     RequestTimedOut,
+    RoleRequired,
     ServerStopping,
+    TenantForbidden,
     TenantQueueFull,
     TooManyUploads,
     UploadStalled,
@@ -43,6 +46,7 @@ from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.json_text import compact
 from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
 from loraplex_server.model.errors import ModelError
+from loraplex_server.tenants import errors as tenants
 from loraplex_server.text import errors as text
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,8 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     AdapterMissing: ErrorShape(404, _INVALID, "adapter_not_found"),
     ContextLengthExceeded: ErrorShape(400, _INVALID, "context_length_exceeded"),
     InvalidApiKey: ErrorShape(401, _INVALID, "invalid_api_key"),
+    RoleRequired: ErrorShape(403, _INVALID, "role_required"),
+    TenantForbidden: ErrorShape(403, _INVALID, "tenant_forbidden"),
     CrossSiteRefused: ErrorShape(403, _INVALID, "cross_site"),
     TooManyUploads: ErrorShape(429, _LIMIT, "too_many_uploads"),
     UploadStalled: ErrorShape(408, _INVALID, "upload_timeout"),
@@ -86,6 +92,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     QueueFull: ErrorShape(429, _LIMIT, "queue_full"),
     TenantQueueFull: ErrorShape(429, _LIMIT, "tenant_queue_full"),
     QuotaExceeded: ErrorShape(429, _LIMIT, "quota_exceeded"),
+    RequestQuotaExceeded: ErrorShape(429, _LIMIT, "request_quota_exceeded"),
     Overloaded: ErrorShape(429, _LIMIT, "overloaded"),
     RequestTimedOut: ErrorShape(504, _SERVER, "request_timeout", is_final=True),
     DeadlineExceeded: ErrorShape(504, _SERVER, "deadline_exceeded", is_final=True),
@@ -105,6 +112,8 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     adapters.VersionConflict: ErrorShape(409, _INVALID, "version_conflict", is_final=True),
     adapters.AmbiguousVersion: ErrorShape(400, _INVALID, "ambiguous_version"),
     adapters.VersionIsCurrent: ErrorShape(409, _INVALID, "version_is_current", is_final=True),
+    adapters.AdapterNotOwned: ErrorShape(403, _INVALID, "adapter_not_owned"),
+    adapters.OwnerHasEnough: ErrorShape(403, _INVALID, "adapter_quota_exceeded"),
     adapters.PinRefused: ErrorShape(409, _INVALID, "pin_refused", is_final=True),
     adapters.SelfTestFailed: ErrorShape(500, _SERVER, "self_test_failed", is_final=True),
     adapters.SourceForbidden: ErrorShape(403, _INVALID, "source_forbidden"),
@@ -117,6 +126,9 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     adapters.InvalidUpload: ErrorShape(400, _INVALID, "invalid_upload"),
     adapters.UploadTooLarge: ErrorShape(413, _INVALID, "upload_too_large"),
     adapters.StorageFailed: ErrorShape(503, _SERVER, "storage_failed"),
+    tenants.KeyNotFound: ErrorShape(404, _INVALID, "key_not_found"),
+    tenants.InvalidKeyWish: ErrorShape(400, _INVALID, "invalid_key"),
+    tenants.InvalidCursor: ErrorShape(400, _INVALID, "invalid_cursor"),
     MemoryAccountError: _INTERNAL,
     ModelError: _INTERNAL,
 }
@@ -127,6 +139,7 @@ REJECTIONS: Final[tuple[type[Overloaded], ...]] = (
     QueueFull,
     TenantQueueFull,
     QuotaExceeded,
+    RequestQuotaExceeded,
 )
 
 _HTTP_CODES: Final[Mapping[int, str]] = {

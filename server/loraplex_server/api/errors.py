@@ -5,7 +5,9 @@ ApiError
 ├── ModelNotFound            `model` names neither the base model nor an adapter
 ├── AdapterMissing           an endpoint of another server's names an adapter that is not there
 ├── ContextLengthExceeded    prompt and answer do not fit the model
-├── InvalidApiKey            no key, or not the server's
+├── InvalidApiKey            no key, or not one of the server's
+├── RoleRequired             the key's role does not allow this
+├── TenantForbidden          the request asks for what is another tenant's
 ├── CrossSiteRefused         a web page of another site wants to change something
 ├── TooManyUploads           more uploads are open than the server receives at once
 ├── UploadStalled            nothing came of an upload for too long
@@ -16,6 +18,7 @@ ApiError
 ├── Overloaded               not now: the engine could not answer in time
 │   ├── QueueFull            more requests wait than the server accepts
 │   ├── TenantQueueFull      more of the tenant's requests wait than one tenant may have waiting
+│   ├── RequestQuotaExceeded  the tenant's requests of this minute are spent
 │   └── QuotaExceeded        the tenant's tokens of this minute are spent
 ├── RequestTimedOut          no complete answer within `request_timeout_s`
 │   └── DeadlineExceeded     no complete answer within the request's own `deadline_s`
@@ -26,6 +29,8 @@ ApiError
 from __future__ import annotations
 
 from typing import Final
+
+from loraplex_server.tenants.principal import Role
 
 
 class ApiError(Exception):
@@ -59,7 +64,21 @@ class ContextLengthExceeded(ApiError):
 
 
 class InvalidApiKey(ApiError):
-    """The request brought no key, or not the server's."""
+    """The request brought no key, or not one of the server's."""
+
+
+class RoleRequired(ApiError):
+    """The key's role does not allow this."""
+
+    def __init__(self, needed: Role, given: Role) -> None:
+        super().__init__(
+            f"this needs a key of the role {needed.value}, and yours is {given.value}; an admin "
+            f"can make one: loraplex keys create --role {needed.value}"
+        )
+
+
+class TenantForbidden(ApiError):
+    """The request asks for what is another tenant's, or an admin's; the message says what."""
 
 
 class CrossSiteRefused(ApiError):
@@ -120,6 +139,10 @@ class TenantQueueFull(Overloaded):
 
 class QuotaExceeded(Overloaded):
     """The tenant's tokens of this minute are spent."""
+
+
+class RequestQuotaExceeded(Overloaded):
+    """The tenant's requests of this minute are spent."""
 
 
 class RequestTimedOut(ApiError):

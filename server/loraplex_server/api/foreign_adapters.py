@@ -1,7 +1,8 @@
 """Loading and unloading adapters for clients of other servers, whose endpoints name a path.
 
 A path of theirs is a source of ours: below `adapter_root`, or a URL. "Loading" registers the
-adapter; pages it takes when requests ask for it. "Unloading" deletes its name.
+adapter; pages it takes when requests ask for it. "Unloading" deletes its name. Where keys exist,
+all of this is for admins, who say whole names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
+from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound, PinRefused, SourceFailed
 from loraplex_server.adapters.record import AdapterRecord
@@ -83,7 +85,7 @@ class ForeignAdapters:
         if record.settings.pinned:
             await self._upkeep.keep_pinned()  # another version is current now
 
-    async def pin(self, name: str) -> None:
+    async def pin(self, name: str, actor: Actor) -> None:
         """Keep a new adapter in the pool; where it cannot be kept, it is not loaded either.
 
         Raises:
@@ -92,13 +94,15 @@ class ForeignAdapters:
         try:
             max_pages = int(self._engine.info.num_pages * self._pinned_share)
             change = {"pinned": True}
-            await asyncio.to_thread(self._catalog.change, name, change, max_pinned_pages=max_pages)
+            await asyncio.to_thread(
+                self._catalog.change, name, change, max_pinned_pages=max_pages, actor=actor
+            )
         except (PinRefused, EngineUnavailable):
-            await self.unload(name)
+            await self.unload(name, actor)
             raise
         await self._upkeep.keep_pinned()
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, actor: Actor) -> None:
         """Delete a name; requests that run on it finish, and are waited for within reason.
 
         Raises:
@@ -107,7 +111,7 @@ class ForeignAdapters:
         if "@" in name:  # a version, which their clients know nothing of
             raise AdapterNotFound(name)
         try:
-            await self._removals.remove(name, RemovalMode.DRAIN, DRAIN_S)
+            await self._removals.remove(name, RemovalMode.DRAIN, DRAIN_S, actor)
         except AdapterDraining:
             return  # gone for whoever asks, as it would be there
 

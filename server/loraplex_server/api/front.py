@@ -20,6 +20,7 @@ from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.job_maker import Demands, JobMaker, PromptWish, Wish
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
 from loraplex_server.api.news import News
+from loraplex_server.api.principals import namespace_of
 from loraplex_server.api.schemas import GenerationBody, RequestBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.api.timings import Headers
@@ -77,7 +78,7 @@ class Front:
             formats.append(make_format(job))
             return job
 
-        jobs, source = await self._start(wishes, make_job)
+        jobs, source = await self._start(request, wishes, make_job)
         answer_format = formats[0] if body.models is None else FanOutFormat(jobs, formats)
         return GenerationAnswer(
             source,
@@ -100,18 +101,21 @@ class Front:
         self.generations.check_room(terms.tenant, wish.num_prompts)
         job_id = new_id("embd")
         [job], source = await self._start(
+            request,
             [body.model_wish],
             lambda answerer: self.jobs.pooling(body, terms, wish, job_id, answerer, kind),
         )
         return GenerationAnswer(source, make_format(job), is_engine_ready=self._is_engine_ready)
 
-    async def encode(self, model_wish: ModelWish, wish: PromptWish) -> tuple[list[list[int]], int]:
+    async def encode(
+        self, model_wish: ModelWish, wish: PromptWish, request: HTTPConnection
+    ) -> tuple[list[list[int]], int]:
         """Return prompts of any length as their model would get them, and how many tokens fit it.
 
         Raises:
             ModelNotFound, ChatTemplateMissing, ...: see the error table.
         """
-        answerer = await self._acquire(model_wish)
+        answerer = await self._acquire(model_wish, request)
         try:
             prompts = await self.jobs.encode(None, wish, answerer.record)
             return prompts, self.jobs.limit(answerer.record).num_tokens
@@ -120,7 +124,7 @@ class Front:
 
     def _terms(self, body: RequestBody, request: HTTPConnection) -> Terms:
         return Terms(
-            tenant=self.tenant_header.read(request.headers),
+            tenant=self.tenant_header.account_of(request),
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
@@ -130,14 +134,17 @@ class Front:
         return self.engine.state is EngineState.READY
 
     async def _start(
-        self, wishes: Sequence[ModelWish], make_job: Callable[[Answerer], Awaitable[Job]]
+        self,
+        request: HTTPConnection,
+        wishes: Sequence[ModelWish],
+        make_job: Callable[[Answerer], Awaitable[Job]],
     ) -> tuple[list[Job], AnswerSource]:
         """Submit one job for each of those who shall answer, all or none."""
         answerers: list[Answerer] = []
         try:
             jobs = []
             for wish in wishes:
-                answerers.append(await self._acquire(wish))
+                answerers.append(await self._acquire(wish, request))
                 jobs.append(await _naming_whose(answerers[-1], make_job, len(wishes)))
             news = News()
             generations = self.generations.start(jobs, news)
@@ -148,11 +155,13 @@ class Front:
             return jobs, generations[0]
         return jobs, FanOut(generations, news, self.generations.clock)
 
-    async def _acquire(self, wish: ModelWish) -> Answerer:
+    async def _acquire(self, wish: ModelWish, request: HTTPConnection) -> Answerer:
         """Resolve who answers, once for the whole request."""
         if (base := self.model_names.base(wish)) is not None:
             return base
-        acquiring = asyncio.ensure_future(asyncio.to_thread(self.model_names.acquire, wish))
+        acquiring = asyncio.ensure_future(
+            asyncio.to_thread(self.model_names.acquire, wish, namespace_of(request))
+        )
         try:
             answerer = await asyncio.shield(acquiring)
         except asyncio.CancelledError:

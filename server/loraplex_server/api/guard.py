@@ -1,45 +1,115 @@
-"""Who may ask: whoever brings the key, and no web page of somebody else's."""
+"""Who asks: whoever brings a key, and no web page of somebody else's."""
 
 from __future__ import annotations
 
-import secrets
+import time
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.api.error_table import error_response
-from loraplex_server.api.errors import CrossSiteRefused, InvalidApiKey
+from loraplex_server.api.errors import ApiError, CrossSiteRefused, InvalidApiKey
+from loraplex_server.api.principals import PRINCIPAL_KEY
+from loraplex_server.api.tenant_header import ACCOUNT_KEY, TenantHeader
+from loraplex_server.tenants.api_key import ApiKey
+from loraplex_server.tenants.key_ring import KeyRing
+from loraplex_server.tenants.principal import ANYBODY, Principal
 
-#: For probes and scrapers, which say nothing of any tenant.
-_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
-_CHANGING_METHODS: Final = frozenset({"POST", "PATCH", "DELETE"})
+_CHANGING_METHODS: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_HOW: Final = "send an API key as `Authorization: Bearer KEY`, or as `x-api-key: KEY`"
 
 
 class Guard:
-    """ASGI middleware; answers by itself what it refuses, before any of the body is read."""
+    """ASGI middleware; answers by itself what it refuses, before any of the body is read.
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    What the principal may do is for `access` to say, once the endpoint is known.
+
+    Args:
+        open_paths: which need no key.
+        limit_headers: what to tell a tenant of its limits, with each answer that it pays for; None
+            where nobody has any.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        tenant_header: TenantHeader,
+        open_paths: frozenset[str],
+        limit_headers: Callable[[str], Mapping[str, str]] | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._app = app
-        self._api_key = api_key.encode() if api_key else None
+        self._keys = keys
+        self._tenant_header = tenant_header
+        self._open_paths = open_paths
+        self._limit_headers = limit_headers
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope) if scope["type"] == "http" else None
-        if error is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-        else:
+            return
+        try:
+            await self._admit(scope)
+        except (ApiError, StorageFailed) as error:
             await error_response(error)(scope, receive, send)
+            return
+        limit_headers = self._limit_headers
+        if limit_headers is not None:  # else no chunk of a stream pays for it
+            send = _with_limits(limit_headers, scope, send)
+        await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Exception | None:
+    async def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         # Browsers let any page send a form; they also say that they do.
         is_cross_site = headers.get("sec-fetch-site") == "cross-site"
         if is_cross_site and scope["method"] in _CHANGING_METHODS:
-            return CrossSiteRefused("requests from the web pages of other sites are refused")
-        if self._api_key is None or scope["path"] in _OPEN_PATHS:
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_known = secrets.compare_digest(given.strip().encode(), self._api_key)
-        if scheme.lower() == "bearer" and is_known:
-            return None
-        return InvalidApiKey("send the server's API key as `Authorization: Bearer KEY`")
+            raise CrossSiteRefused("requests from the web pages of other sites are refused")
+        if scope["path"] not in self._open_paths:
+            scope[PRINCIPAL_KEY] = await self._principal(headers)
+
+    async def _principal(self, headers: Headers) -> Principal:
+        if not await self._keys.is_on():
+            return ANYBODY
+        secret = _secret_of(headers)
+        key = await self._keys.find(secret) if secret else None
+        if key is None:
+            reason = "this key is unknown, or was revoked" if secret else "there is no key"
+            raise InvalidApiKey(f"{reason}; {_HOW}")
+        self._check_expiry(key)
+        return self._tenant_header.applied(key.principal, headers)
+
+    def _check_expiry(self, key: ApiKey) -> None:
+        if key.has_expired(self._clock()):
+            raise InvalidApiKey("this key has expired; ask an admin of the server for another one")
+
+
+def _with_limits(
+    limit_headers: Callable[[str], Mapping[str, str]], scope: Scope, send: Send
+) -> Send:
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start" and ACCOUNT_KEY in scope:
+            limits = limit_headers(scope[ACCOUNT_KEY])
+            more = [(name.encode(), value.encode()) for name, value in limits.items()]
+            message["headers"] = [*message.get("headers", ()), *more]
+        await send(message)
+
+    return send_with_limits
+
+
+def _secret_of(headers: Headers) -> str:
+    """Return the key that a request brings, "" if none; raises InvalidApiKey if two."""
+    given = set(headers.getlist("x-api-key"))
+    for value in headers.getlist("authorization"):
+        scheme, _, credentials = value.partition(" ")
+        if scheme.lower() == "bearer":
+            given.add(credentials)
+    found = {secret.strip() for secret in given} - {""}
+    if len(found) > 1:
+        raise InvalidApiKey("the request brings several keys; send one of them")
+    return found.pop() if found else ""

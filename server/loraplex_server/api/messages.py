@@ -44,10 +44,10 @@ def messages_router(dialogues: Dialogues) -> APIRouter:
         )
 
     @router.post(f"{_PATH}/count_tokens")
-    async def count_tokens(body: CountBody) -> dict[str, int]:
+    async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
         """Count the tokens of the prompt that the conversation would make."""
         chat = as_chat(body)
-        prompts, _ = await front.encode(chat.model_wish, dialogues.begin(chat).wish())
+        prompts, _ = await front.encode(chat.model_wish, dialogues.begin(chat).wish(), request)
         return {"input_tokens": sum(map(len, prompts))}
 
     return router

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.api.adapter_access import AdapterAccess
 from loraplex_server.api.errors import InvalidRequest, ModelNotFound
 from loraplex_server.api.job import WeightedAdapter
+from loraplex_server.tenants.namespace import Namespace
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Answerer:
 class ModelNames:
     """Resolves names, each once for a whole request; immutable, used from any thread."""
 
-    def __init__(self, catalog: AdapterCatalog, base_names: Sequence[str]) -> None:
-        self._catalog = catalog
+    def __init__(self, access: AdapterAccess, base_names: Sequence[str]) -> None:
+        self._access = access
         self._base_names = tuple(base_names)
 
     def is_base(self, name: str) -> bool:
@@ -96,17 +97,21 @@ class ModelNames:
             )
         return Answerer((), self._base_name(wish))
 
-    def acquire(self, wish: ModelWish) -> Answerer:
+    def acquire(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         """Return who shall answer; blocks (SQL, a remote store).
 
+        Args:
+            namespace: which adapters whoever asks may name.
+
         Raises:
-            ModelNotFound: a name that nobody has; `param` is its field.
+            ModelNotFound: a name that nobody has whom that one may name; `param` is its field.
             InvalidRequest: two fields name different ones, or one cannot be weighted.
             AdapterError: see `AdapterCatalog.acquire`.
         """
         if (base := self.base(wish)) is not None:
             return base
-        answerer = self._acquire_mixture(wish) if wish.mixture else self._acquire_named(wish)
+        acquire = self._acquire_mixture if wish.mixture else self._acquire_named
+        answerer = acquire(wish, namespace)
         try:
             _check_weights(answerer, "adapters" if wish.mixture else "adapter_scale")
         except InvalidRequest:
@@ -123,12 +128,12 @@ class ModelNames:
 
     # ---- one adapter, however often it is named ----------------------------------------------
 
-    def _acquire_named(self, wish: ModelWish) -> Answerer:
+    def _acquire_named(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         first, *others = self._telling(wish)
-        answerer = self._acquire_one(first)
+        answerer = self._acquire_one(first, namespace)
         try:
             for other in others:
-                self._check_same(first, answerer, other)
+                self._check_same(first, answerer, other, namespace)
         except BaseException:
             answerer.release()
             raise
@@ -137,8 +142,10 @@ class ModelNames:
         scaled = tuple(replace(adapter, weight=wish.scale) for adapter in answerer.adapters)
         return replace(answerer, adapters=scaled)
 
-    def _check_same(self, first: Naming, answerer: Answerer, other: Naming) -> None:
-        second = self._acquire_one(other)
+    def _check_same(
+        self, first: Naming, answerer: Answerer, other: Naming, namespace: Namespace
+    ) -> None:
+        second = self._acquire_one(other, namespace)
         second.release()
         if _identity(answerer) != _identity(second):
             raise InvalidRequest(
@@ -147,12 +154,12 @@ class ModelNames:
                 param=other.param,
             )
 
-    def _acquire_one(self, naming: Naming) -> Answerer:
+    def _acquire_one(self, naming: Naming, namespace: Namespace) -> Answerer:
         if self.is_base(naming.name):
             return Answerer((), naming.name)
         for reference in self._readings(naming):
             try:
-                lease = self._catalog.acquire(reference)
+                lease = self._access.acquire(namespace, reference)
             except AdapterNotFound:
                 continue
             return Answerer((WeightedAdapter(lease),), naming.name)
@@ -174,13 +181,13 @@ class ModelNames:
 
     # ---- several adapters with weights -------------------------------------------------------
 
-    def _acquire_mixture(self, wish: ModelWish) -> Answerer:
+    def _acquire_mixture(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         self._check_mixture(wish)
         adapters: list[WeightedAdapter] = []
         try:
             for index, (name, weight) in enumerate(wish.mixture):
                 naming = Naming(f"adapters[{index}].name", name)
-                lease = self._acquire_one(naming).adapters[0].lease
+                lease = self._acquire_one(naming, namespace).adapters[0].lease
                 adapters.append(WeightedAdapter(lease, weight))
         except BaseException:
             Answerer(tuple(adapters), "").release()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.record import AdapterRecord
@@ -57,7 +58,7 @@ class AdapterRemovals:
         self._tasks: set[asyncio.Task[FreedBytes]] = set()
 
     async def remove(
-        self, name: str, mode: RemovalMode, timeout_s: float
+        self, name: str, mode: RemovalMode, timeout_s: float, actor: Actor
     ) -> tuple[AdapterRecord, FreedBytes]:
         """Delete a name, or the one version `name@sha256:...`.
 
@@ -71,7 +72,7 @@ class AdapterRemovals:
                 and its memory is freed when they end.
             AdapterError: see `AdapterCatalog.delete`; nothing has changed.
         """
-        removal = await asyncio.to_thread(self._catalog.delete, name)
+        removal = await asyncio.to_thread(self._catalog.delete, name, actor=actor)
         task = self.follow(removal)
         if mode is RemovalMode.CANCEL:
             await self._cancel_users(removal, task, timeout_s)

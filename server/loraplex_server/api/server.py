@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
             if self._upkeep is not None:
                 self._upkeep.cancel()
                 await asyncio.wait([self._upkeep])
+            await self._app.state.tenants.close()
         if self._grace is not None:
             self._grace.cancel()
             await asyncio.wait([self._grace])

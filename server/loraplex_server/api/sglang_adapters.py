@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.api.errors import AdapterMissing, InvalidRequest
 from loraplex_server.api.foreign_adapters import ForeignAdapters
+from loraplex_server.api.principals import actor_of
 from loraplex_server.api.strict_body import StrictBody
 
 _CLIENT_GONE: Final = 499
@@ -51,14 +52,14 @@ def sglang_adapters_router(adapters: ForeignAdapters) -> APIRouter:
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
         if body.pinned:
-            await adapters.pin(body.lora_name)
+            await adapters.pin(body.lora_name, actor_of(request))
         return JSONResponse(await success())
 
     @router.post("/unload_lora_adapter", response_model=None)
-    async def unload_lora_adapter(body: SglangUnload) -> Response:
+    async def unload_lora_adapter(body: SglangUnload, request: Request) -> Response:
         """Delete `lora_name`; requests that run on it finish."""
         try:
-            await adapters.unload(body.lora_name)
+            await adapters.unload(body.lora_name, actor_of(request))
         except AdapterNotFound:
             raise AdapterMissing(f"LoRA with name {body.lora_name} does not exist.") from None
         return JSONResponse(await success())

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from starlette.responses import Response
@@ -75,11 +75,11 @@ def tokenize_router(dialogues: Dialogues) -> APIRouter:
     front = dialogues.front
 
     @router.post("/tokenize", response_model=None)
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         """Return the token ids of a text or a conversation, as requests would have them."""
         is_text = body.messages is None
         wish = _text_wish(body) if is_text else dialogues.begin(_chat(body)).wish()
-        [token_ids], max_model_len = await front.encode(body.model_wish, wish)
+        [token_ids], max_model_len = await front.encode(body.model_wish, wish, request)
 
         def write() -> str:
             name = front.vocabulary.token_text
@@ -90,10 +90,10 @@ def tokenize_router(dialogues: Dialogues) -> APIRouter:
         return await _json(write, num_tokens=len(token_ids))
 
     @router.post("/detokenize", response_model=None)
-    async def detokenize(body: DetokenizeBody) -> Response:
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         """Return the text of token ids, special tokens included."""
         front.vocabulary.check(body.tokens, param="tokens")
-        await front.encode(body.model_wish, PromptWish(0, 0, lambda encoder: []))
+        await front.encode(body.model_wish, PromptWish(0, 0, lambda encoder: []), request)
         decode = front.vocabulary.decoder(skip_special_tokens=False)
         return await _json(
             lambda: compact({"prompt": decode(body.tokens)}), num_tokens=len(body.tokens)

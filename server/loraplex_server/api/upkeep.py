@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from loraplex_server.adapters.catalog import AdapterCatalog
@@ -35,16 +35,19 @@ class Upkeep:
         adapter_names: AdapterNames,
         *,
         is_shared: bool,
+        chores: Sequence[Callable[[], None]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
         is_shared: other servers use registry and files too; what they left is swept here.
+        chores: what else is to be done at each tick, in a thread; may raise StorageFailed.
         """
         self._engine = engine
         self._catalog = catalog
         self._removals = removals
         self._names = adapter_names
         self._is_shared = is_shared
+        self._chores = chores
         self._clock = clock
         self._sweep_due_s = clock() + _SWEEP_EVERY_S
         self._kept: frozenset[str] = frozenset()
@@ -66,6 +69,8 @@ class Upkeep:
                 log.info("adapter %s has expired", removal.record.name)
                 self._removals.follow(removal)
             await self.keep_pinned()
+            for chore in self._chores:
+                await asyncio.to_thread(chore)
             if self._is_shared and self._clock() >= self._sweep_due_s:
                 self._sweep_due_s = self._clock() + _SWEEP_EVERY_S
                 await asyncio.to_thread(self._catalog.sweep_files)

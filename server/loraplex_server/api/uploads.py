@@ -21,7 +21,9 @@ from loraplex_server.adapters.sources.source import SourcePolicy, parse_source
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.adapters.validation import Validation
 from loraplex_server.api.adapter_bodies import SourceBody
+from loraplex_server.api.adapter_owners import AdapterOwners, policy_for
 from loraplex_server.api.errors import InvalidRequest, TooManyUploads, UploadStalled
+from loraplex_server.api.principals import namespace_of, principal_of
 from loraplex_server.api.upload import UploadForm, UploadReceiver, boundary_of
 from loraplex_server.engine.errors import EngineUnavailable
 from loraplex_server.engine.handle import EngineHandle
@@ -56,11 +58,13 @@ class AdapterUploads:
         *,
         max_upload_bytes: int,
         source_policy: SourcePolicy,
+        owners: AdapterOwners,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
         self._max_upload_bytes = max_upload_bytes
         self._policy = source_policy
+        self._owners = owners
         self._num_open = 0
         self._threads = anyio.CapacityLimiter(_MAX_AT_WORK)
         # Apart, or long readings would keep others from being received, fetched and refused.
@@ -75,10 +79,9 @@ class AdapterUploads:
             AdapterError, ApiError: see the error table.
         """
         async with self._received(request) as (form, staging):
+            wish = await self._owners.owned(form.registration(), request)
             return await self._read(
-                lambda: self._catalog.register(
-                    form.registration(), staging.finish(), max_pages=self._max_pages()
-                )
+                lambda: self._catalog.register(wish, staging.finish(), max_pages=self._max_pages())
             )
 
     async def validate(self, request: Request) -> Validation:
@@ -99,16 +102,15 @@ class AdapterUploads:
             ClientDisconnect: the client is gone.
             AdapterError, ApiError: see the error table.
         """
-        source = parse_source(body.source, self._policy)
-        self._catalog.check_name(body.name)
+        policy = policy_for(principal_of(request), self._policy, body.source)
+        source = parse_source(body.source, policy)
+        self._check_name(request)(body.name)
         cancelled = threading.Event()
         async with self._staging() as staging:
             watcher = asyncio.create_task(_cancel_when_gone(request, cancelled))
             try:
                 await anyio.to_thread.run_sync(
-                    lambda: fetch(
-                        source, self._policy, staging, sha256=body.digits, cancelled=cancelled
-                    ),
+                    lambda: fetch(source, policy, staging, sha256=body.digits, cancelled=cancelled),
                     limiter=self._fetchers,
                 )
             except FetchCancelled:
@@ -116,7 +118,7 @@ class AdapterUploads:
             finally:
                 cancelled.set()
                 watcher.cancel()
-            wish = body.registration(source.public_url)
+            wish = await self._owners.owned(body.registration(source.public_url), request)
             return await self._read(
                 lambda: self._catalog.register(wish, staging.finish(), max_pages=self._max_pages())
             )
@@ -148,7 +150,7 @@ class AdapterUploads:
                 receiver = UploadReceiver(
                     boundary,
                     staging,
-                    self._catalog.check_name,
+                    self._check_name(request),
                     max_body_bytes=self._max_upload_bytes + _FRAMING_BYTES,
                     needs_name=needs_name,
                 )
@@ -157,6 +159,16 @@ class AdapterUploads:
                 await _drain(chunks)
                 raise
             yield form, staging
+
+    def _check_name(self, request: Request) -> Callable[[str], None]:
+        """Return what checks the name that a caller gives, and the one it stands for."""
+        namespace = namespace_of(request)
+
+        def check(name: str) -> None:
+            self._catalog.check_name(name)
+            self._catalog.check_name(namespace.name_for(name))
+
+        return check
 
     def _check_length(self, request: Request) -> None:
         length = request.headers.get("content-length", "0")

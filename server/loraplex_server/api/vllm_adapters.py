@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.api.errors import AdapterMissing, InvalidRequest
 from loraplex_server.api.foreign_adapters import ForeignAdapters
+from loraplex_server.api.principals import actor_of
 from loraplex_server.api.strict_body import StrictBody
 
 _CLIENT_GONE: Final = 499
@@ -62,13 +63,13 @@ def vllm_adapters_router(adapters: ForeignAdapters) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload_lora_adapter(body: VllmUnload) -> Response:
+    async def unload_lora_adapter(body: VllmUnload, request: Request) -> Response:
         """Delete `lora_name`; requests that run on it finish."""
         name = body.lora_name
         if not name:
             raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
         try:
-            await adapters.unload(name)
+            await adapters.unload(name, actor_of(request))
         except AdapterNotFound:
             raise AdapterMissing(f"The lora adapter '{name}' cannot be found.") from None
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

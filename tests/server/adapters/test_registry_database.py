@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +14,17 @@ import pytest
 import sqlalchemy
 
 from loraplex_memory.adapter_file import read_adapter_file
+from loraplex_server.adapters.audit_log import read_audit
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import (
     AdapterNameTaken,
     AdapterNotFound,
+    AdapterNotOwned,
+    OwnerHasEnough,
     StorageFailed,
     VersionConflict,
 )
-from loraplex_server.adapters.registration import Registration
+from loraplex_server.adapters.registration import OwnerLimits, Registration
 from loraplex_server.adapters.store import SHARED_GRACE_S
 from tests.support.adapters import make_catalog, make_config, make_folder, make_tensors
 from tests.support.old_registries import write_registry_1, write_registry_2
@@ -73,6 +77,29 @@ def test_names_of_schema_2_become_first_versions(tmp_path):
     catalog.close()
 
 
+def test_names_of_schema_3_have_no_owner_and_are_everybodys(tmp_path):
+    catalog = make_catalog(tmp_path / "data")
+    catalog.register(Registration("acme/a"), make_folder(tmp_path / "adapter"))
+    catalog.close()
+    connection = sqlite3.connect(tmp_path / "data" / "catalog.sqlite3")
+    for table in ("api_keys", "key_changes", "usage", "usage_writers", "audit"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.executescript("""
+        DROP INDEX names_owned;
+        ALTER TABLE names DROP COLUMN owner;
+        ALTER TABLE names DROP COLUMN readers;
+        PRAGMA user_version = 3;
+    """)
+    connection.close()
+    catalog = make_catalog(tmp_path / "data")
+    record = catalog.get("acme/a")
+    assert (record.owner, record.readers, record.version) == ("", ("*",), 1)
+    assert catalog.change("acme/a", {"readers": ("x",)}).readers == ("x",)
+    with catalog.database.connect() as opened:
+        assert [entry.action for entry in read_audit(opened, limit=9)] == ["adapter.change"]
+    catalog.close()
+
+
 def test_an_unknown_database_is_refused_with_what_to_do(tmp_path):
     for url, words in (("nonsense", "not a database URL"), ("oracle://x", "not installed")):
         with pytest.raises(StorageFailed, match=words):
@@ -113,8 +140,8 @@ def open_replica(postgres, tmp_path) -> Iterator[Callable[[str], AdapterCatalog]
         catalog.close()
     engine = sqlalchemy.create_engine(postgres.replace("postgresql", "postgresql+psycopg"))
     with engine.begin() as connection:
-        for table in ("versions", "names", "adapters", "schema_version"):
-            connection.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
     engine.dispose()
 
 
@@ -179,6 +206,41 @@ def test_of_two_servers_that_register_a_name_at_once_one_wins(open_replica, fold
         assert len(outcomes) == 2
         (winner,) = [outcome for outcome in outcomes if outcome]
         assert {catalog.get(name).id for catalog in catalogs} == {winner}
+
+
+def test_owners_readers_and_limits_hold_on_all_servers(open_replica, folders):
+    first, second = open_replica("a"), open_replica("b")
+    limits = OwnerLimits(max_adapters=2)
+    owned = {"owner": "acme", "limits": limits, "is_owners": True}
+    first.register(Registration("acme/a", **owned), folders[0])
+    second.register(Registration("b"), folders[1])
+    assert (second.get("acme/a").owner, second.get("acme/a").readers) == ("acme", ())
+    lists = {who: [r.name for r in first.list(reader=who)] for who in ("acme", "zeta", "ACME")}
+    assert lists == {"acme": ["acme/a", "b"], "zeta": ["b"], "ACME": ["b"]}
+    second.change("acme/a", {"readers": ("zeta",)})
+    assert [record.name for record in first.list(reader="zeta")] == ["acme/a", "b"]
+    assert [record.name for record in first.list(reader="zet")] == ["b"]
+    with pytest.raises(AdapterNotOwned):
+        second.register(Registration("b", replace=True, **owned), folders[2])
+    outcomes = []
+
+    def register(catalog, name):
+        try:
+            outcomes.append(catalog.register(Registration(name, **owned), folders[0])[0].name)
+        except OwnerHasEnough:
+            outcomes.append(None)
+
+    pairs = [(catalog, f"acme/{i}") for i, catalog in enumerate((first, second))]
+    threads = [threading.Thread(target=register, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(outcome is None for outcome in outcomes) == [False, True]
+    with first.database.connect() as connection:
+        found = read_audit(connection, limit=9, tenant="acme")
+    actions = [entry.action.partition(".")[2] for entry in reversed(found)]
+    assert actions == ["create", "change", "create"]
 
 
 def test_files_outlast_their_names_for_whoever_still_reads_them(open_replica, folders, tmp_path):

@@ -4,6 +4,7 @@ import httpx
 import openai
 import pytest
 
+from loraplex_server import keys_command
 from loraplex_server.__main__ import main
 from tests.server.api.conftest import BASE, make_adapter, running_server
 
@@ -16,7 +17,7 @@ def locked(tmp_path_factory, vocabulary):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/adapters", "/v1/pool", "/docs", "/version"])
 @pytest.mark.parametrize(
-    "headers", [{}, {"authorization": "Bearer k3"}, {"authorization": "k3y"}, {"x-api-key": "k3y"}]
+    "headers", [{}, {"authorization": "Bearer k3"}, {"authorization": "k3y"}, {"x-api-key": "k3"}]
 )
 def test_without_the_key_everything_is_closed(locked, path, headers):
     answer = httpx.get(locked.url + path, headers=headers)
@@ -30,6 +31,24 @@ def test_an_upload_without_the_key_is_answered_not_cut_off(locked, tmp_path):
     assert locked.upload("pirate", make_adapter(tmp_path / "a")).status_code == 401
     files = {"archive": ("a.zip", b"x" * (8 << 20))}
     assert httpx.post(f"{locked.url}/v1/adapters", files=files, timeout=20).status_code == 401
+
+
+def test_the_key_may_come_as_anthropics_clients_send_it(locked):
+    url = f"{locked.url}/v1/models"
+    assert httpx.get(url, headers={"x-api-key": "k3y"}).status_code == 200
+    both = {"x-api-key": "k3y", "authorization": "Bearer k3y"}
+    assert httpx.get(url, headers=both).status_code == 200
+    answer = httpx.get(url, headers=both | {"x-api-key": "other"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_metrics_can_be_closed(tmp_path, vocabulary):
+    settings = {"api_key": "k3y", "metrics_open": False}
+    with running_server(tmp_path, vocabulary, **settings) as closed:
+        assert httpx.get(f"{closed.url}/metrics").status_code == 401
+        headers = {"authorization": "Bearer k3y"}
+        assert httpx.get(f"{closed.url}/metrics", headers=headers).status_code == 200
+        assert httpx.get(f"{closed.url}/health").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/metrics"])
@@ -64,16 +83,29 @@ def test_another_sites_page_changes_nothing(server, tmp_path):
     assert (patched.status_code, patched.json()["error"]["code"]) == (403, "cross_site")
 
 
-@pytest.mark.parametrize(
-    ("host", "key", "is_warned"),
-    [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)],
-)
-def test_an_open_server_for_everybody_is_warned_of(
-    host, key, is_warned, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.delenv("LORAPLEX_API_KEY", raising=False)
-    if key:
-        monkeypatch.setenv("LORAPLEX_API_KEY", key)
+def start(tmp_path, capsys, *flags: str) -> str:
+    """Start a server whose model is not there, and return what it said."""
     argv = ["--model", str(tmp_path / "none.gguf"), "--port", "0", "--data-dir", str(tmp_path)]
-    assert main([*argv, "--host", host]) == 1
-    assert ("set LORAPLEX_API_KEY" in caplog.text) == is_warned
+    assert main([*argv, *flags]) == 1
+    return capsys.readouterr().err
+
+
+def test_a_server_without_keys_does_not_listen_for_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LORAPLEX_API_KEY", raising=False)
+    refusal = start(tmp_path, capsys, "--host", "0.0.0.0")
+    assert f"loraplex keys create --name me --role admin --data-dir {tmp_path}" in refusal
+    assert "--allow-open on" in refusal
+    assert "none.gguf" in start(tmp_path, capsys, "--host", "127.0.0.1")
+    assert "none.gguf" in start(tmp_path, capsys, "--host", "0.0.0.0", "--allow-open", "on")
+    assert not (tmp_path / "catalog.sqlite3").exists()
+    monkeypatch.setenv("LORAPLEX_API_KEY", "k")
+    assert "none.gguf" in start(tmp_path, capsys, "--host", "0.0.0.0")
+
+
+def test_with_a_key_in_the_data_folder_it_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LORAPLEX_API_KEY", raising=False)
+    create = ["create", "--name", "me", "--role", "admin", "--data-dir", str(tmp_path)]
+    assert keys_command.main(create) == 0
+    assert "none.gguf" in start(tmp_path, capsys, "--host", "0.0.0.0")
+    assert keys_command.main(["revoke", "--all-and-open", "--data-dir", str(tmp_path)]) == 0
+    assert "keys create" in start(tmp_path, capsys, "--host", "0.0.0.0")

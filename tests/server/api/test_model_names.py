@@ -6,7 +6,10 @@ import openai
 import pytest
 
 from loraplex import Client
+from loraplex_server.api.adapter_access import AdapterAccess
 from loraplex_server.api.model_names import ModelNames, ModelWish, Naming
+from loraplex_server.tenants.namespace import Namespace
+from loraplex_server.tenants.principal import ANYBODY
 from tests.server.api.conftest import BASE, make_adapter, wait_until
 
 
@@ -152,13 +155,15 @@ def test_an_adapter_that_is_called_so_wins_over_the_prefix(server, pirate, tmp_p
 
 
 def test_a_base_model_with_a_colon_in_its_name_is_one_prefix(server, pirate):
-    names = ModelNames(server.catalog, ("qwen:0.5b", "qwen"))
+    names = ModelNames(AdapterAccess(server.catalog), ("qwen:0.5b", "qwen"))
     for text in ("qwen:0.5b:pirate", "qwen:pirate", "pirate"):
-        answerer = names.acquire(ModelWish((Naming("model", text),)))
+        answerer = names.acquire(ModelWish((Naming("model", text),)), Namespace(ANYBODY))
         assert answerer.record is not None
         assert answerer.record.id == pirate
         answerer.release()
-    assert names.acquire(ModelWish((Naming("model", "qwen:0.5b"),))).record is None
+    assert (
+        names.acquire(ModelWish((Naming("model", "qwen:0.5b"),)), Namespace(ANYBODY)).record is None
+    )
 
 
 def test_a_version_is_named_by_its_digest(server, pirate):
