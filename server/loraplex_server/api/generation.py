@@ -95,7 +95,7 @@ class Generation:
         num_generated = sum(assembler.num_tokens for assembler in self._assemblers)
         return make_usage(
             num_prompt=self.job.num_prompt_tokens,
-            num_generated=0 if self.job.is_prompt_only else num_generated,
+            num_generated=0 if self.job.has_no_answer else num_generated,
             # Of each prompt's first sample: the others find in the cache what that one computed.
             num_cached=sum(a.num_cached for a in self._assemblers[:: self.job.n]),
             metrics=self.timings.metrics(self._clock()),

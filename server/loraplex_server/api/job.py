@@ -88,8 +88,13 @@ class Job:
         return sum(map(len, self.prompts))
 
     @property
+    def has_no_answer(self) -> bool:
+        """Nobody gets, or pays for, more than the prompts."""
+        return self.pooling is not None or self.is_prompt_only
+
+    @property
     def max_tokens(self) -> int:
         """Tokens that the job can cost at most, prompts included."""
-        if self.pooling is not None:
+        if self.has_no_answer:
             return self.num_prompt_tokens
         return self.num_prompt_tokens + self.num_sequences * self.sampling.max_tokens

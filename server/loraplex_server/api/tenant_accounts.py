@@ -170,7 +170,7 @@ class TenantBill:
     def book(self, index: int, event: Event) -> None:
         """Take an event of sequence `index`."""
         if isinstance(event, TokenEvent):
-            self._num_generated += 1
+            self._num_generated += not self._job.has_no_answer
             if event.num_cached and index % self._job.n == 0:  # others find what this one computed
                 self._num_cached += event.num_cached
         if index in self._waiting:  # its first event

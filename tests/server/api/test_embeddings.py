@@ -109,8 +109,10 @@ def test_leaving_cancels(server):
 
 
 def test_only_inputs_are_charged(tmp_path, vocabulary):
-    with running_server(tmp_path / "data", vocabulary, tenant_tokens_per_minute=2) as server:
+    with running_server(tmp_path / "data", vocabulary, tenant_tokens_per_minute=4) as server:
         assert embed(server).is_success
+        scored = {"model": BASE, "prompt": "hello world", "echo": True, "max_tokens": 0}
+        assert server.post("/v1/completions", scored).is_success
         refused = embed(server)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
 
