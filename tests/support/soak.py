@@ -20,8 +20,9 @@ import httpx
 
 #: Kinds of requests and how often each comes, in per cent.
 MIX: Final[Mapping[str, int]] = {
-    "stream": 34,
-    "whole": 22,
+    "stream": 32,
+    "whole": 20,
+    "fan_out": 4,
     "leave": 12,
     "leave_early": 4,
     "deadline": 6,
@@ -155,14 +156,22 @@ class Soak:
 
     async def _whole(self) -> None:
         body = self._body(stream=False)
+        await self._post("whole", body, body["n"])
+
+    async def _fan_out(self) -> None:
+        body = {**self._body(stream=False), "models": self._random.sample(self._names, 2)}
+        del body["model"]
+        await self._post("fan_out", body, 2 * body["n"])
+
+    async def _post(self, kind: str, body: dict[str, Any], num: int) -> None:
         answer = await self._http.post("/v1/completions", json=body)
-        if self.tally.expect("whole", answer, 200, 404, 409, 429):
+        if self.tally.expect(kind, answer, 200, 404, 409, 429):
             choices = answer.json()["choices"]
-            assert [choice["index"] for choice in choices] == list(range(body["n"]))
+            assert [choice["index"] for choice in choices] == list(range(num))
             for choice in choices:
                 self.tally.ended[choice["finish_reason"]] += 1
         else:
-            self.tally.end_by_error("whole", answer.json()["error"], body["n"])
+            self.tally.end_by_error(kind, answer.json()["error"], num)
 
     async def _stream(self, body: dict[str, Any] | None = None, kind: str = "stream") -> None:
         body = body or self._body(stream=True)

@@ -43,6 +43,8 @@ class Server(uvicorn.Server):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._app = create_app(services)
+        # Now, as it takes a third of a second, which running streams would have to wait for.
+        self._app.openapi()
         self._upkeep: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._drain: Drain = self._app.state.drain

@@ -87,6 +87,6 @@ def test_the_page_shows_every_declared_series_and_no_other(server):
 
 
 def test_every_path_is_documented(server):
-    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=20).json()["paths"]
     documented = DOCUMENT.replace("{id}", "{name}")
     assert [path for path in paths if path not in documented] == []

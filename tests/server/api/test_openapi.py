@@ -80,7 +80,7 @@ def upload(server: Running, name: str, folder: Path, **fields: str) -> httpx.Res
 
 @pytest.fixture(scope="module")
 def document(server) -> dict:
-    return httpx.get(f"{server.url}/openapi.json", headers=HEADERS).json()
+    return httpx.get(f"{server.url}/openapi.json", headers=HEADERS, timeout=20).json()
 
 
 def operations(document: dict):

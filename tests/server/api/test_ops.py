@@ -178,5 +178,5 @@ def test_free_pages_make_room_for_adapters():
 
 def test_version_and_documentation_are_there(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
-    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=20).json()["paths"]
     assert "/v1/chat/completions" in paths
