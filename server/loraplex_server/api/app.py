@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Final
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 
 from loraplex_server.adapters.sources.source import SourcePolicy
 from loraplex_server.api.access import METRICS_PATH, OPEN_PATHS, role_check
@@ -53,18 +54,53 @@ _DESCRIPTION: Final = "One language model and its LoRA adapters; `model` names t
 def create_app(services: Services) -> FastAPI:
     """Return the application; its state lives in it and in `services`, nowhere else."""
     names = AdapterNames()
-    base_name = services.base_names[0]
-    observation = Observation(services, names)
-    desk = TenantDesk(services)
-    open_paths = OPEN_PATHS | ({METRICS_PATH} if services.config.metrics_open else frozenset())
+    observation, desk, drain = Observation(services, names), TenantDesk(services), Drain()
+    app = _guarded_app(services, observation, desk, drain)
+    generations = _generations(services, observation.requests, desk.accounts)
+    removals = AdapterRemovals(services.engine, services.catalog, generations, names)
+    upkeep = Upkeep(
+        services.engine,
+        services.catalog,
+        removals,
+        names,
+        is_shared=services.config.registry_url is not None,
+        chores=(desk.keys.write_uses,),
+    )
+    ops = ops_router(
+        engine=services.engine,
+        adapter_names=names,
+        generations=generations,
+        drain=drain,
+        registry=observation.registry,
+        base_name=services.base_names[0],
+    )
+    for router in (
+        *_generation_routers(services, generations, names, desk),
+        *_adapter_routers(services, names, removals, upkeep, desk),
+        ops,
+        keys_router(desk),
+        usage_router(desk, services.base_names),
+        audit_router(services.catalog.database),
+    ):
+        app.include_router(router)
+    # What the server starts and stops with itself.
+    app.state.observation, app.state.drain = observation, drain
+    app.state.upkeep, app.state.tenants = upkeep, desk
+    return app
+
+
+def _guarded_app(
+    services: Services, observation: Observation, desk: TenantDesk, drain: Drain
+) -> FastAPI:
+    """Return an application without routes, in all that stands around them."""
+    config = services.config
+    open_paths = OPEN_PATHS | ({METRICS_PATH} if config.metrics_open else frozenset())
     app = FastAPI(
         title="loraplex",
         version=version("loraplex"),
         description=_DESCRIPTION,
         dependencies=[Depends(role_check(open_paths))],
     )
-    app.state.observation = observation
-    drain = app.state.drain = Drain()
     app.add_middleware(DrainGate, drain=drain)
     app.add_middleware(
         Guard,
@@ -74,20 +110,17 @@ def create_app(services: Services) -> FastAPI:
         limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
     )
     # Around the guard, whose refusals have an id too.
-    app.add_middleware(Envelope, receive_timeout_s=services.config.receive_timeout_s)
+    app.add_middleware(Envelope, receive_timeout_s=config.receive_timeout_s)
     observation.install(app)
     install_error_handlers(app)
     install_openapi(app, open_paths)
-    generations = _generations(services, observation.requests, desk.accounts)
-    removals = AdapterRemovals(services.engine, services.catalog, generations, names)
-    upkeep = app.state.upkeep = Upkeep(
-        services.engine,
-        services.catalog,
-        removals,
-        names,
-        is_shared=services.config.registry_url is not None,
-        chores=(desk.keys.write_uses,),
-    )
+    return app
+
+
+def _generation_routers(
+    services: Services, generations: Generations, names: AdapterNames, desk: TenantDesk
+) -> Iterator[APIRouter]:
+    config = services.config
     front = Front(
         engine=services.engine,
         vocabulary=services.vocabulary,
@@ -97,73 +130,58 @@ def create_app(services: Services) -> FastAPI:
         model_names=ModelNames(AdapterAccess(services.catalog), services.base_names),
         tenant_header=desk.header,
     )
-    app.include_router(completions_router(front))
-    config = services.config
     dialogues = Dialogues(front, config.tool_parser, config.trust_request_chat_template)
-    app.include_router(chat_router(dialogues))
-    app.include_router(responses_router(dialogues))
-    app.include_router(messages_router(dialogues))
-    app.include_router(embeddings_router(front))
-    app.include_router(tokenize_router(dialogues))
-    app.include_router(lorax_router(dialogues, base_name))
-    app.include_router(
-        models_router(
-            engine=services.engine,
-            catalog=services.catalog,
-            base_names=services.base_names,
-            created=unix_time(),
-            removals=removals,
-        )
-    )
-    uploads = _uploads(services, desk)
-    foreign = ForeignAdapters(
-        services.engine,
-        services.catalog,
-        uploads,
-        removals,
-        upkeep,
-        root=services.config.adapter_root,
-        pinned_share=services.config.pinned_share,
-    )
-    app.include_router(vllm_adapters_router(foreign))
-    app.include_router(sglang_adapters_router(foreign))
-    app.include_router(
-        adapters_router(
-            engine=services.engine,
-            catalog=services.catalog,
-            adapter_names=names,
-            base_names=services.base_names,
-            uploads=uploads,
-            removals=removals,
-            upkeep=upkeep,
-            pinned_share=services.config.pinned_share,
-        )
-    )
-    app.include_router(
-        ops_router(
-            engine=services.engine,
-            adapter_names=names,
-            generations=generations,
-            drain=drain,
-            registry=observation.registry,
-            base_name=base_name,
-        )
-    )
-    app.include_router(keys_router(desk))
-    app.include_router(usage_router(desk, services.base_names))
-    app.include_router(audit_router(services.catalog.database))
-    app.state.tenants = desk
-    return app
+    yield completions_router(front)
+    yield chat_router(dialogues)
+    yield responses_router(dialogues)
+    yield messages_router(dialogues)
+    yield embeddings_router(front)
+    yield tokenize_router(dialogues)
+    yield lorax_router(dialogues, services.base_names[0])
 
 
-def _uploads(services: Services, desk: TenantDesk) -> AdapterUploads:
-    config = services.config
-    return AdapterUploads(
-        services.engine,
-        services.catalog,
+def _adapter_routers(
+    services: Services,
+    names: AdapterNames,
+    removals: AdapterRemovals,
+    upkeep: Upkeep,
+    desk: TenantDesk,
+) -> Iterator[APIRouter]:
+    engine, catalog, config = services.engine, services.catalog, services.config
+    yield models_router(
+        engine=engine,
+        catalog=catalog,
+        base_names=services.base_names,
+        created=unix_time(),
+        removals=removals,
+    )
+    uploads = AdapterUploads(
+        engine,
+        catalog,
         max_upload_bytes=config.max_upload_bytes,
         source_policy=SourcePolicy(config.adapter_root, config.allow_private_sources),
         owners=desk.owners,
+    )
+    foreign = ForeignAdapters(
+        engine,
+        catalog,
+        uploads,
+        removals,
+        upkeep,
+        root=config.adapter_root,
+        pinned_share=config.pinned_share,
+    )
+    yield vllm_adapters_router(foreign)
+    yield sglang_adapters_router(foreign)
+    yield adapters_router(
+        engine=engine,
+        catalog=catalog,
+        adapter_names=names,
+        base_names=services.base_names,
+        uploads=uploads,
+        removals=removals,
+        upkeep=upkeep,
+        pinned_share=config.pinned_share,
     )
 
 
