@@ -98,6 +98,12 @@ class Turn(StrictBody):
         BeforeValidator(as_parts, json_schema_input_type=str | list[ContentBlock]),
     ]
 
+    @property
+    def can_go_on(self) -> bool:
+        """An answer can continue it: it has a text, and no call that comes behind that."""
+        calls = any(isinstance(block, ToolUseBlock) for block in self.content)
+        return bool(_joined(self.content)) and not calls
+
     def for_chat(self) -> list[dict[str, Any]]:
         """Return the messages of a chat request: results of calls are messages of their own."""
         messages: list[dict[str, Any]] = []

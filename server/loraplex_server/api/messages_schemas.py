@@ -136,6 +136,13 @@ class CountBody(GenerationBody):
     output_config: OutputConfig | None = None
     chat_template_kwargs: JsonObject | None = None
 
+    @model_validator(mode="after")
+    def _check_last(self) -> CountBody:
+        last = self.messages[-1]
+        if last.role == "assistant" and not last.can_go_on:
+            raise invalid("the last is the user's, or a text of the assistant to go on", "messages")
+        return self
+
     def for_chat(self) -> ChatBody:
         """Return the chat request that asks for the same; raises pydantic's ValidationError."""
         own = set(GenerationBody.model_fields)

@@ -21,6 +21,9 @@ WEATHER = {
 }
 
 
+USED = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
+
+
 @pytest.fixture
 def claude(server):
     with anthropic.Anthropic(base_url=server.url, api_key="x", max_retries=0) as client:
@@ -212,6 +215,7 @@ def test_a_failure_in_the_stream_is_told(server, claude):
         ({"max_tokens": None}, None),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None),
+        ({"messages": [*HELLO, {"role": "assistant", "content": [USED]}]}, "messages"),
         ({"messages": [{"role": "user", "content": []}]}, None),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, None),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
