@@ -12,11 +12,14 @@ from loraplex_server.api.model_names import Answerer
 
 
 async def test_leases_of_all_models_are_given_back_although_the_request_is_cancelled():
-    gate, released = threading.Event(), []
+    gate, released, all_released = threading.Event(), [], asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def release(lease):
         assert gate.wait(30)
         released.append(lease)
+        if released == leases:
+            loop.call_soon_threadsafe(all_released.set)
 
     leases = [AdapterLease(None, None, release) for _ in range(2)]
     answerers = [Answerer((WeightedAdapter(lease),), "x") for lease in leases]
@@ -26,6 +29,4 @@ async def test_leases_of_all_models_are_given_back_although_the_request_is_cance
     with pytest.raises(asyncio.CancelledError):
         await releasing
     gate.set()
-    async with asyncio.timeout(30):
-        while released != leases:
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(all_released.wait(), 30)
