@@ -239,6 +239,12 @@ def test_what_is_not_supported_is_refused_by_name(server, fields, param):
     assert server.engine.submitted == []
 
 
+def test_a_model_that_cannot_be_told_to_reason_says_so(server, claude):
+    with pytest.raises(anthropic.BadRequestError, match="cannot be told to reason"):
+        ask(claude, extra_body={"thinking": {"type": "enabled"}})
+    assert server.engine.submitted == []
+
+
 def test_thinking_that_is_off_asks_for_nothing(server, claude):
     says(server, "hello")
     assert ask(claude, thinking={"type": "disabled"}).content[0].text == "hello"
