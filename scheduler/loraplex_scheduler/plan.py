@@ -15,7 +15,8 @@ from loraplex_scheduler.sampling import SamplingParams
 class FinishReason(StrEnum):
     """How a request ended; exactly one per request.
 
-    `REFUSED`: it could never have run here. `REJECTED`: not now, because too much is asked for.
+    `REFUSED`: it could never have run here, or asks for what excludes each other. `REJECTED`: not
+    now, because too much is asked for.
     """
 
     STOP = "stop"
@@ -240,8 +241,8 @@ class StepResult:
         prompt_logprobs: of sequences that ask for them, one entry for each of their step's
             `scored_positions`: what the model thought of the token behind it.
         embeddings: of sequences that are pooled by their last token, float32.
-        dead_ends: why sequences may choose no token, by what they ask for themselves; unlike those
-            of `failures`, what they computed is sound.
+        dead_ends: why sequences may choose no token, by what they ask for themselves: they are
+            refused. Unlike those of `failures`, what they computed is sound.
         hidden_sums: of sequences that are pooled by their mean, the sum over the step's
             `pooled_positions`, in units of `HIDDEN_UNIT`.
     """

@@ -300,7 +300,7 @@ class Scheduler:
                 self.accounts.prefixes.drop_adapter(sequence.adapter_id)
                 continue
             if dead_ends and request_id in dead_ends:
-                events += self.abort(request_id, FinishReason.FAILED, dead_ends[request_id])
+                events += self.abort(request_id, FinishReason.REFUSED, dead_ends[request_id])
                 continue
             if sequence.reading is not None:
                 events += sequence.reading.take(step, result)

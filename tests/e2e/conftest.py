@@ -1,13 +1,16 @@
-"""The real model, the real adapters, and the judge; loaded once."""
+"""The real model, the real adapters, the judge, and a real server; each loaded once."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import anthropic
+import openai
 import pytest
 import torch
 
+from loraplex import Client
 from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
@@ -16,6 +19,7 @@ from loraplex_server.adapters.registration import Registration
 from loraplex_server.model.loader import load_model
 from loraplex_server.model.source import resolve_model
 from loraplex_server.text.vocabulary import Vocabulary
+from tests.support.server_process import ServerProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "examples"
 ADAPTERS = ("pirate", "json-extract", "sql", "ticket-label")
@@ -35,6 +39,36 @@ def model(source):
 @pytest.fixture(scope="session")
 def vocabulary(source):
     return Vocabulary(source.load_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server with the example adapters. All modules share it: leave no other adapters behind
+    that would be in somebody's way.
+    """
+    flags = ("--dtype", "float32", "--pool-bytes", "512MiB", "--max-model-len", "1024")
+    folder = tmp_path_factory.mktemp("server")
+    server = ServerProcess(folder, *flags, "--adapter-root", str(EXAMPLES))
+    try:
+        server.wait_until_ready()
+        with Client(base_url=server.base_url) as client:
+            for name in ADAPTERS:
+                client.adapters.push(EXAMPLES / name)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(server):
+    with anthropic.Anthropic(base_url=server.base_url, api_key="none", max_retries=0) as claude:
+        yield claude
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 
-import anthropic
-import openai
 import pydantic
 import pytest
-
-from tests.support.server_process import ServerProcess
 
 pytestmark = pytest.mark.model
 
@@ -25,23 +21,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ABOUT = "tells the weather in a city"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ("--dtype", "float32", "--pool-bytes", "256MiB", "--max-model-len", "1024")
-    server = ServerProcess(tmp_path_factory.mktemp("server"), *flags)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def check(arguments):
@@ -116,16 +95,15 @@ def test_a_typed_answer_is_parsed_from_responses_and_chat(client):
     assert isinstance(parsed.choices[0].message.parsed, Weather)
 
 
-def test_a_forced_call_in_messages_follows_its_schema(server):
+def test_a_forced_call_in_messages_follows_its_schema(claude):
     tool = {"name": "weather", "description": ABOUT, "input_schema": SCHEMA}
-    with anthropic.Anthropic(base_url=server.base_url, api_key="x", max_retries=0) as claude:
-        answer = claude.messages.create(
-            model=BASE,
-            messages=QUESTION,
-            max_tokens=150,
-            tools=[tool],
-            tool_choice={"type": "any", "disable_parallel_tool_use": True},
-        )
+    answer = claude.messages.create(
+        model=BASE,
+        messages=QUESTION,
+        max_tokens=150,
+        tools=[tool],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+    )
     [call] = answer.content
     assert (call.type, answer.stop_reason) == ("tool_use", "tool_use")
     check(call.input)

@@ -10,27 +10,11 @@ import pytest
 
 from loraplex import Client
 from tests.e2e.conftest import EXAMPLES
-from tests.support.server_process import ServerProcess
 
 pytestmark = pytest.mark.model
 
 BASE = "SmolLM2-135M-Instruct"
 ASK = {"prompt": "The captain said:", "max_tokens": 6, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ("--dtype", "float32", "--pool-bytes", "256MiB", "--max-model-len", "256")
-    folder = tmp_path_factory.mktemp("server")
-    server = ServerProcess(folder, *flags, "--adapter-root", str(EXAMPLES))
-    try:
-        server.wait_until_ready()
-        for name in ("pirate", "sql"):
-            answer = post(server, "/v1/load_lora_adapter", lora_name=name, lora_path=name)
-            assert answer.text == f"Success: LoRA adapter '{name}' added successfully."
-        yield server
-    finally:
-        server.stop()
 
 
 def post(server, path: str, **body) -> httpx.Response:
@@ -49,6 +33,14 @@ def texts(server) -> dict[str, str]:
     said = {name: text(server, model=name) for name in (BASE, "pirate", "sql")}
     assert len(set(said.values())) == 3
     return said
+
+
+def test_vllms_pair_brings_an_adapter_and_takes_it_away(server, texts):
+    answer = post(server, "/v1/load_lora_adapter", lora_name="mate", lora_path="pirate")
+    assert answer.text == "Success: LoRA adapter 'mate' added successfully."
+    assert text(server, model="mate") == texts["pirate"]
+    answer = post(server, "/v1/unload_lora_adapter", lora_name="mate")
+    assert answer.text == "Success: LoRA adapter 'mate' removed successfully."
 
 
 def test_every_way_to_name_an_adapter_gets_its_answer(server, texts):
@@ -94,6 +86,7 @@ def test_defaults_given_with_an_upload_are_the_requests(server):
         system = [{"role": "system", "content": "You are terse."}, *turn]
         plain = client.chat.create(model="pirate", messages=system, max_tokens=3)
         assert plain.usage.prompt_tokens == own.usage.prompt_tokens
+        client.adapters.delete("terse")
 
 
 def test_sglangs_pair_and_openais_client_end_an_adapter(server):

@@ -30,29 +30,9 @@ BASE = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ("--dtype", "float32", "--pool-bytes", "512MiB", "--max-model-len", "1024")
-    server = ServerProcess(tmp_path_factory.mktemp("server"), *flags)
-    try:
-        server.wait_until_ready()
-        with Client(base_url=server.base_url) as client:
-            for name in ADAPTERS:
-                client.adapters.push(EXAMPLES / name)
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.fixture
 def sdk(server):
     with Client(base_url=server.base_url) as client:
-        yield client
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 

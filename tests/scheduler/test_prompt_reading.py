@@ -176,13 +176,13 @@ def test_times_before_the_first_token_add_up():
     assert event.times is None
 
 
-def test_a_dead_end_costs_nobody_the_prefix_cache():
+def test_a_dead_end_is_the_requests_own_and_costs_nobody_the_prefix_cache():
     scheduler = make_scheduler(choice=CACHING)
     scheduler.add(make_request("r", num_prompt=12))
     plan = scheduler.schedule(0.0)
     scheduler.advance(plan)
     (end,) = scheduler.commit(plan, StepResult({}, dead_ends={"r": "no token is left"}))
-    assert (end.finish_reason, end.message) == (FinishReason.FAILED, "no token is left")
+    assert (end.finish_reason, end.message) == (FinishReason.REFUSED, "no token is left")
     scheduler.add(make_request("next", num_prompt=12))
     (step,) = scheduler.schedule(0.0).sequences
     assert step.start == 8

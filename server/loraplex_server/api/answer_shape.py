@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.strict_body import StrictBody, invalid
 
@@ -19,7 +19,22 @@ MAX_SHAPE_CHARS: Final = 1 << 16
 MAX_OPTIONS: Final = 1024
 
 ShapeText = Annotated[str, Field(min_length=1, max_length=MAX_SHAPE_CHARS)]
-Schema = dict[str, Any] | ShapeText
+
+
+def _check_schema(value: Any) -> Any:
+    """Check by hand what pydantic would report as the errors of both ways."""
+    if isinstance(value, str) and not 1 <= len(value) <= MAX_SHAPE_CHARS:
+        raise invalid(f"a schema as text has 1 to {MAX_SHAPE_CHARS} characters")
+    if value is not None and not isinstance(value, str | dict):
+        raise invalid("must be a JSON schema, as an object or as text")
+    return value
+
+
+#: As an object, or as JSON.
+Schema = Annotated[
+    dict[str, Any] | str,
+    BeforeValidator(_check_schema, json_schema_input_type=dict[str, Any] | ShapeText),
+]
 Options = Annotated[list[ShapeText], Field(min_length=1, max_length=MAX_OPTIONS)]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from loraplex_server.api.content_parts import as_parts, check_part
 from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import FunctionName, Text, is_plain_json
 
@@ -34,7 +35,12 @@ class RefusalPart(StrictBody):
     refusal: Text
 
 
-ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+_Part = TextPart | RefusalPart
+_KINDS: Final[Mapping[str, type[StrictBody]]] = {"text": TextPart, "refusal": RefusalPart}
+ContentPart = Annotated[
+    _Part,
+    BeforeValidator(lambda value: check_part(value, _KINDS), json_schema_input_type=_Part),
+]
 
 
 class CalledFunction(StrictBody):
@@ -71,7 +77,7 @@ def _check_content(value: Any) -> Any:
         return []
     if not isinstance(value, str | list) or value == []:
         raise invalid("must be a string or a list of text parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    return as_parts(value)
 
 
 class ChatMessage(StrictBody):

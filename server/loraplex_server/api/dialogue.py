@@ -234,11 +234,12 @@ def _known_args(template: ChatTemplate, args: Mapping[str, Any]) -> dict[str, An
     """Return the variables; one that the template does not know would change nothing."""
     for name, value in args.items():
         is_off_anyway = name == "enable_thinking" and value is False
-        if not (template.knows(name) or is_off_anyway):
-            raise InvalidRequest(
-                f"`chat_template_kwargs`: the model's chat template does not know `{name[:64]}`",
-                param="chat_template_kwargs",
-            )
+        if template.knows(name) or is_off_anyway:
+            continue
+        reason = f"the model's chat template does not know `{name[:64]}`"
+        if name == "enable_thinking":  # also what `thinking` of Messages becomes
+            reason = f"the model cannot be told to reason: {reason}; leave it out"
+        raise InvalidRequest(f"`chat_template_kwargs`: {reason}", param="chat_template_kwargs")
     return dict(args)
 
 

@@ -189,9 +189,16 @@ async def _naming_whose(
 
 
 async def _release_all(answerers: Sequence[Answerer]) -> None:
+    """Give all leases back, even if whoever waits for it is cancelled meanwhile."""
+    if not any(answerer.adapters for answerer in answerers):
+        return
+    releasing = asyncio.ensure_future(asyncio.to_thread(_release_each, answerers))
+    await asyncio.shield(releasing)
+
+
+def _release_each(answerers: Sequence[Answerer]) -> None:
     for answerer in answerers:
-        if answerer.adapters:
-            await asyncio.to_thread(answerer.release)
+        answerer.release()
 
 
 def _release(acquiring: asyncio.Future[Answerer]) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loraplex_server.api.strict_body import StrictBody, invalid
+from loraplex_server.api.content_parts import as_parts, check_part
+from loraplex_server.api.strict_body import StrictBody
 from loraplex_server.api.tool_schemas import FunctionName, JsonObject, Text
 
 #: Prompts that begin alike share their work anyway, so a hint to cache asks for nothing.
@@ -44,10 +45,6 @@ class ToolUseBlock(StrictBody):
     input: JsonObject
 
 
-def _check_result(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 class ToolResultBlock(StrictBody):
     """What a call returned."""
 
@@ -57,7 +54,7 @@ class ToolResultBlock(StrictBody):
     tool_use_id: Text
     content: Annotated[
         list[TextBlock],
-        BeforeValidator(_check_result, json_schema_input_type=str | list[TextBlock]),
+        BeforeValidator(as_parts, json_schema_input_type=str | list[TextBlock]),
     ] = Field(default_factory=list)
     is_error: bool | None = None
 
@@ -85,21 +82,10 @@ _KINDS: Final[Mapping[str, type[StrictBody]]] = {
 }
 
 
-def _check_block(value: Any) -> Any:
-    """Choose the kind by hand: pydantic would report the errors of every one of them."""
-    if not isinstance(value, dict):
-        raise invalid("must be an object with a `type`")
-    kind = _KINDS.get(str(value.get("type")))
-    if kind is None:
-        raise invalid("must be `text`, `tool_use`, `tool_result` or `thinking`", "type")
-    return kind.model_validate(value)
-
-
-ContentBlock = Annotated[Block, BeforeValidator(_check_block, json_schema_input_type=Block)]
-
-
-def _check_content(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+ContentBlock = Annotated[
+    Block,
+    BeforeValidator(lambda value: check_part(value, _KINDS), json_schema_input_type=Block),
+]
 
 
 class Turn(StrictBody):
@@ -109,8 +95,14 @@ class Turn(StrictBody):
     content: Annotated[
         list[ContentBlock],
         Field(min_length=1),
-        BeforeValidator(_check_content, json_schema_input_type=str | list[ContentBlock]),
+        BeforeValidator(as_parts, json_schema_input_type=str | list[ContentBlock]),
     ]
+
+    @property
+    def can_go_on(self) -> bool:
+        """An answer can continue it: it has a text, and no call that comes behind that."""
+        calls = any(isinstance(block, ToolUseBlock) for block in self.content)
+        return bool(_joined(self.content)) and not calls
 
     def for_chat(self) -> list[dict[str, Any]]:
         """Return the messages of a chat request: results of calls are messages of their own."""

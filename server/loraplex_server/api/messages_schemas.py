@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.chat_schemas import ChatBody
+from loraplex_server.api.content_parts import as_parts
 from loraplex_server.api.messages_blocks import CACHE_HINTS, TextBlock, Turn
 from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody, check_stop
 from loraplex_server.api.strict_body import StrictBody, invalid
@@ -115,10 +116,6 @@ class Metadata(StrictBody):
     user_id: str | None = None
 
 
-def _check_system(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 class CountBody(GenerationBody):
     """The body of `POST /v1/messages/count_tokens`."""
 
@@ -131,13 +128,20 @@ class CountBody(GenerationBody):
     messages: Annotated[list[Turn], Field(min_length=1)]
     system: Annotated[
         list[TextBlock],
-        BeforeValidator(_check_system, json_schema_input_type=str | list[TextBlock]),
+        BeforeValidator(as_parts, json_schema_input_type=str | list[TextBlock]),
     ] = Field(default_factory=list)
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     chat_template_kwargs: JsonObject | None = None
+
+    @model_validator(mode="after")
+    def _check_last(self) -> CountBody:
+        last = self.messages[-1]
+        if last.role == "assistant" and not last.can_go_on:
+            raise invalid("the last is the user's, or a text of the assistant to go on", "messages")
+        return self
 
     def for_chat(self) -> ChatBody:
         """Return the chat request that asks for the same; raises pydantic's ValidationError."""

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loraplex_server.api.strict_body import StrictBody, invalid
+from loraplex_server.api.content_parts import as_parts, check_part
+from loraplex_server.api.strict_body import StrictBody
 from loraplex_server.api.tool_schemas import FunctionName, Text
 
 _STATUS = Literal["in_progress", "completed", "incomplete"]
@@ -34,11 +35,19 @@ class InputRefusal(StrictBody):
     refusal: Text
 
 
-def _text_of(part: InputText | InputRefusal) -> str:
+_Part = InputText | InputRefusal
+_PART_KINDS: Final[Mapping[str, type[StrictBody]]] = {
+    **dict.fromkeys(("input_text", "output_text", "text"), InputText),
+    "refusal": InputRefusal,
+}
+ContentPart = Annotated[
+    _Part,
+    BeforeValidator(lambda value: check_part(value, _PART_KINDS), json_schema_input_type=_Part),
+]
+
+
+def _text_of(part: _Part) -> str:
     return part.text if isinstance(part, InputText) else part.refusal
-
-
-_Parts = list[InputText | InputRefusal]
 
 
 class MessageItem(StrictBody):
@@ -46,7 +55,10 @@ class MessageItem(StrictBody):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | _Parts
+    content: Annotated[
+        list[ContentPart],
+        BeforeValidator(as_parts, json_schema_input_type=str | list[ContentPart]),
+    ]
     id: str | None = None
     status: _STATUS | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -54,8 +66,6 @@ class MessageItem(StrictBody):
     @property
     def text(self) -> str:
         """All parts as one text."""
-        if isinstance(self.content, str):
-            return self.content
         return "\n".join(map(_text_of, self.content))
 
 
@@ -81,15 +91,15 @@ class FunctionOutputItem(StrictBody):
 
     type: Literal["function_call_output"]
     call_id: Text
-    output: str | list[InputText]
+    output: Annotated[
+        list[InputText], BeforeValidator(as_parts, json_schema_input_type=str | list[InputText])
+    ]
     id: str | None = None
     status: _STATUS | None = None
 
     @property
     def text(self) -> str:
         """All parts as one text."""
-        if isinstance(self.output, str):
-            return self.output
         return "\n".join(part.text for part in self.output)
 
 
@@ -126,28 +136,31 @@ _KINDS: Final[Mapping[str, type[StrictBody]]] = {
 }
 
 
-def _check_item(value: Any) -> Any:
-    """Choose the kind by hand: pydantic would report the errors of every one of them."""
-    if not isinstance(value, dict):
-        raise invalid("must be an object with a `type`")
-    kind = _KINDS.get(value.get("type", "message"))
-    if kind is None:
-        raise invalid(
-            "must be `message`, `function_call`, `function_call_output` or `reasoning`", "type"
-        )
-    return kind.model_validate(value)
+InputItem = Annotated[
+    Item,
+    BeforeValidator(
+        lambda value: check_part(value, _KINDS, usual="message"), json_schema_input_type=Item
+    ),
+]
 
 
-InputItem = Annotated[Item, BeforeValidator(_check_item, json_schema_input_type=Item)]
+def _as_items(value: Any) -> Any:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-def messages_of(instructions: str | None, items: str | Sequence[Item]) -> list[dict[str, Any]]:
+#: A text is what the user says.
+Input = Annotated[
+    list[InputItem],
+    Field(min_length=1),
+    BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
+]
+
+
+def messages_of(instructions: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
     """Return the messages of a chat request."""
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
-    if isinstance(items, str):
-        return [*messages, {"role": "user", "content": items}]
     turn: dict[str, Any] | None = None  # of the assistant, as long as it goes on
     for item in items:
         is_turn = not isinstance(item, FunctionOutputItem) and (

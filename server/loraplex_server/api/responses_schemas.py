@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex_server.api.chat_schemas import ChatBody
-from loraplex_server.api.responses_items import InputItem, messages_of
+from loraplex_server.api.responses_items import Input, messages_of
 from loraplex_server.api.schemas import UNSUPPORTED, GenerationBody
 from loraplex_server.api.strict_body import StrictBody, invalid
 from loraplex_server.api.tool_schemas import MAX_TOOLS, FunctionName, JsonObject, Parameters, Text
@@ -155,7 +155,7 @@ class ResponsesBody(GenerationBody):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {**_UNSUPPORTED, **_STATELESS}
 
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: Input
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None

@@ -68,7 +68,7 @@ class Timings:
             "decode_ms": _ms(last_s - first_s),
             "generation_time_ms": _ms(last_s - first_s),
             "mean_itl_ms": _ms(decode_s / num_gaps) if num_gaps else None,
-            "tokens_per_second": round(num_tokens / computing_s, 3) if computing_s > 0 else None,
+            "tokens_per_second": _rate(num_tokens, computing_s),
             "total_time_ms": _ms(now - self.arrival_s),
         }
 
@@ -94,6 +94,10 @@ class Timings:
         """Return the sequences that had a first token, in the order they had it."""
         begun = [times for times in self.sequences if times.first_s]
         return sorted(begun, key=lambda times: times.first_s)
+
+
+def _rate(num_tokens: int, seconds: float) -> float | None:
+    return round(num_tokens / seconds, 3) if num_tokens and seconds > 0 else None
 
 
 def _ms(seconds: float | None) -> float | None:

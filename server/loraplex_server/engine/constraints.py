@@ -7,7 +7,7 @@ and recomputing change nothing here, and a mask is the same in any company.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from loraplex_scheduler.plan import EndEvent, Event, FinishReason, Request, Sequ
 from loraplex_server.engine.grammar_compiler import GrammarCompiler
 from loraplex_server.model.errors import NoTokenLeft
 from loraplex_server.model.token_masks import Mask
+
+_TOO_LATE: Final = "the grammar of the answer was not compiled before the deadline"
 
 
 @dataclass
@@ -70,6 +72,17 @@ class Constraints:
                 self._followed[done.request_id] = _Followed(done.matcher)
                 ready.append(request)
         return ready, events
+
+    def expire(self, now: float) -> list[Event]:
+        """End every waiting request whose deadline has passed."""
+        late = [
+            request_id
+            for request_id, request in self._waiting.items()
+            if request.deadline_s is not None and request.deadline_s <= now
+        ]
+        for request_id in late:
+            del self._waiting[request_id]
+        return [EndEvent(request_id, FinishReason.TIMED_OUT, _TOO_LATE) for request_id in late]
 
     def forget(self, request_id: str) -> bool:
         """The request ended; return whether it had waited here."""

@@ -178,7 +178,7 @@ class EngineCore:
         started = self._clock()
         timeout_s = load_timeout_s if self._is_waiting_for_loads else 0.0
         events = self._book_grammars(0.0 if self._loader.num_outstanding else timeout_s)
-        events += self.scheduler.expire(started)
+        events += self._expire(started)
         events += self._book_loads(timeout_s if self._loader.num_outstanding else 0.0)
         had_flight = self._in_flight is not None
         if self.scheduler.needs_known_tokens:
@@ -269,6 +269,14 @@ class EngineCore:
             return []
         ready, events = self._constraints.poll(timeout_s)
         return events + [event for request in ready for event in self._queue(request)]
+
+    def _expire(self, now: float) -> list[Event]:
+        """End every request whose deadline has passed, wherever it waits."""
+        events = self.scheduler.expire(now)
+        if self._num_waiting_for_grammars:
+            assert self._constraints is not None
+            events += self._constraints.expire(now)
+        return events
 
     def _book_loads(self, timeout_s: float) -> list[Event]:
         events: list[Event] = []

@@ -3,7 +3,7 @@
 Of what a request says, four things take tokens away altogether: its grammar, its
 `allowed_token_ids`, its `bad_words` (vLLM's meaning: a sequence of tokens is never completed in the
 answer), and `min_tokens`, before which no end token comes. Where nothing is left, the request
-fails: any token would break a promise.
+is refused: any token would break a promise.
 """
 
 from __future__ import annotations

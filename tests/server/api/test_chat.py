@@ -135,7 +135,10 @@ def test_logprobs_have_bytes_and_alternatives(client):
             "messages[0].tool_calls",
         ),
         ({"messages": [{"role": "user", "content": "x", "nme": 1}]}, "messages[0].nme"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),

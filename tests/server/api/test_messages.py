@@ -21,6 +21,9 @@ WEATHER = {
 }
 
 
+USED = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
+
+
 @pytest.fixture
 def claude(server):
     with anthropic.Anthropic(base_url=server.url, api_key="x", max_retries=0) as client:
@@ -212,6 +215,7 @@ def test_a_failure_in_the_stream_is_told(server, claude):
         ({"max_tokens": None}, None),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None),
+        ({"messages": [*HELLO, {"role": "assistant", "content": [USED]}]}, "messages"),
         ({"messages": [{"role": "user", "content": []}]}, None),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, None),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
@@ -232,6 +236,12 @@ def test_what_is_not_supported_is_refused_by_name(server, fields, param):
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param, error
+    assert server.engine.submitted == []
+
+
+def test_a_model_that_cannot_be_told_to_reason_says_so(server, claude):
+    with pytest.raises(anthropic.BadRequestError, match="cannot be told to reason"):
+        ask(claude, extra_body={"thinking": {"type": "enabled"}})
     assert server.engine.submitted == []
 
 

@@ -24,6 +24,10 @@ WEATHER = {
 }
 
 
+def said(part):
+    return {"role": "user", "content": part if isinstance(part, str) else [part]}
+
+
 def test_a_text_is_answered(server, client):
     says(server, "hello world")
     answer = client.responses.create(
@@ -202,9 +206,12 @@ def test_a_failure_in_the_stream_is_told(server, client):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"reasoning": {"effort": "low"}}, "reasoning_effort"),
-        ({"input": [{"type": "computer_call_output"}]}, None),
-        ({"input": []}, None),
-        ({"input": None}, None),
+        ({"input": [{"type": "computer_call_output"}]}, "input[0].type"),
+        ({"input": [said({"type": "input_image"})]}, "input[0].content[0].type"),
+        ({"input": [said({"type": "text"})]}, "input[0].content[0].text"),
+        ({"input": [said("x") | {"nme": 1}]}, "input[0].nme"),
+        ({"input": []}, "input"),
+        ({"input": None}, "input"),
         ({"surprise": 1}, "surprise"),
         ({"temperature": -1.0}, "temperature"),
         ({"text": {"format": {"type": "json_schema"}}}, None),

@@ -34,6 +34,12 @@ def test_nothing_is_told_before_the_first_token():
     assert timings.headers(now=11.0, is_complete=True) == []
 
 
+def test_what_has_no_tokens_has_no_rate():
+    embedded = SequenceTimes(StartTimes(0.5, 0.0, 0.5), first_s=11.0, last_s=11.0)
+    metrics = Timings(10.0, (embedded,)).metrics(now=11.0)
+    assert (metrics["prefill_ms"], metrics["tokens_per_second"]) == (500.0, None)
+
+
 def test_headers_of_a_stream_tell_what_led_to_its_first_token():
     timings = Timings(10.0, (QUICK,))
     assert dict(timings.headers(now=11.0, is_complete=False)) == {

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import time
 
 import pytest
 
@@ -116,11 +117,11 @@ def test_log_probabilities_stay_those_of_the_model(core):
     assert constrained.token.logprobs.top == free.token.logprobs.top
 
 
-def test_an_answer_that_must_end_before_min_tokens_fails_alone(core):
+def test_an_answer_that_must_end_before_min_tokens_is_refused_alone(core):
     events = finish(core, [request("r", DATE, min_tokens=40), request("fine", DATE)])
     end = events["r"][-1]
     assert isinstance(end, EndEvent)
-    assert end.finish_reason is FinishReason.FAILED
+    assert end.finish_reason is FinishReason.REFUSED
     assert "grammar of the answer and `min_tokens`" in end.message
     assert events["fine"][-1].finish_reason is FinishReason.STOP
 
@@ -154,17 +155,41 @@ def test_a_named_token_of_the_model_can_be_asked_for(core, tokenizer):
 class GatedCompiler(GrammarCompiler):
     """Compiles nothing before its gate is open."""
 
-    gate = threading.Event()
+    def __init__(self):
+        super().__init__(300, {END}, lambda: None)
+        self.gate = threading.Event()
 
     def _matcher(self, grammar, tokenizer):
         assert self.gate.wait(60)
         return super()._matcher(grammar, tokenizer)
 
 
-def test_others_go_on_while_a_grammar_is_compiled(model, tokenizer):
+def gated(model, tokenizer):
     core = make_core(model, tokenizer=tokenizer)
-    compiler = core._constraints.compiler = GatedCompiler(300, {END}, lambda: None)
+    compiler = core._constraints.compiler = GatedCompiler()
     core.learn_tokens(tokenizer.backend_tokenizer.to_str())
+    return core, compiler
+
+
+def test_a_deadline_holds_while_a_grammar_is_compiled(model, tokenizer):
+    core, compiler = gated(model, tokenizer)
+    now = time.monotonic()
+    core.add(dataclasses.replace(request("late", DATE), deadline_s=now))
+    core.add(dataclasses.replace(request("patient", DATE), deadline_s=now + 600.0))
+    (end,) = core.step()
+    assert (end.request_id, end.finish_reason) == ("late", FinishReason.TIMED_OUT)
+    assert core.stats().num_waiting == 1
+    compiler.gate.set()
+    events = []
+    while core.has_work:
+        events += core.step(load_timeout_s=5.0)
+    assert {e.request_id for e in events} == {"patient"}
+    assert events[-1].finish_reason is FinishReason.STOP
+    core.close()
+
+
+def test_others_go_on_while_a_grammar_is_compiled(model, tokenizer):
+    core, compiler = gated(model, tokenizer)
     assert core.add(request("slow", DATE)) == []
     assert core.add(request("gone", DATE)) == []
     core.add(greedy_request("other", (5, 6), max_tokens=5, ignore_eos=True))
@@ -231,6 +256,6 @@ def test_a_device_follows_grammars_too(model, tokenizer):
     core = make_device_core(model, max_running=4, tokenizer=tokenizer)
     found = finish(core, wishes)
     core.close()
-    assert found["stuck"][-1].finish_reason is FinishReason.FAILED
+    assert found["stuck"][-1].finish_reason is FinishReason.REFUSED
     for name in ("date", "colour", "words"):
         assert [e.token.token_id for e in found[name]] == [e.token.token_id for e in expected[name]]
