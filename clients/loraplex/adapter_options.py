@@ -13,13 +13,14 @@ class AdapterSettings(TypedDict, total=False):
         pinned: Keep it in the pool once it is there.
         ttl_s: Delete it so many seconds after its last use; None for never.
         defaults: `chat_template`, `system_prompt`, `max_context`, `generation`.
-        readers: The tenants that may use it besides its owner; "*" is all. Needs keys.
+        readers: The tenants that may use it besides its owner; "*" is all; None for the rule: only
+            its owner, or everybody where nobody owns it. Counts on servers with keys.
     """
 
     pinned: bool
     ttl_s: int | None
     defaults: Mapping[str, Any]
-    readers: Sequence[str]
+    readers: Sequence[str] | None
 
 
 class RegisterOptions(TypedDict, total=False):

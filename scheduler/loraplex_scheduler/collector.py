@@ -34,6 +34,13 @@ class CycleCollector:
         if now_s - self._last_s >= every_s:
             self._collect(now_s)
 
+    def release(self) -> None:
+        """Give what start-up left back, as the process ends.
+
+        Python's own last collection leaves what is frozen, and libraries then write about leaks.
+        """
+        gc.unfreeze()
+
     def _collect(self, now_s: float) -> None:
         gc.collect()
         self._last_s = now_s

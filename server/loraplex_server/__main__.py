@@ -94,8 +94,8 @@ def _refuse_if_open(config: Config, listener: socket.socket) -> None:
         f"anybody who reaches {address} could use this server and delete its adapters, as it has "
         f"no API keys. Make the first one, an admin's, and start again:\n"
         f"    loraplex keys create --name me --role admin --data-dir {config.data_dir}\n"
-        "or set LORAPLEX_API_KEY to a secret of your own, or let it be open, such as behind "
-        "something that checks who asks:\n"
+        "or set LORAPLEX_API_KEY to a secret of your own, an admin's too. To serve this machine "
+        "alone, give --host 127.0.0.1. Behind something that checks who asks:\n"
         "    loraplex serve --allow-open on ..."
     )
 
@@ -143,6 +143,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         raise StartError(str(error)) from error
     finally:
         await engine.stop()
+        gc.unfreeze()  # the last collection leaves what is frozen, and libraries write of leaks
 
 
 def _settle() -> None:

@@ -53,11 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if asked.json:
-        sys.stdout.write(json.dumps(answer.to_json(), indent=2) + "\n")
+        _tell([json.dumps(answer.to_json(), indent=2)])
     else:
-        for line in _lines(answer):
-            sys.stdout.write(_printable(line) + "\n")
+        _tell([_printable(line) for line in _lines(answer)])
     return 0 if answer.form is not None else 1
+
+
+def _tell(lines: Sequence[str]) -> None:
+    """Write lines; whoever reads only the first ones, as `head` does, makes that no error."""
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at the end, and would tell of the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,6 +32,12 @@ _SETTINGS: Final = ("config", "data_dir")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _PAGE: Final = 1000
 
+_OPEN: Final = "no key was ever made: a server on this data needs none\n"
+_LOCKED: Final = (
+    "all were revoked, and the server answers nobody: `loraplex keys create` makes another, "
+    "`loraplex keys revoke --all-and-open` ends the need of keys\n"
+)
+
 _Command = Callable[[KeyStore, Config, argparse.Namespace], None]
 
 
@@ -108,8 +114,10 @@ def _list(store: KeyStore, config: Config, asked: argparse.Namespace) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    if not keys and config.api_key is None:
+        sys.stderr.write(_LOCKED if store.read().is_any else _OPEN)
     if config.api_key is not None:
-        sys.stderr.write("and the setting api_key, an admin's\n")
+        sys.stderr.write("and the setting api_key (LORAPLEX_API_KEY), if the server has it too\n")
 
 
 def _revoke(store: KeyStore, config: Config, asked: argparse.Namespace) -> None:

@@ -299,6 +299,9 @@ def test_settings_are_changed(loraplex, tiny, server, tmp_path):
     assert server.requests[-1].json() == {"ttl_s": None, "defaults": {"system_prompt": "Ahoy"}}
     loraplex("adapters", "set", "sql", "--ttl", "60")
     assert server.requests[-1].json() == {"ttl_s": 60}
+    for text, readers in (("a,b", ["a", "b"]), ("*", ["*"]), ("-", [])):
+        loraplex("adapters", "set", "sql", "--readers", text)
+        assert server.requests[-1].json() == {"readers": readers}
     for options in ((), ("--ttl", "soon"), ("--defaults", str(tmp_path / "no"))):
         assert loraplex("adapters", "set", "sql", *options).exit_code == 1
 

@@ -104,6 +104,11 @@ def test_an_unknown_model_is_an_error_with_the_closest_names(chat):
     assert "`loraplex models` lists them" in chat("hi", "--model", "zzz").stderr
 
 
+def test_a_tenants_own_short_name_is_the_servers_to_know(chat, tiny):
+    tiny.unlisted.add("/v1/models/parrot")
+    assert chat("hi", "--model", "parrot").stdout == "parrot heard 1: hi\n"
+
+
 def test_an_answer_that_breaks_off_is_an_error(chat, tiny):
     failure = b'data: {"error": {"message": "the engine died"}}\n\n'
     tiny.failing["POST", "/v1/chat/completions"] = Reply(pieces=[failure])

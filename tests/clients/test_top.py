@@ -21,10 +21,10 @@ from tests.support.http_server import Reply, serve
 TEXT = """\
 # TYPE loraplex_requests_running gauge
 loraplex_requests_running 3
-# TYPE loraplex_requests_finished counter
+# TYPE loraplex_requests_finished_total counter
 loraplex_requests_finished_total{{outcome="stop"}} {finished}
 loraplex_requests_finished_total{{outcome="length"}} {finished}
-# TYPE loraplex_adapter_requests counter
+# TYPE loraplex_adapter_requests_total counter
 loraplex_adapter_requests_total{{adapter="sql"}} {finished}
 # TYPE loraplex_time_to_first_token_seconds histogram
 loraplex_time_to_first_token_seconds_bucket{{le="0.1"}} {finished}
@@ -62,6 +62,15 @@ def test_a_history_forgets_what_is_older_than_its_span():
     history = History(span_s=5.0)
     windows = [history.add(reading(float(at), at)) for at in range(10)]
     assert [window.seconds for window in windows] == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+
+
+def test_an_adapters_rates_are_read_by_the_names_of_the_server():
+    drawn = StringIO()
+    window = Window(reading(10.0, 100), reading(20.0, 150))
+    view = render(window, Notice("http://127.0.0.1:8000"), columns=90, lines=None)
+    Console(file=drawn, width=90).print(view)
+    (row,) = [line.split() for line in drawn.getvalue().splitlines() if line.startswith("sql ")]
+    assert row[-2:] == ["5", "0"]
 
 
 def test_an_adapter_counts_where_it_is_nearest():

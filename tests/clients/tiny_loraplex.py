@@ -28,10 +28,13 @@ class TinyLoraplex:
         self.slow_s = slow_s
         self.adapters: dict[str, dict] = {}
         self.pool = _pool()
+        self.unlisted: set[str] = set()  # paths of models that are there, and on no list
         self.failing: dict[tuple[str, str], Reply] = {}  # (method, path) -> what to say instead
 
     def answer(self, received: Received) -> Reply:
         key = (received.method, received.path)
+        if received.path in self.unlisted:
+            return Reply({"id": received.path.rpartition("/")[2]})
         if key in self.failing:
             return self.failing[key]
         if key == ("POST", "/v1/adapters"):

@@ -50,6 +50,13 @@ def test_an_idle_engine_collects_every_minute_and_a_busy_one_every_ten():
     assert second() is None
 
 
+def test_what_start_up_left_is_given_back_in_the_end():
+    collector = CycleCollector(0.0)
+    assert gc.get_freeze_count() > 0
+    collector.release()
+    assert gc.get_freeze_count() == 0
+
+
 def test_steps_leave_no_cycles_behind():
     scheduler = make_scheduler(choice=PolicyChoice(), max_running=3)
     CycleCollector(0.0)

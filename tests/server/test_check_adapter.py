@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def test_a_refusal_lists_its_reasons_and_fails(tmp_path: Path, base: Path, capsy
     assert check(base, folder, "--json") == 1
     answer = json.loads(capsys.readouterr().out)
     assert (answer["accepted"], answer["adapter"], len(answer["reasons"])) == (False, None, 2)
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path, base: Path, monkeypatch: Any):
+    folder = written(PLAIN, tmp_path / "a")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr("sys.stdout", broken)
+        assert check(base, folder) == 0
 
 
 def test_an_archive_is_checked_too(tmp_path: Path, base: Path):

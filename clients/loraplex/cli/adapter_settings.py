@@ -40,15 +40,21 @@ def set_adapter(
         Path | None,
         typer.Option(help="A JSON file: chat_template, system_prompt, max_context, generation."),
     ] = None,
+    readers: Annotated[
+        str | None,
+        typer.Option(help="Other tenants that may use it: a,b; * for all, - for none."),
+    ] = None,
 ) -> None:
-    """Set when an adapter expires, and what its requests get where they do not say otherwise."""
+    """Set when an adapter expires, who may use it, and what its requests get by default."""
     settings = AdapterSettings()
     if ttl is not None:
         settings["ttl_s"] = _ttl_of(ttl)
     if defaults is not None:
         settings["defaults"] = _read_json(defaults)
+    if readers is not None:
+        settings["readers"] = _readers_of(readers)
     if not settings:
-        raise UsageError("nothing to set: give --ttl or --defaults")
+        raise UsageError("nothing to set: give --ttl, --defaults or --readers")
     with open_client(ctx) as client:
         adapter = client.adapters.change(name, **settings)
     write(stdout(), f"changed {adapter.name}")
@@ -60,6 +66,11 @@ def _ttl_of(text: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise UsageError(f"--ttl is a number of seconds, or never, not {text!r}")
     return int(text)
+
+
+def _readers_of(text: str) -> list[str]:
+    # No words for all and none: tenants may be called so.
+    return [] if text == "-" else text.split(",")
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -43,7 +43,7 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise UsageError("there is nothing to ask: give a prompt, or pipe one in")
     with open_client(ctx) as client:
-        name = pick_model(client.models.list(), model)
+        name = pick_model(client, model)
         conversation = Conversation(client, name, system=system, options=options)
         if prompt is not None:
             _answer_once(conversation, prompt)

@@ -38,6 +38,7 @@ _ADVICE_BY_CODE = {
     "source_failed": "",
     "adapter_draining": "",
     "self_test_failed": "",
+    "role_required": "",
 }
 
 _WAITING = (InternalServerError, RateLimitError)

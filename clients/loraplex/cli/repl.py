@@ -82,7 +82,7 @@ class Repl:
         if not name:
             self._say(f"/model NAME; now: {self._conversation.model}")
             return
-        self._conversation.model = pick_model(self._client.models.list(), name)
+        self._conversation.model = pick_model(self._client, name)
 
     def _list(self, _: str) -> None:
         for model in self._client.models.list():

@@ -17,6 +17,8 @@ _CONTROLS = dict.fromkeys(
     code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
 )
 
+_WORD_COLUMNS = 16
+
 
 def stdout() -> Console:
     """Return a console for results."""
@@ -49,11 +51,19 @@ def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
             write(console, "\t".join(line))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(name, overflow="fold")
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for name, is_whole in zip(columns, _kept_whole(widths, console.width), strict=True):
+        table.add_column(name, overflow="fold", no_wrap=is_whole)
     for line in cells:
         table.add_row(*(Text(cell) for cell in line))
     console.print(table)
+
+
+def _kept_whole(widths: Sequence[int], room: int) -> list[bool]:
+    """Say which columns never break: words and times, if that leaves the long ones some room."""
+    whole = [width <= _WORD_COLUMNS for width in widths]
+    taken = sum(width if short else 8 for width, short in zip(widths, whole, strict=True))
+    return [short and taken + len(widths) <= room for short in whole]
 
 
 def write_json(value: ApiModel | Sequence[ApiModel]) -> None:

@@ -93,7 +93,8 @@ class Server(uvicorn.Server):
         self._upkeep = asyncio.create_task(self._app.state.upkeep.run())
         self._app.state.observation.start()
         if self.started and sockets:
-            sys.stdout.write(greeting(self._services, sockets[0]))
+            needs_key = await self._app.state.tenants.keys.is_on()
+            sys.stdout.write(greeting(self._services, sockets[0], needs_key=needs_key))
             sys.stdout.flush()
 
     @contextlib.contextmanager
@@ -139,18 +140,20 @@ def _limits(config: Config) -> ConnectionLimits:
     )
 
 
-def greeting(services: Services, listener: socket.socket) -> str:
+def greeting(services: Services, listener: socket.socket, *, needs_key: bool) -> str:
     """Return what to tell whoever started the server: that it is ready, and what to try."""
     host, port = listener.getsockname()[:2]
     host = _ANY_ADDRESS.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     info, model = services.engine.info, services.base_names[0]
-    key = ' -H "authorization: Bearer $LORAPLEX_API_KEY"' if services.config.api_key else ""
+    key = ' -H "authorization: Bearer $LORAPLEX_API_KEY"' if needs_key else ""
+    ask = "  requests need a key: export LORAPLEX_API_KEY=lp-...\n" if needs_key else ""
     pool_mib = info.num_pages * info.page_bytes >> 20
     return (
         f"\nloraplex serves {model} at {url}\n"
         f"  {info.dtype} on {info.device}, {info.max_model_len} tokens of context, "
         f"a pool of {info.num_pages} pages ({pool_mib} MiB)\n"
+        f"{ask}"
         f"  try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} "
         f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
         "  stop with Ctrl-C\n\n"

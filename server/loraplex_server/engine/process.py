@@ -75,6 +75,7 @@ def run_engine(connection: Connection, build_core: CoreFactory) -> None:
             log.warning("the API process is gone")
         finally:
             core.close()
+            collector.release()
 
 
 def _try_build(

@@ -51,6 +51,18 @@ def test_keys_are_made_shown_and_revoked_without_a_server(data_dir, capsys):
         assert store.read().by_digest.keys() == {digest_of(secret)}
 
 
+def test_a_list_without_keys_says_whether_the_server_is_open_or_locked(data_dir, capsys):
+    assert run(data_dir, "list") == 0
+    assert "needs none" in capsys.readouterr().err
+    assert run(data_dir, "create", "--name", "ops", "--role", "admin") == 0
+    assert run(data_dir, "list", "--json") == 0
+    (ops,) = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert run(data_dir, "revoke", ops["id"]) == 0
+    capsys.readouterr()
+    assert run(data_dir, "list") == 0
+    assert "--all-and-open" in capsys.readouterr().err
+
+
 def test_what_cannot_be_done_is_one_line(data_dir, capsys):
     assert run(data_dir, "create", "--name", "a", "--role", "user", "--tenant", "t") == 1
     assert "make a key of the role admin first" in capsys.readouterr().err

@@ -8,9 +8,13 @@ import httpx
 import pytest
 
 from loraplex_server.__main__ import bind, main
+from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.api.server import Server
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
+from loraplex_server.tenants.api_key import KeyWish
+from loraplex_server.tenants.key_database import open_key_store
+from loraplex_server.tenants.principal import Role
 from tests.server.api.conftest import BASE, wait_until
 from tests.support.adapters import make_catalog
 from tests.support.fake_engine import FakeEngine
@@ -21,11 +25,14 @@ def stoppable(tmp_path, vocabulary):
     """Return a function that starts a `Server` with a grace period: (url, engine, stop, thread)."""
     catalog = make_catalog(tmp_path, base_name=BASE)
 
-    def start(shutdown_grace_s: int, drain_delay_s: float = 0.0):
+    def start(shutdown_grace_s: int, drain_delay_s: float = 0.0, api_key: str | None = None):
         engine = FakeEngine()
         engine.step_s = 0.02
         config = Config(
-            data_dir=tmp_path, shutdown_grace_s=shutdown_grace_s, drain_delay_s=drain_delay_s
+            data_dir=tmp_path,
+            shutdown_grace_s=shutdown_grace_s,
+            drain_delay_s=drain_delay_s,
+            api_key=api_key,
         )
         services = Services(config, engine, catalog, vocabulary, base_names=(BASE,))
         listener = socket.create_server(("127.0.0.1", 0))
@@ -100,6 +107,20 @@ def test_a_running_stream_finishes_within_the_grace_period(stoppable, capfd):
     greeting = capfd.readouterr().out
     assert f"loraplex serves {BASE} at {url}" in greeting
     assert f"curl {url}/v1/chat/completions" in greeting
+    assert "key" not in greeting
+
+
+@pytest.mark.parametrize("setting", [None, "lp-secret"])
+def test_the_greeting_brings_a_key_wherever_it_is_kept(stoppable, tmp_path, setting, capfd):
+    if setting is None:
+        with open_key_store(Config(data_dir=tmp_path)) as store:
+            store.create(KeyWish("ops", Role.ADMIN, ""), Actor())
+    _, _, stop, thread = stoppable(0, api_key=setting)
+    stop()
+    thread.join(timeout=10)
+    greeting = capfd.readouterr().out
+    assert '-H "authorization: Bearer $LORAPLEX_API_KEY"' in greeting
+    assert "lp-secret" not in greeting
 
 
 def test_after_the_grace_period_streams_end_with_an_error(stoppable):

@@ -27,8 +27,8 @@ from loraplex.cli.bench.trace import read_trace
 from loraplex.cli.models import pick_model
 from loraplex.cli.settings import Settings, settings_of
 from loraplex.cli.terminal import stderr, stdout, write
+from loraplex.client import Client
 from loraplex.errors import UsageError
-from loraplex.types import Model
 from loraplex.version import installed_version
 
 #: Above this share of one core the generator's own work shows in the times it measures.
@@ -154,19 +154,18 @@ def plan(options: Options) -> Iterator[Ask]:
 def _chosen_models(settings: Settings, patterns: list[str]) -> tuple[str, ...]:
     """Return the models that names and patterns mean, in the server's order."""
     with settings.client() as client:
-        known = client.models.list()
-    if not patterns:
-        return (pick_model(known, None),)
-    chosen: dict[str, None] = {}
-    for pattern in patterns:
-        chosen.update(dict.fromkeys(_matches(known, pattern)))
-    return tuple(chosen)
+        if not patterns:
+            return (pick_model(client, None),)
+        chosen: dict[str, None] = {}
+        for pattern in patterns:
+            chosen.update(dict.fromkeys(_matches(client, pattern)))
+        return tuple(chosen)
 
 
-def _matches(known: list[Model], pattern: str) -> list[str]:
+def _matches(client: Client, pattern: str) -> list[str]:
     if not set(pattern) & set("*?["):
-        return [pick_model(known, pattern)]
-    found = [model.id for model in known if fnmatchcase(model.id, pattern)]
+        return [pick_model(client, pattern)]
+    found = [model.id for model in client.models.list() if fnmatchcase(model.id, pattern)]
     if not found:
         raise UsageError(f"no model is like {pattern!r}; `loraplex models` lists them")
     return found

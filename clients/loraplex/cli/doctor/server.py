@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from loraplex.cli.doctor.finding import Finding, fail, note, ok
+from loraplex.cli.models import has_model
 from loraplex.cli.problems import explain
 from loraplex.client import Client
 from loraplex.errors import (
@@ -59,7 +60,8 @@ def check_server(shared: Client, model: str | None) -> Iterator[Finding]:
         return
     yield ok("key", "accepted, or none needed")
     yield check_version(client)
-    yield from check_models(models, model)
+    is_there = model is None or model in [m.id for m in models] or has_model(client, model)
+    yield from check_models(models, None if is_there else model)
     yield from check_adapters(client, models)
 
 
@@ -74,16 +76,18 @@ def check_version(client: Client) -> Finding:
     return ok("version", ours)
 
 
-def check_models(models: list[Model], wanted: str | None) -> Iterator[Finding]:
-    """Check that the model is among those served."""
+def check_models(models: list[Model], missing: str | None) -> Iterator[Finding]:
+    """Tell what is served, and what of that was wanted and is not."""
     bases = [found.id for found in models if found.parent is None]
     if not bases:
         yield fail("models", "the server lists no base model", "see its log, and its --model")
         return
     told = f"{', '.join(bases)}, and {len(models) - len(bases)} adapters"
-    if wanted is not None and wanted not in [found.id for found in models]:
-        advice = f"push it: loraplex adapters push FOLDER --name {wanted}; or see `loraplex models`"
-        yield fail("models", f"no {wanted!r} among {told}", advice)
+    if missing is not None:
+        advice = (
+            f"push it: loraplex adapters push FOLDER --name {missing}; or see `loraplex models`"
+        )
+        yield fail("models", f"no {missing!r} among {told}", advice)
     else:
         yield ok("models", told)
 

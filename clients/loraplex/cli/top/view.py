@@ -152,7 +152,7 @@ def _rank(window: Window, holder: PageHolder) -> tuple[float, int]:
 
 def _row(window: Window, holder: PageHolder) -> tuple[str, ...]:
     name = holder.name or holder.id or "-"
-    has_rates = "loraplex_adapter_requests" in window.end.metrics.families
+    has_rates = "loraplex_adapter_requests_total" in window.end.metrics.families
     rates = [
         _number(window.rate(f"loraplex_adapter_{what}_total", adapter=name)) if has_rates else "-"
         for what in ("requests", "generated_tokens")
@@ -185,7 +185,7 @@ def _line(label: str, pieces: Sequence[str], columns: int) -> Iterator[Text]:
 def _quantiles(window: Window, name: str) -> list[str]:
     histogram = window.histogram(name)
     if not histogram.count:
-        return [f"nothing in the last {window.seconds:.0f} s"]
+        return [f"nothing in the last {window.seconds:.2g} s"]
     found = quantiles(histogram)
     told = [f"{q} {_seconds(found[q])}" for q in ("p50", "p90", "p99")]
     return [*told, f"of {histogram.count:.0f}"]
