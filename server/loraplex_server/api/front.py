@@ -14,6 +14,7 @@ from loraplex_scheduler.plan import Pooling
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, AnswerSource, CompleteFormat, GenerationAnswer
 from loraplex_server.api.answer_grammar import GrammarWriter
+from loraplex_server.api.errors import TenantForbidden
 from loraplex_server.api.exchange import Exchange
 from loraplex_server.api.fan_out import FanOut, FanOutFormat
 from loraplex_server.api.generations import Generations
@@ -21,7 +22,7 @@ from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.job_maker import Demands, JobMaker, PromptWish, Wish
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
 from loraplex_server.api.news import News
-from loraplex_server.api.principals import namespace_of
+from loraplex_server.api.principals import namespace_of, principal_of
 from loraplex_server.api.schemas import GenerationBody, RequestBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.api.timings import Headers
@@ -126,7 +127,7 @@ class Front:
     def _terms(self, body: RequestBody, request: HTTPConnection) -> Terms:
         return Terms(
             tenant=self.tenant_header.account_of(request),
-            priority=body.priority or 0,
+            priority=_priority(body, request),
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
             exchange=Exchange.of(request.scope),
@@ -174,6 +175,17 @@ class Front:
             record = adapter.lease.record
             self.adapter_names.remember(record.id, record.name, record.rank_max)
         return answerer
+
+
+def _priority(body: RequestBody, request: HTTPConnection) -> int:
+    """Return what the request says; raises TenantForbidden where others would pay for it."""
+    priority = body.priority or 0
+    if priority < 0 and not principal_of(request).is_admin:
+        raise TenantForbidden(
+            "a `priority` below 0 goes before all other tenants: only admins may ask for it; leave "
+            "it out, or give one above 0 to what can wait"
+        )
+    return priority
 
 
 async def _naming_whose(

@@ -50,6 +50,13 @@ def test_lists_show_what_is_ones_own_or_shared(keyed):
     assert owners == {"acme/secret": "acme", "pirate": "", "zeta/own": "zeta"}
 
 
+def test_a_tenant_cannot_put_itself_before_the_others(keyed):
+    answer = keyed.generate("acme-app", BASE, priority=-1)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "tenant_forbidden")
+    assert keyed.generate("acme-app", BASE, priority=1).status_code == 200
+    assert keyed.generate("root", BASE, priority=-1).status_code == 200
+
+
 def test_a_tenant_says_its_adapters_names_with_its_own_or_without(keyed):
     record = keyed["acme-app"].get("/v1/adapters/secret").json()
     assert (record["name"], record["readers"]) == ("acme/secret", [])
