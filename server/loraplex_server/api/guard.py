@@ -71,7 +71,15 @@ class Guard:
         if is_cross_site and scope["method"] in _CHANGING_METHODS:
             raise CrossSiteRefused("requests from the web pages of other sites are refused")
         if scope["path"] not in self._open_paths:
-            scope[PRINCIPAL_KEY] = await self._principal(headers)
+            try:
+                scope[PRINCIPAL_KEY] = await self._principal(headers)
+            except StorageFailed as error:
+                # Where the database is and who logs in there is not for whoever comes along; the
+                # key ring has logged it.
+                raise StorageFailed(
+                    "keys cannot be looked up now, as the server's database does not answer; try "
+                    "again shortly, and see the server's log"
+                ) from error
 
     async def _principal(self, headers: Headers) -> Principal:
         if not await self._keys.is_on():

@@ -56,6 +56,17 @@ def test_probes_and_scrapers_need_no_key(locked, path):
     assert httpx.get(locked.url + path).status_code == 200
 
 
+def test_nobody_without_a_key_learns_of_the_database(tmp_path, vocabulary):
+    with running_server(tmp_path, vocabulary) as running:
+        keys = running.app.state.tenants.keys
+        with running.app.state.tenants.key_store._database.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE key_changes RENAME TO key_changes_gone")
+        keys._read_s -= 60
+        answer = httpx.get(f"{running.url}/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_failed")
+    assert "key_changes" not in answer.text
+
+
 def test_with_the_key_everything_is_open(locked):
     with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="k3y", max_retries=0) as client:
         assert client.models.list().data[0].id == BASE
