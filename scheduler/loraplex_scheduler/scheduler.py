@@ -400,7 +400,7 @@ class Scheduler:
         layouts = tuple(self._layouts.of(manifest) for manifest, _ in request.adapters)
         num_pages = self.accounts.allocator.num_pages
         max_len = fitting_len(request, layouts, self.limits, self.accounts.layout, num_pages)
-        table = self.accounts.new_table(*prefix_of(request))
+        table = self.accounts.new_table(*prefix_of(request), request.prefix_salt)
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layouts, max_len, eos_token_ids)

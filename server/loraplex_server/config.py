@@ -144,6 +144,13 @@ class Config:
     prefix_cache: bool = _setting(
         parse_switch, True, "memory", "keep the KV of prompts for others that begin alike", "ON/OFF"
     )
+    isolate_prefixes: bool = _setting(
+        parse_switch,
+        False,
+        "memory",
+        "let each tenant find the KV of its own prompts only",
+        "ON/OFF",
+    )
     eviction: str = _setting(
         choice_of(*EVICTIONS),
         "cost",

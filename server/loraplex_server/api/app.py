@@ -96,6 +96,7 @@ def create_app(services: Services) -> FastAPI:
         adapter_names=names,
         model_names=ModelNames(AdapterAccess(services.catalog), services.base_names),
         tenant_header=desk.header,
+        isolates_prefixes=services.config.isolate_prefixes,
     )
     app.include_router(completions_router(front))
     config = services.config

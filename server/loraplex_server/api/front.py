@@ -36,7 +36,11 @@ __all__ = ["Demands", "Front", "Wish", "new_id", "unix_time"]
 
 @dataclass(frozen=True)
 class Front:
-    """Shared by the generation endpoints; immutable."""
+    """Shared by the generation endpoints; immutable.
+
+    Attributes:
+        isolates_prefixes: tenants find only what they computed themselves.
+    """
 
     engine: EngineHandle
     vocabulary: Vocabulary
@@ -45,6 +49,7 @@ class Front:
     adapter_names: AdapterNames
     model_names: ModelNames
     tenant_header: TenantHeader
+    isolates_prefixes: bool = False
     grammars: GrammarWriter = field(default_factory=GrammarWriter)
 
     async def answer(
@@ -125,12 +130,14 @@ class Front:
             await _release_all([answerer])
 
     def _terms(self, body: RequestBody, request: HTTPConnection) -> Terms:
+        tenant = self.tenant_header.account_of(request)
         return Terms(
-            tenant=self.tenant_header.account_of(request),
+            tenant=tenant,
             priority=_priority(body, request),
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
             exchange=Exchange.of(request.scope),
+            prefix_salt=_prefix_salt(tenant if self.isolates_prefixes else "", body.cache_salt),
         )
 
     def _is_engine_ready(self) -> bool:
@@ -175,6 +182,11 @@ class Front:
             record = adapter.lease.record
             self.adapter_names.remember(record.id, record.name, record.rank_max)
         return answerer
+
+
+def _prefix_salt(tenant: str, cache_salt: str | None) -> str:
+    """Return what no other pair of a tenant and a salt has; no tenant's name has a line's end."""
+    return f"{tenant}\n{cache_salt}" if cache_salt else tenant
 
 
 def _priority(body: RequestBody, request: HTTPConnection) -> int:
