@@ -72,6 +72,7 @@ def create_app(services: Services) -> FastAPI:
         tenant_header=desk.header,
         open_paths=open_paths,
         limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
+        is_open=services.config.allow_open,
     )
     # Around the guard, whose refusals have an id too.
     app.add_middleware(Envelope, receive_timeout_s=services.config.receive_timeout_s)
