@@ -51,9 +51,10 @@ class SamplingOptions(TypedDict, total=False):
 
     Those beyond OpenAI's have the names and meanings of vLLM's: top_k, min_p, repetition_penalty,
     min_tokens, stop_token_ids, include_stop_str_in_output, ignore_eos, priority (lower is served
-    first) and *_special_tokens. Two are loraplex's own: deadline_s, seconds until the whole answer
-    is due, and ttft_slo_s, seconds until its first token is: an answer that would come later is
-    refused with a RateLimitError, which a client with `max_retries` tries again when it was told.
+    first), cache_salt (only what was asked with the same is found cached) and *_special_tokens. Two
+    are loraplex's own: deadline_s, seconds until the whole answer is due, and ttft_slo_s, seconds
+    until its first token is: an answer that would come later is refused with a RateLimitError,
+    which a client with `max_retries` tries again when it was told.
 
     adapter_id names an adapter where `model` is the base model, as LoRAX's field does; lora_path is
     SGLang's word for the same. adapter_scale is a factor on all that the adapter adds; adapters
@@ -95,6 +96,7 @@ class SamplingOptions(TypedDict, total=False):
     response_format: ResponseFormat | None
     structured_outputs: StructuredOutputs | None
     user: str | None
+    cache_salt: str | None
     priority: int | None
     deadline_s: float | None
     ttft_slo_s: float | None
@@ -128,6 +130,7 @@ class EmbeddingOptions(TypedDict, total=False):
 
     dimensions: int | None
     user: str | None
+    cache_salt: str | None
     extra_body: Mapping[str, Any] | None
 
 

@@ -86,14 +86,17 @@ class PoolAccounts:
         """Pages that are free, or would be if everything idle but the spared adapters left."""
         return self.allocator.num_free + self.num_evictable(spared)
 
-    def new_table(self, adapter_id: str | None, max_shared: int = sys.maxsize) -> PageTable:
+    def new_table(
+        self, adapter_id: str | None, max_shared: int = sys.maxsize, salt: str = ""
+    ) -> PageTable:
         """Return an empty table for a sequence of this adapter, None: of the base model.
 
         Args:
             max_shared: tokens from there on are shared with nobody.
+            salt: those before are shared with tables of the same salt.
         """
         page_tokens = self.layout.page_tokens
-        return PageTable(self.allocator, page_tokens, self.prefixes, adapter_id, max_shared)
+        return PageTable(self.allocator, page_tokens, self.prefixes, adapter_id, max_shared, salt)
 
     def try_make_free(
         self,

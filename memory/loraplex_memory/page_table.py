@@ -30,9 +30,9 @@ class PageTable:
         [0, num_shared)             nodes of the prefix cache, which the table holds references on
         [num_shared, len(pages))    private
 
-    Only pages of tokens below `max_shared` are ever shared: what the others hold does not follow
-    from the adapter and the tokens alone. Grows by whole pages through the allocator and gives
-    everything back at once.
+    Only pages of tokens below `max_shared` are ever shared, and only with tables of one `salt`:
+    what the others hold does not follow from the adapter and the tokens alone. Grows by whole pages
+    through the allocator and gives everything back at once.
 
     Attributes:
         pages: never changed, but replaced: plans keep the array that they found, and most steps of
@@ -47,6 +47,7 @@ class PageTable:
         "_page_tokens",
         "_path",
         "_prefixes",
+        "_salt",
         "pages",
     )
 
@@ -57,12 +58,14 @@ class PageTable:
         prefixes: PrefixCache,
         adapter_id: str | None,
         max_shared: int = sys.maxsize,
+        salt: str = "",
     ) -> None:
         self._allocator = allocator
         self._page_tokens = page_tokens
         self._prefixes = prefixes
         self._adapter_id = adapter_id
         self._max_shared = max_shared
+        self._salt = salt
         self._path: list[PrefixNode] = []
         self.pages = array("i")
 
@@ -133,11 +136,12 @@ class PageTable:
                 token_ids,
                 num_tokens,
                 may_replace=may_replace,
+                salt=self._salt,
             )
 
     def _find(self, token_ids: Sequence[int], max_tokens: int) -> list[PrefixNode]:
         max_tokens = min(max_tokens, self._max_shared)
-        return self._prefixes.find(self._adapter_id, token_ids, max_tokens)
+        return self._prefixes.find(self._adapter_id, token_ids, max_tokens, salt=self._salt)
 
     def release(self) -> None:
         """Give every page back; published ones stay in the cache until the space is needed."""

@@ -1,8 +1,9 @@
 """Keys and values of prompts that were computed before, for whoever starts with the same tokens.
 
-A radix tree over whole pages, one per adapter (None: the base model): a node is one page, and its
-parent finds it by the page's token ids. What a page holds follows from adapter and tokens alone, so
-who finds a path finds the right bytes, and nothing is ever found across adapters.
+A radix tree over whole pages, one per adapter (None: the base model) and salt: a node is one page,
+and its parent finds it by the page's token ids. What a page holds follows from adapter and tokens
+alone, so who finds a path finds the right bytes, and nothing is ever found across adapters. Salts
+keep those apart who shall not notice what the others ask.
 
 Invariants: a sequence holds a reference on every node of its path, so a node has at least as many
 as its children together. A node without references is *idle*, and so is all below it. Only idle
@@ -12,8 +13,10 @@ leaves leave.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from math import log2
+from types import MappingProxyType
+from typing import Final
 
 from loraplex_memory.allocator import PageAllocator, PageUse
 from loraplex_memory.clock import GivenClock
@@ -21,6 +24,8 @@ from loraplex_memory.eviction import RestoreCosts, page_cost
 from loraplex_memory.evictor import Evictor
 from loraplex_memory.prefix_node import PrefixNode, PrefixRoot
 from loraplex_memory.usage import ReturnOdds
+
+_NO_ROOTS: Final[Mapping[str, PrefixRoot]] = MappingProxyType({})
 
 
 class PrefixCache:
@@ -47,7 +52,8 @@ class PrefixCache:
         self._clock = clock
         self._half_life_s = evictor.policy.prefix_half_life_s
         self._odds = ReturnOdds()
-        self._roots: dict[str | None, PrefixRoot] = {}
+        # By adapter, then by salt; none of the inner ones is empty.
+        self._roots: dict[str | None, dict[str, PrefixRoot]] = {}
         self._dropped: dict[PrefixRoot, None] = {}
         self._resident: set[str] = set()
         self.page_tokens = page_tokens
@@ -57,16 +63,19 @@ class PrefixCache:
 
     def pages_by_adapter(self) -> dict[str | None, int]:
         """Return how many pages hold prefixes under each adapter; None is the base model."""
-        pages = {adapter_id: root.num_nodes for adapter_id, root in self._roots.items()}
+        pages = {
+            adapter_id: sum(root.num_nodes for root in roots.values())
+            for adapter_id, roots in self._roots.items()
+        }
         for root in self._dropped:
             pages[root.adapter_id] = pages.get(root.adapter_id, 0) + root.num_nodes
         return pages
 
     def find(
-        self, adapter_id: str | None, token_ids: Sequence[int], max_tokens: int
+        self, adapter_id: str | None, token_ids: Sequence[int], max_tokens: int, *, salt: str = ""
     ) -> list[PrefixNode]:
         """Return the longest path of whole pages among the first `max_tokens` tokens."""
-        root = self._roots.get(adapter_id)
+        root = self._roots.get(adapter_id, _NO_ROOTS).get(salt)
         if root is None:
             return []
         path: list[PrefixNode] = []
@@ -103,6 +112,7 @@ class PrefixCache:
         num_tokens: int,
         *,
         may_replace: bool,
+        salt: str = "",
     ) -> None:
         """Make nodes of a sequence's whole pages among its first `num_tokens` tokens.
 
@@ -112,7 +122,7 @@ class PrefixCache:
                 same node meanwhile, the node's page takes the place of the sequence's own, which is
                 freed; without `may_replace`, publishing ends there.
         """
-        root = path[0].root if path else self._root(adapter_id)
+        root = path[0].root if path else self._root(adapter_id, salt)
         if root.is_dropped:
             return
         size = self.page_tokens
@@ -143,7 +153,7 @@ class PrefixCache:
         root.num_nodes += len(made)
         self.num_nodes += len(made)
         if not root.num_nodes:
-            del self._roots[adapter_id]
+            self._forget(root)
 
     def release(self, path: Sequence[PrefixNode]) -> None:
         """A sequence gives its references back; what nobody uses any more may be evicted."""
@@ -191,39 +201,38 @@ class PrefixCache:
 
     def drop_adapter(self, adapter_id: str | None) -> None:
         """Let nobody find the adapter's pages any more; those in use go when they are released."""
-        root = self._roots.pop(adapter_id, None)
-        if root is None:
-            return
-        root.is_dropped = True
-        self._dropped[root] = None
-        for leaf in list(root.idle_leaves):
-            self._remove_branch(leaf)
+        for root in self._roots.pop(adapter_id, _NO_ROOTS).values():
+            root.is_dropped = True
+            self._dropped[root] = None
+            for leaf in list(root.idle_leaves):
+                self._remove_branch(leaf)
 
     def adapter_came(self, adapter_id: str) -> None:
         """The adapter has pages: its prefixes are of use again."""
         self._resident.add(adapter_id)
-        root = self._roots.get(adapter_id)
-        if root is not None:
+        for root in self._roots.get(adapter_id, _NO_ROOTS).values():
             root.is_orphan = False  # their keys rise, which the evictor notices by itself
 
     def adapter_left(self, adapter_id: str) -> None:
         """The adapter has no pages: its prefixes are worth less until it is back."""
         self._resident.discard(adapter_id)
-        root = self._roots.get(adapter_id)
-        if root is not None:
+        for root in self._roots.get(adapter_id, _NO_ROOTS).values():
             root.is_orphan = True
             for leaf in root.idle_leaves:
                 self._evictor.prefixes.offer(leaf)
 
     def idle_leaves(self) -> Iterator[PrefixNode]:
         """Yield all that could leave now."""
-        for root in self._roots.values():
-            yield from root.idle_leaves
+        for roots in self._roots.values():
+            for root in roots.values():
+                yield from root.idle_leaves
 
     def check(self) -> None:
         """Raise AssertionError if a page is lost, or a node misplaced or miscounted."""
         nodes: list[PrefixNode] = []
-        for root in (*self._roots.values(), *self._dropped):
+        assert all(self._roots.values()), "an adapter without trees is kept"
+        kept = [root for roots in self._roots.values() for root in roots.values()]
+        for root in (*kept, *self._dropped):
             below = list(root.nodes())
             assert below, "an empty tree is kept"
             assert len(below) == root.num_nodes, "the count of a tree's nodes is off"
@@ -248,12 +257,20 @@ class PrefixCache:
         idle = sum(not node.num_refs for node in nodes)
         assert idle == self.num_idle, "the count of idle nodes is off"
 
-    def _root(self, adapter_id: str | None) -> PrefixRoot:
-        root = self._roots.get(adapter_id)
+    def _root(self, adapter_id: str | None, salt: str) -> PrefixRoot:
+        roots = self._roots.setdefault(adapter_id, {})
+        root = roots.get(salt)
         if root is None:
             is_orphan = adapter_id is not None and adapter_id not in self._resident
-            root = self._roots[adapter_id] = PrefixRoot(adapter_id, is_orphan=is_orphan)
+            root = roots[salt] = PrefixRoot(adapter_id, salt, is_orphan=is_orphan)
         return root
+
+    def _forget(self, root: PrefixRoot) -> None:
+        """An empty tree, which is not dropped, goes."""
+        roots = self._roots[root.adapter_id]
+        del roots[root.salt]
+        if not roots:
+            del self._roots[root.adapter_id]
 
     def _offer(self, leaf: PrefixNode) -> None:
         leaf.root.idle_leaves[leaf] = None
@@ -275,7 +292,7 @@ class PrefixCache:
             if root.is_dropped:
                 del self._dropped[root]
             else:
-                del self._roots[root.adapter_id]
+                self._forget(root)
 
     def _remove_branch(self, leaf: PrefixNode) -> None:
         """Remove an idle leaf and all that becomes one by that."""

@@ -9,7 +9,7 @@ from loraplex_memory.lazy_heap import Evictable
 
 
 class PrefixRoot:
-    """The empty prefix under one adapter.
+    """The empty prefix under one adapter and one salt.
 
     Attributes:
         is_orphan: the adapter is not in the pool.
@@ -25,11 +25,13 @@ class PrefixRoot:
         "is_dropped",
         "is_orphan",
         "num_nodes",
+        "salt",
     )
 
-    def __init__(self, adapter_id: str | None, *, is_orphan: bool) -> None:
+    def __init__(self, adapter_id: str | None, salt: str, *, is_orphan: bool) -> None:
         self.adapter_id = adapter_id
-        self.chain = hash(adapter_id)
+        self.salt = salt
+        self.chain = hash((adapter_id, salt))
         self.children: dict[bytes, PrefixNode] = {}
         self.idle_leaves: dict[PrefixNode, None] = {}
         self.num_nodes = 0
@@ -50,7 +52,7 @@ class PrefixNode(Evictable):
 
     Attributes:
         content: its tokens, as the prefix cache writes them.
-        chain: hash of the adapter and all tokens up to the end of the page; of use for statistics
+        chain: hash of adapter, salt and all tokens up to the end of the page; of use for statistics
             only, where it does not matter that two contents may have the same.
         use_score: see `usage`.
         was_hit: somebody asked for it after it was made.

@@ -57,6 +57,7 @@ class Request:
             all of them different, and only where all are additive.
         pooling: nothing is generated: the request ends with its prompt's embedding. Its sampling
             has `max_tokens` 1 and no other wish.
+        prefix_salt: its prompt's keys and values are shared with requests of the same salt alone.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class Request:
     adapter_weight: float = 1.0
     more_adapters: tuple[tuple[AdapterManifest, float], ...] = ()
     pooling: Pooling | None = None
+    prefix_salt: str = ""
 
     @property
     def needs_whole_prompt(self) -> bool:

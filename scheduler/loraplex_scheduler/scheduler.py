@@ -27,6 +27,7 @@ from loraplex_scheduler.draft import StepDraft
 from loraplex_scheduler.errors import RequestRefused
 from loraplex_scheduler.fit import AdapterLayouts, check_mixture, fitting_len, prefix_of
 from loraplex_scheduler.flights import Flight, Flights
+from loraplex_scheduler.grower import Grower
 from loraplex_scheduler.limits import SchedulerLimits
 from loraplex_scheduler.lookahead import Lookahead
 from loraplex_scheduler.overload import Rejection
@@ -70,12 +71,12 @@ class Scheduler:
         self._admitter = Admitter(
             limits, accounts, self._roster, policies.admission, policies.clustering
         )
+        self._grower = Grower(accounts, self._roster, self._admitter.claims)
         self._lookahead = Lookahead(accounts, self._layouts, limits)
         self._deadlines = Deadlines()
         self._flights = Flights()
         self._drafted: Flight | None = None
         self._next_order = 0
-        self.num_preemptions = 0
         self.num_rejections = 0
 
     # ---- state that others read ------------------------------------------------------------
@@ -113,6 +114,11 @@ class Scheduler:
     def num_prefix_hits(self) -> int:
         """Those of them that were found there."""
         return self._admitter.num_prefix_hits
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running sequence gave its pages back."""
+        return self._grower.num_preemptions
 
     @property
     def has_work(self) -> bool:
@@ -238,12 +244,12 @@ class Scheduler:
         batching = self._policies.batching
         may_admit = batching.may_admit(len(self._roster.running))
         if batching.is_mixed or not may_admit:
-            self._continue_running(draft)
+            self._grower.continue_running(draft)
         num_running = len(draft)
         loads, behind = self._admitter.admit(draft, now) if may_admit else ([], [])
         has_admitted = len(draft) > num_running
         if not batching.is_mixed and may_admit and not has_admitted:
-            self._continue_running(draft)
+            self._grower.continue_running(draft)
         if draft:
             batching.launched(has_admitted=has_admitted)
         guesses = self._lookahead.guesses(behind)
@@ -336,63 +342,6 @@ class Scheduler:
         num_private = sum(len(s.table.pages) - s.table.num_shared for s in self._roster)
         assert num_private == self.accounts.allocator.num_held(PageUse.KV), "KV pages leaked"
 
-    # ---- deciding --------------------------------------------------------------------------
-
-    def _continue_running(self, draft: StepDraft) -> None:
-        """Plan the running sequences, decodes before longer catch-ups, each by age."""
-        running = self._roster.running
-        decoding = [s for s in running if s.num_tokens - s.num_computed == 1]
-        catching_up = [s for s in running if s.num_tokens - s.num_computed > 1]
-        draft.put_decodes(self._grow_decoding(decoding, draft))
-        for sequence in catching_up:
-            num_tokens = min(sequence.num_pending, draft.budget)
-            stop = sequence.num_computed + num_tokens
-            if num_tokens > 0 and self._grow(sequence, stop, draft):
-                draft.put(sequence, sequence.step(num_tokens))
-        for sequence, step in draft.longer():
-            sequence.publish_drafted(step)
-
-    def _grow_decoding(self, decoding: list[Sequence], draft: StepDraft) -> list[Sequence]:
-        """Find a page for each that needs one for its next token; return who has room for it."""
-        page_tokens = self._page_tokens
-        short = [s for s in decoding if s.num_tokens > len(s.table.pages) * page_tokens]
-        spared = self._admitter.claims.keys() | self.accounts.residency.kept
-        if self.accounts.try_make_free(len(short), spared):
-            for sequence in short:
-                sequence.table.grow(sequence.num_tokens)
-            return decoding
-        for sequence in short:
-            self._grow(sequence, sequence.num_tokens, draft)
-        return [s for s in decoding if s.num_tokens <= s.table.capacity]
-
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: StepDraft) -> bool:
-        """Find pages for a running sequence: idle ones first, then younger sequences'.
-
-        Returns False when it must sit this step out: it was preempted in this very step, it was
-        the youngest and gave way, or pages are held by adapters that are still loading.
-        """
-        if not sequence.table.pages:
-            return False
-        claimed, kept = self._admitter.claims.keys(), self.accounts.residency.kept
-        running = self._roster.running
-        num_pages = sequence.table.pages_missing(num_tokens)
-        while not (
-            self.accounts.try_make_free(num_pages, claimed | kept)
-            or self.accounts.try_make_free(num_pages, kept)
-        ):
-            victim = running[-1]
-            if victim is sequence and len(running) == 1:
-                if self.accounts.try_make_free(num_pages):
-                    break
-                return False  # loads hold the rest, and will end
-            self._roster.preempt(victim)
-            self.num_preemptions += 1
-            draft.drop(victim)
-            if victim is sequence:
-                return False
-        sequence.table.grow(num_tokens)
-        return True
-
     # ---- one sequence ----------------------------------------------------------------------
 
     def _sequence(self, request: Request) -> Sequence:
@@ -400,7 +349,7 @@ class Scheduler:
         layouts = tuple(self._layouts.of(manifest) for manifest, _ in request.adapters)
         num_pages = self.accounts.allocator.num_pages
         max_len = fitting_len(request, layouts, self.limits, self.accounts.layout, num_pages)
-        table = self.accounts.new_table(*prefix_of(request))
+        table = self.accounts.new_table(*prefix_of(request), request.prefix_salt)
         self._next_order += 1
         eos_token_ids = self.limits.eos_token_ids
         return Sequence(request, self._next_order, table, layouts, max_len, eos_token_ids)

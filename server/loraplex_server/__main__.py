@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loraplex_server.config import Config, ConfigError, load_config
+from loraplex_server.config import Config, ConfigError
+from loraplex_server.config_sources import load_config
 from loraplex_server.logs import set_up_logging
 
 if TYPE_CHECKING:

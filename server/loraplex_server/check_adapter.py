@@ -22,7 +22,8 @@ from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.adapters.report import ReadingReport, ReportEntry
 from loraplex_server.adapters.validation import ServedForm, Validation, validate
 from loraplex_server.build import resolve_facts
-from loraplex_server.config import Config, ConfigError, load_config
+from loraplex_server.config import Config, ConfigError
+from loraplex_server.config_sources import load_config
 from loraplex_server.model.errors import ModelError
 
 _ABOUT = (

@@ -16,7 +16,8 @@ from typing import Final
 
 from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.errors import AdapterError
-from loraplex_server.config import Config, ConfigError, load_config
+from loraplex_server.config import Config, ConfigError
+from loraplex_server.config_sources import load_config
 from loraplex_server.tenants.api_key import ApiKey, KeyWish
 from loraplex_server.tenants.errors import TenantError
 from loraplex_server.tenants.key_database import open_key_store

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loraplex_server.config import load_config
+from loraplex_server.config_sources import load_config
 
 compose_spec = pytest.importorskip("compose_spec", reason="a parser of compose files")
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from loraplex_server.api.ops import ops_router
-from loraplex_server.config import load_config
+from loraplex_server.config_sources import load_config
 
 helm = pytest.importorskip("helm_python", reason="Helm, as a library")
 

@@ -32,9 +32,11 @@ def make_accounts(num_pages: int = 40, *, has_prefix_cache: bool = True) -> Pool
     )
 
 
-def run(accounts: PoolAccounts, adapter_id: str | None, token_ids: list[int]) -> PageTable:
+def run(
+    accounts: PoolAccounts, adapter_id: str | None, token_ids: list[int], salt: str = ""
+) -> PageTable:
     """Adopt what there is, compute the rest, publish it."""
-    table = accounts.new_table(adapter_id)
+    table = accounts.new_table(adapter_id, salt=salt)
     table.adopt(token_ids, len(token_ids))
     table.grow(len(token_ids))
     table.publish(token_ids, len(token_ids), may_replace=True)
@@ -43,6 +45,38 @@ def run(accounts: PoolAccounts, adapter_id: str | None, token_ids: list[int]) ->
 
 def tokens_found(accounts: PoolAccounts, adapter_id: str | None, token_ids: list[int]) -> int:
     return accounts.new_table(adapter_id).match(token_ids, len(token_ids)).num_tokens
+
+
+def test_other_salts_find_nothing_and_everything_is_one_adapters():
+    accounts = make_accounts()
+    tables = [run(accounts, "a", list(range(10)), salt) for salt in ("", "acme", "zeta")]
+    assert [t.num_shared for t in tables] == [2, 2, 2]
+    assert len({page for table in tables for page in table.pages[:2]}) == 6
+    again = accounts.new_table("a", salt="zeta")
+    assert again.adopt(list(range(10)), 10) == 8
+    assert again.pages == tables[2].pages[:2]
+    assert accounts.new_table("a", salt="omega").match(list(range(10)), 10).num_tokens == 0
+    assert accounts.new_table("b", salt="acme").match(list(range(10)), 10).num_tokens == 0
+    assert accounts.prefixes.pages_by_adapter() == {"a": 6}
+    accounts.check()
+    for table in tables[:2]:
+        table.release()
+    accounts.discard_adapter("a")
+    accounts.check()
+    assert accounts.prefixes.pages_by_adapter() == {"a": 2}  # whose users are still there
+    again.release()
+    tables[2].release()
+    accounts.check()
+    assert accounts.allocator.num_free == accounts.allocator.num_pages
+
+
+def test_pages_of_every_salt_are_evicted_when_the_space_is_needed():
+    accounts = make_accounts(num_pages=6)
+    for salt in ("acme", "zeta", "omega"):
+        run(accounts, "a", list(range(8)), salt).release()
+    assert accounts.try_make_free(6)
+    accounts.check()
+    assert accounts.prefixes.pages_by_adapter() == {}
 
 
 def test_the_longest_run_of_whole_pages_is_found():

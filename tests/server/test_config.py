@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.config import SECRETS, Config, ConfigError, load_config
+from loraplex_server.config import Config, ConfigError
+from loraplex_server.config_sources import SECRETS, load_config
 from loraplex_server.setting_values import limit_of
 
 

@@ -18,7 +18,6 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine
 
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.audit_log import Actor
@@ -29,6 +28,7 @@ from loraplex_server.adapters.errors import AdapterNotFound, BaseNameTaken, Stor
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.last_uses import LastUses
 from loraplex_server.adapters.lease import AdapterLease
+from loraplex_server.adapters.lease_book import LeaseBook
 from loraplex_server.adapters.names import check_adapter_name
 from loraplex_server.adapters.pins import change_settings
 from loraplex_server.adapters.reader import AdapterReader
@@ -43,8 +43,6 @@ from loraplex_server.adapters.store import AdapterStore, RemovedVersions
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.adapters.validation import Validation, validate
 from loraplex_server.adapters.version_record import make_record
-
-__all__ = ["AdapterCatalog", "AdapterLease"]
 
 DEFAULT_KEEP_VERSIONS: Final = 5
 _EXPIRED_AT_ONCE: Final = 100
@@ -111,7 +109,6 @@ class AdapterCatalog:
         self._clock = clock
         self._checks = AdapterChecks(reader, pool_layout, at_stage)
         self._lock = threading.Lock()
-        self._leases: set[AdapterLease] = set()
         self._is_closed = False
         self._uses = LastUses()
         scope = scope_of(base_id or base_name, pool_layout.geometry)
@@ -132,6 +129,7 @@ class AdapterCatalog:
                 on_discard=on_discard,
                 at_stage=at_stage,
             )
+            self._leases = LeaseBook(self._store, self._record, self._note_use)
             self._registrar = AdapterRegistrar(
                 self._checks, writer, self._registry, self._store, base_name=base_name
             )
@@ -223,12 +221,10 @@ class AdapterCatalog:
     def report(self, record: AdapterRecord) -> list[dict[str, str]]:
         """Return what became of the uploaded folder; raises AdapterNotFound, StorageFailed."""
         with self._reading("read the report") as connection:
-            report: list[dict[str, str]] | None = self._registry.report(
-                connection, record.name, record.version
-            )
+            report = self._registry.report(connection, record.name, record.version)
         if report is None:  # it was deleted meanwhile
             raise AdapterNotFound(record.name)
-        return report
+        return list(report)
 
     def list(
         self, *, limit: int = 100, after: str | None = None, reader: str | None = None
@@ -274,10 +270,7 @@ class AdapterCatalog:
             row = self._store.resolve(reference)
         else:
             assert version is not None, "a version or an id"
-            with (
-                storage_errors("look the version up"),
-                self._store.database.connect() as connection,
-            ):
+            with self._reading("look the version up") as connection:
                 found = self._registry.find_version(connection, name, version)
             if found is None:
                 raise AdapterNotFound(f"{name} version {version}")
@@ -300,11 +293,7 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound, PinRefused, StorageFailed
         """
-        with (
-            self._lock,
-            storage_errors("change the adapter"),
-            self._store.database.begin() as connection,
-        ):
+        with self._lock, self._writing("change the adapter") as connection:
             row = change_settings(
                 self._registry,
                 connection,
@@ -346,23 +335,17 @@ class AdapterCatalog:
             names = self._registry.expired(connection, now, _EXPIRED_AT_ONCE)
         removals = []
         for name in names:
-            try:
+            with contextlib.suppress(AdapterNotFound):
                 removed = self._store.remove(AdapterReference(name), now=now, is_expiry=True)
-            except AdapterNotFound:
-                continue
-            if removed is not None:
-                removals.append(self._removal(removed))
+                if removed is not None:
+                    removals.append(self._removal(removed))
         return tuple(removals)
 
     def write_uses(self) -> None:
         """Write down when names were used; raises StorageFailed."""
         for name in self._store.names_in_use():
-            self._uses.note(name, self._now())
-        with (
-            self._uses.taken() as uses,
-            storage_errors("note uses"),
-            self._store.database.begin() as connection,
-        ):
+            self._note_use(name)
+        with self._uses.taken() as uses, self._writing("note uses") as connection:
             self._registry.touch(connection, uses)
 
     def sweep_files(self) -> None:
@@ -377,17 +360,7 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
         """
-        row = self._store.resolve_and_hold(parse_reference(name))
-        # Outside the lock, since a remote store may have to fetch the file; held, so it stays.
-        try:
-            lease = AdapterLease(self._record(row), self._manifest(row), self._release)
-        except StorageFailed:
-            self._store.release(row.adapter_id, row.name)
-            raise
-        self._uses.note(row.name, self._now())
-        with self._lock:
-            self._leases.add(lease)
-        return lease
+        return self._leases.acquire(parse_reference(name))
 
     def num_leases(self, content_id: str) -> int:
         """Users of the adapter right now, for metrics and tests."""
@@ -405,14 +378,6 @@ class AdapterCatalog:
             self._uses.forget(record.name)
         return Removal(record, removed.drains)
 
-    def _release(self, lease: AdapterLease) -> None:
-        with self._lock:
-            if lease not in self._leases:
-                return
-            self._leases.discard(lease)
-        self._uses.note(lease.record.name, self._now())
-        self._store.release(lease.record.id, lease.record.name)
-
     # ---- pieces ----------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -420,12 +385,16 @@ class AdapterCatalog:
         with storage_errors(action), self._store.database.connect() as connection:
             yield connection
 
+    @contextlib.contextmanager
+    def _writing(self, action: str) -> Iterator[Connection]:
+        with storage_errors(action), self._store.database.begin() as connection:
+            yield connection
+
     def _now(self) -> int:
         return int(self._clock())
 
+    def _note_use(self, name: str) -> None:
+        self._uses.note(name, self._now())
+
     def _record(self, row: VersionRow) -> AdapterRecord:
         return make_record(row, self._num_pages(row.adapter.spec), self._uses.of(row.name))
-
-    def _manifest(self, row: VersionRow) -> AdapterManifest:
-        path = self._store.local_path(row)
-        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), spec=row.adapter.spec)

@@ -108,6 +108,7 @@ def _guarded_app(
         tenant_header=desk.header,
         open_paths=open_paths,
         limit_headers=desk.accounts.limit_headers if desk.accounts.has_limits else None,
+        is_open=services.config.allow_open,
     )
     # Around the guard, whose refusals have an id too.
     app.add_middleware(Envelope, receive_timeout_s=config.receive_timeout_s)
@@ -129,6 +130,7 @@ def _generation_routers(
         adapter_names=names,
         model_names=ModelNames(AdapterAccess(services.catalog), services.base_names),
         tenant_header=desk.header,
+        isolates_prefixes=services.config.isolate_prefixes,
     )
     dialogues = Dialogues(front, config.tool_parser, config.trust_request_chat_template)
     yield completions_router(front)

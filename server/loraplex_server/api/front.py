@@ -14,6 +14,7 @@ from loraplex_scheduler.plan import Pooling
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.answer import AnswerFormat, AnswerSource, CompleteFormat, GenerationAnswer
 from loraplex_server.api.answer_grammar import GrammarWriter
+from loraplex_server.api.errors import TenantForbidden
 from loraplex_server.api.exchange import Exchange
 from loraplex_server.api.fan_out import FanOut, FanOutFormat
 from loraplex_server.api.generations import Generations
@@ -21,7 +22,7 @@ from loraplex_server.api.job import Job, Terms
 from loraplex_server.api.job_maker import Demands, JobMaker, PromptWish, Wish
 from loraplex_server.api.model_names import Answerer, ModelNames, ModelWish
 from loraplex_server.api.news import News
-from loraplex_server.api.principals import namespace_of
+from loraplex_server.api.principals import namespace_of, principal_of
 from loraplex_server.api.schemas import GenerationBody, RequestBody
 from loraplex_server.api.tenant_header import TenantHeader
 from loraplex_server.api.timings import Headers
@@ -35,7 +36,11 @@ __all__ = ["Demands", "Front", "Wish", "new_id", "unix_time"]
 
 @dataclass(frozen=True)
 class Front:
-    """Shared by the generation endpoints; immutable."""
+    """Shared by the generation endpoints; immutable.
+
+    Attributes:
+        isolates_prefixes: tenants find only what they computed themselves.
+    """
 
     engine: EngineHandle
     vocabulary: Vocabulary
@@ -44,6 +49,7 @@ class Front:
     adapter_names: AdapterNames
     model_names: ModelNames
     tenant_header: TenantHeader
+    isolates_prefixes: bool = False
     grammars: GrammarWriter = field(default_factory=GrammarWriter)
 
     async def answer(
@@ -124,12 +130,14 @@ class Front:
             await _release_all([answerer])
 
     def _terms(self, body: RequestBody, request: HTTPConnection) -> Terms:
+        tenant = self.tenant_header.account_of(request)
         return Terms(
-            tenant=self.tenant_header.account_of(request),
-            priority=body.priority or 0,
+            tenant=tenant,
+            priority=_priority(body, request),
             deadline_s=body.deadline_s,
             ttft_slo_s=body.ttft_slo_s,
             exchange=Exchange.of(request.scope),
+            prefix_salt=_prefix_salt(tenant if self.isolates_prefixes else "", body.cache_salt),
         )
 
     def _is_engine_ready(self) -> bool:
@@ -174,6 +182,22 @@ class Front:
             record = adapter.lease.record
             self.adapter_names.remember(record.id, record.name, record.rank_max)
         return answerer
+
+
+def _prefix_salt(tenant: str, cache_salt: str | None) -> str:
+    """Return what no other pair of a tenant and a salt has; no tenant's name has a line's end."""
+    return f"{tenant}\n{cache_salt}" if cache_salt else tenant
+
+
+def _priority(body: RequestBody, request: HTTPConnection) -> int:
+    """Return what the request says; raises TenantForbidden where others would pay for it."""
+    priority = body.priority or 0
+    if priority < 0 and not principal_of(request).is_admin:
+        raise TenantForbidden(
+            "a `priority` below 0 goes before all other tenants: only admins may ask for it; leave "
+            "it out, or give one above 0 to what can wait"
+        )
+    return priority
 
 
 async def _naming_whose(

@@ -211,6 +211,7 @@ class Generations:
                 adapter_weight=weight,
                 more_adapters=tuple(more),
                 pooling=job.pooling,
+                prefix_salt=terms.prefix_salt,
             )
             for index in range(job.num_sequences)
         )

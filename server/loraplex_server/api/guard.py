@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +21,10 @@ from loraplex_server.tenants.key_ring import KeyRing
 from loraplex_server.tenants.principal import ANYBODY, Principal
 
 _CHANGING_METHODS: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+#: Ends of names that nobody can register.
+_OWN_DOMAINS: Final = (".localhost", ".local", ".internal")
+#: Of a name in a message.
+_SHOWN_CHARS: Final = 256
 _HOW: Final = "send an API key as `Authorization: Bearer KEY`, or as `x-api-key: KEY`"
 
 
@@ -31,6 +37,7 @@ class Guard:
         open_paths: which need no key.
         limit_headers: what to tell a tenant of its limits, with each answer that it pays for; None
             where nobody has any.
+        is_open: without keys, let everybody in under whatever name the server is called.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Guard:
         tenant_header: TenantHeader,
         open_paths: frozenset[str],
         limit_headers: Callable[[str], Mapping[str, str]] | None,
+        is_open: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._app = app
@@ -48,6 +56,7 @@ class Guard:
         self._tenant_header = tenant_header
         self._open_paths = open_paths
         self._limit_headers = limit_headers
+        self._is_open = is_open
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,10 +80,20 @@ class Guard:
         if is_cross_site and scope["method"] in _CHANGING_METHODS:
             raise CrossSiteRefused("requests from the web pages of other sites are refused")
         if scope["path"] not in self._open_paths:
-            scope[PRINCIPAL_KEY] = await self._principal(headers)
+            try:
+                scope[PRINCIPAL_KEY] = await self._principal(headers)
+            except StorageFailed as error:
+                # Where the database is and who logs in there is not for whoever comes along; the
+                # key ring has logged it.
+                raise StorageFailed(
+                    "keys cannot be looked up now, as the server's database does not answer; try "
+                    "again shortly, and see the server's log"
+                ) from error
 
     async def _principal(self, headers: Headers) -> Principal:
         if not await self._keys.is_on():
+            if not self._is_open:
+                _check_host(headers.get("host", ""))
             return ANYBODY
         secret = _secret_of(headers)
         key = await self._keys.find(secret) if secret else None
@@ -87,6 +106,34 @@ class Guard:
     def _check_expiry(self, key: ApiKey) -> None:
         if key.has_expired(self._clock()):
             raise InvalidApiKey("this key has expired; ask an admin of the server for another one")
+
+
+def _check_host(host: str) -> None:
+    """Refuse a name that somebody else may own; raises CrossSiteRefused.
+
+    A server without keys is on this machine alone; but a web page can have its own domain stand for
+    this machine's address ("DNS rebinding"), and then asks from what browsers take for one site.
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        name = host
+    if "." not in name and ":" not in name:  # `localhost`, or a name of one's own network
+        return
+    if not name.endswith(_OWN_DOMAINS) and not _is_address(name):
+        raise CrossSiteRefused(
+            f"without keys, this server is not reached as {name[:_SHOWN_CHARS]!r}, lest a web page "
+            "that calls itself so uses it: ask localhost or an IP address, make keys, or set "
+            "allow_open"
+        )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_limits(

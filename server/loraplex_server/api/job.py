@@ -25,6 +25,7 @@ class Terms:
         deadline_s: seconds until the whole answer is due, if the client said so.
         ttft_slo_s: seconds until the first token is due; the server's setting if None.
         exchange: the HTTP request it came with, where those are observed.
+        prefix_salt: see `Request`.
     """
 
     tenant: str = ""
@@ -32,6 +33,7 @@ class Terms:
     deadline_s: float | None = None
     ttft_slo_s: float | None = None
     exchange: Exchange | None = None
+    prefix_salt: str = ""
 
 
 @dataclass(frozen=True)

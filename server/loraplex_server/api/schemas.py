@@ -20,13 +20,13 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_SAMPLES: Final = 128
 MAX_BAD_WORDS: Final = 128
+MAX_SALT_CHARS: Final = 256
 #: Models that one request may be sent to.
 MAX_MODELS: Final = 16
 #: Room for a Unix time, which some clients order their requests by.
 MAX_PRIORITY: Final = 2**53 - 1
 
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "cache_salt": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
@@ -98,6 +98,12 @@ class RequestBody(ModelFields):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     user: str | None = None
+    cache_salt: (
+        Annotated[
+            str, Field(min_length=1, max_length=MAX_SALT_CHARS), AfterValidator(check_unicode)
+        ]
+        | None
+    ) = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     ttft_slo_s: Annotated[float, Field(gt=0)] | None = None

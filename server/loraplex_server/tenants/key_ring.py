@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import anyio
+import anyio.to_thread
+
 from loraplex_server.tenants.api_key import ApiKey, digest_of
 from loraplex_server.tenants.key_store import KeyStore, KnownKeys
 from loraplex_server.tenants.principal import SETTING_KEY_ID, Role
@@ -47,6 +50,8 @@ class KeyRing:
         self._read_s = -STALE_S - time.monotonic()
         self._reading: asyncio.Task[None] | None = None
         self._uses: dict[str, int] = {}
+        # Its own: whoever fills the threads that all share must not hold up every request.
+        self._thread = anyio.CapacityLimiter(1)
 
     @property
     def has_setting(self) -> bool:
@@ -111,7 +116,7 @@ class KeyRing:
     async def _read(self) -> None:
         began_s = time.monotonic()
         known = self._keys.num_changes
-        keys = await asyncio.to_thread(self._read_if_changed, known)
+        keys = await anyio.to_thread.run_sync(self._read_if_changed, known, limiter=self._thread)
         if keys is not None:
             self._keys = keys
         self._read_s = began_s

@@ -194,6 +194,12 @@ class Vocabulary:
         from jinja2 import TemplateError
 
         chosen = self.chat_template(template, with_tools=bool(options.tools))
+        if chosen.has_powers:
+            raise ChatTemplateFailed(
+                "the chat template raises to a power (`**`), which may take for ever; write it "
+                "without",
+                param="messages",
+            )
         extra = dict(template_args or {})
         if reserved := sorted(self._template_args & extra.keys()):
             raise ChatTemplateFailed(
@@ -214,6 +220,10 @@ class Vocabulary:
         except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
             raise ChatTemplateFailed(
                 f"the chat template refused the messages: {error}", param="messages"
+            ) from error
+        except (MemoryError, RecursionError) as error:
+            raise ChatTemplateFailed(
+                f"the chat template wants too much: {error or 'out of memory'}", param="messages"
             ) from error
         return str(rendered)
 

@@ -290,6 +290,7 @@ def test_a_server_that_cannot_be_reached_is_told(get):
         "2002:7f00:1::",
         "::7f00:1",
         "64:ff9b:1::7f00:1",
+        "fec0::1",
     ],
 )
 def test_private_addresses_are_refused_however_they_are_written(address):

@@ -155,7 +155,7 @@ def test_allowed_tokens_and_bad_words_reach_the_engine(server):
         ({"truncation_side": "left"}, "truncation_side"),
         ({"request_id": "a b"}, "request_id"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids"),
-        ({"cache_salt": "x"}, "cache_salt"),
+        ({"cache_salt": ""}, "cache_salt"),
         ({"metadata": {"a": "b"}}, "metadata"),
         ({"store": True}, "store"),
         ({"service_tier": "flex"}, "service_tier"),

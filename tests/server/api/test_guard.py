@@ -56,6 +56,17 @@ def test_probes_and_scrapers_need_no_key(locked, path):
     assert httpx.get(locked.url + path).status_code == 200
 
 
+def test_nobody_without_a_key_learns_of_the_database(tmp_path, vocabulary):
+    with running_server(tmp_path, vocabulary) as running:
+        keys = running.app.state.tenants.keys
+        with running.app.state.tenants.key_store._database.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE key_changes RENAME TO key_changes_gone")
+        keys._read_s -= 60
+        answer = httpx.get(f"{running.url}/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_failed")
+    assert "key_changes" not in answer.text
+
+
 def test_with_the_key_everything_is_open(locked):
     with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="k3y", max_retries=0) as client:
         assert client.models.list().data[0].id == BASE
@@ -64,6 +75,34 @@ def test_with_the_key_everything_is_open(locked):
         pytest.raises(openai.AuthenticationError),
     ):
         client.models.list()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.1.7", 200),
+        ("host.docker.internal:8000", 200),
+        ("loraplex", 200),
+        ("[x.y", 403),
+    ],
+)
+def test_without_keys_no_domain_of_others_stands_for_the_server(server, host, status):
+    answer = httpx.get(f"{server.url}/v1/models", headers={"host": host})
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "cross_site"
+
+
+def test_with_keys_or_left_open_a_server_may_be_called_anything(locked, tmp_path, vocabulary):
+    headers = {"host": "llm.example.com"}
+    with running_server(tmp_path, vocabulary, allow_open=True) as open_to_all:
+        assert httpx.get(f"{open_to_all.url}/v1/models", headers=headers).status_code == 200
+    answer = httpx.get(f"{locked.url}/v1/models", headers=headers | {"x-api-key": "k3y"})
+    assert answer.status_code == 200
 
 
 def test_another_sites_page_changes_nothing(server, tmp_path):

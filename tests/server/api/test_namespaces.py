@@ -50,6 +50,45 @@ def test_lists_show_what_is_ones_own_or_shared(keyed):
     assert owners == {"acme/secret": "acme", "pirate": "", "zeta/own": "zeta"}
 
 
+def test_a_tenant_cannot_put_itself_before_the_others(keyed):
+    answer = keyed.generate("acme-app", BASE, priority=-1)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "tenant_forbidden")
+    assert keyed.generate("acme-app", BASE, priority=1).status_code == 200
+    assert keyed.generate("root", BASE, priority=-1).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def isolated(tmp_path_factory, vocabulary):
+    data_dir = tmp_path_factory.mktemp("isolated")
+    with keyed_server(data_dir, vocabulary, isolate_prefixes=True) as running:
+        yield running
+
+
+def salts(keyed, *asked: tuple[str, str | None]) -> list[str]:
+    """Return the salts of requests of these people with these `cache_salt`s."""
+    for person, cache_salt in asked:
+        assert keyed.generate(person, BASE, cache_salt=cache_salt).status_code == 200
+    return [request.prefix_salt for request in keyed.server.engine.submitted[-len(asked) :]]
+
+
+def test_isolated_tenants_share_no_prefixes(isolated):
+    acme, colleague, zeta, root = salts(
+        isolated, ("acme-up", None), ("acme-app", None), ("zeta-app", None), ("root", None)
+    )
+    assert acme == colleague
+    assert len({acme, zeta, root}) == 3
+    asked = [(person, salt) for person in ("acme-app", "zeta-app") for salt in (None, "a", "zeta")]
+    assert len(set(salts(isolated, *asked))) == 6
+    assert len(set(salts(isolated, ("acme-up", "a"), ("acme-app", "a")))) == 1
+
+
+def test_tenants_that_are_not_isolated_share_what_has_one_salt(keyed):
+    plain, other, salted, same = salts(
+        keyed, ("acme-app", None), ("zeta-app", None), ("acme-app", "a"), ("zeta-app", "a")
+    )
+    assert plain == other != salted == same
+
+
 def test_a_tenant_says_its_adapters_names_with_its_own_or_without(keyed):
     record = keyed["acme-app"].get("/v1/adapters/secret").json()
     assert (record["name"], record["readers"]) == ("acme/secret", [])

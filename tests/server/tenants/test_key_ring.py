@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -82,6 +84,25 @@ def test_what_is_too_old_decides_nothing_when_the_database_is_gone(tmp_path, ope
             with engine.begin() as connection:
                 connection.exec_driver_sql("ALTER TABLE key_changes_gone RENAME TO key_changes")
         assert await ring.find(secret)
+
+    asyncio.run(run())
+
+
+def test_keys_are_read_while_all_shared_threads_are_busy(open_one):
+    store = KeyStore(open_one())
+    _, secret = store.create(ADMIN, Actor())
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        is_over = threading.Event()
+        busy = asyncio.create_task(asyncio.to_thread(is_over.wait, 60))
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(20):
+                assert await KeyRing(store).find(secret)
+        finally:
+            is_over.set()
+            await busy
 
     asyncio.run(run())
 

@@ -20,6 +20,27 @@ def test_the_template_refusing_the_messages_is_a_typed_error(vocabulary):
         vocabulary.render_chat([{"role": "tool", "content": "hi"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        # One step each, which nothing would end.
+        ("{{ 1 if 3 ** 3 ** 30 }}", "raises to a power"),
+        ("{% set x = 9 %}{{ x\n**\tx ** x**x }}", "raises to a power"),
+        ("{{ 'a' * 10 ** 3 }}", "raises to a power"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "wants too much"),
+        ("{{ 'a' * 1000000000000000000 }}", "wants too much"),
+    ],
+)
+def test_a_template_that_would_stop_the_server_is_refused(vocabulary, template, reason):
+    with pytest.raises(ChatTemplateFailed, match=reason):
+        vocabulary.render_chat([{"role": "user", "content": "hi"}], template=template)
+
+
+def test_a_template_may_hand_arguments_on_and_write_stars(vocabulary):
+    template = "{% macro f(a) %}**{{ a }}**{% endmacro %}{{ f(**{'a': 1}) }}{{ dict(a=2, **{}).a }}"
+    assert vocabulary.render_chat([{"role": "user"}], template=template) == "**1**2"
+
+
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt"])
 def test_template_arguments_cannot_replace_the_template(vocabulary, name):
     with pytest.raises(ChatTemplateFailed, match=name):

@@ -102,6 +102,8 @@ def _is_public(address: str) -> bool:
             ip = inner
         elif ip in _NAT64:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip.is_site_local:  # deprecated, and routed all the same where it is in use
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
