@@ -26,7 +26,7 @@ def test_answers_are_counted_by_template_of_path_and_status(server):
     [missing] = [
         line
         for line in page.splitlines()
-        if 'route="/v1/models/{' in line and 'status="404"' in line
+        if 'method="GET",route="/v1/models/{' in line and 'status="404"' in line
     ]
     assert float(missing.split()[-1]) >= 2
     assert answers(server, "GET", "(none)", 404) >= 1
