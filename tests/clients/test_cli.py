@@ -115,6 +115,7 @@ def test_one_adapter_is_shown(loraplex, tiny):
     shown = loraplex("adapters", "show", "team/sql").stdout
     assert "modules       q_proj, v_proj\n" in shown
     assert "id            sha256:00\n" in shown
+    assert "owner         nobody\n" in shown
 
 
 def test_an_unknown_adapter_is_an_error_with_its_request_id(loraplex):

@@ -155,6 +155,8 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
         ("last used", "never" if adapter.last_used is None else time_of(adapter.last_used)),
         ("pinned", "yes" if adapter.pinned else "no"),
         ("expires", _expiry(adapter)),
+        ("owner", adapter.owner or "nobody"),
+        ("readers", "all" if "*" in adapter.readers else ", ".join(adapter.readers) or "none"),
     ]
     if adapter.defaults:
         rows.append(("defaults", json.dumps(adapter.defaults)))
