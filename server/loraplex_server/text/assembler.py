@@ -123,7 +123,7 @@ class TextAssembler:
                 delta.message = event.message
                 delta.retry_after_s = event.retry_after_s
                 delta.embedding = event.embedding
-                delta.times = event.times
+                delta.times = delta.times or event.times
                 self._finish(delta, event.finish_reason)
             elif isinstance(event, PromptEvent):
                 delta.prompt_logprobs += event.logprobs

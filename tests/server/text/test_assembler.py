@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from loraplex_scheduler.plan import EndEvent, FinishReason, SampledToken, TokenEvent
+from loraplex_scheduler.plan import EndEvent, FinishReason, SampledToken, StartTimes, TokenEvent
 from loraplex_server.text.assembler import TextAssembler, TextOptions
 from loraplex_server.text.vocabulary import Vocabulary
 
@@ -73,3 +73,13 @@ def test_a_failure_carries_its_message(vocabulary):
     assembler.push(token_events(vocabulary, "hello"))
     delta = assembler.push([EndEvent("r", FinishReason.FAILED, "out of luck")])
     assert (delta.finish_reason, delta.message) == (FinishReason.FAILED, "out of luck")
+
+
+def test_an_end_that_comes_with_the_first_token_keeps_its_times(vocabulary):
+    times = StartTimes(queue_s=1.0, load_s=2.0, prefill_s=3.0)
+    events = [
+        TokenEvent("r", SampledToken(5), times=times),
+        EndEvent("r", FinishReason.TIMED_OUT),
+    ]
+    delta = TextAssembler(vocabulary, TextOptions()).push(events)
+    assert (delta.times, delta.finish_reason) == (times, FinishReason.TIMED_OUT)
