@@ -100,7 +100,9 @@ class NativeKernels:
         passed = [
             ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.byref(arg) for arg in args
         ]
-        if self._library[name](*passed):
+        # Not `library[name]`, which makes a new function each time, and a cycle that only the
+        # collector frees: the engine runs it every few minutes.
+        if getattr(self._library, name)(*passed):
             raise MemoryError(f"no memory for the scratch of {name}")
 
     @staticmethod
