@@ -137,6 +137,9 @@ class StubCore:
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self._live), pages_free=self.info.num_pages)
 
+    def learn_tokens(self, tokenizer: str) -> None:
+        """Nothing is constrained here."""
+
     def prefetch(self, manifest: AdapterManifest) -> None:
         pass
 
