@@ -8,6 +8,7 @@ so every method but those that only read: a new endpoint is counted without bein
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,11 +86,11 @@ class DrainGate:
             return
         drain = self._drain
 
-        async def send_last(message: Message) -> None:
+        def send_last(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and drain.is_draining:
                 # Or clients would send the next request here, and not where it is wanted.
                 message["headers"] = [*message.get("headers", ()), _CLOSE]
-            await send(message)
+            return send(message)
 
         if scope["method"] in _READING_METHODS:
             await self._app(scope, receive, send_last)

@@ -140,7 +140,7 @@ class Generation:
     async def take(self) -> list[tuple[int, TextDelta]]:
         """Wait for news and return it by sequence index; empty when all have finished."""
         while self._unfinished:
-            if deltas := self.take_ready():
+            if self._pending and (deltas := self.take_ready()):
                 return deltas
             await self._news.wait()
         return []

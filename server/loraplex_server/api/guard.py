@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -139,12 +139,12 @@ def _is_address(name: str) -> bool:
 def _with_limits(
     limit_headers: Callable[[str], Mapping[str, str]], scope: Scope, send: Send
 ) -> Send:
-    async def send_with_limits(message: Message) -> None:
+    def send_with_limits(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start" and ACCOUNT_KEY in scope:
             limits = limit_headers(scope[ACCOUNT_KEY])
             more = [(name.encode(), value.encode()) for name, value in limits.items()]
             message["headers"] = [*message.get("headers", ()), *more]
-        await send(message)
+        return send(message)
 
     return send_with_limits
 

@@ -20,7 +20,7 @@ class News:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def wait(self) -> None:
-        """Return when something has come since the call."""
+    def wait(self) -> asyncio.Future[None]:
+        """Return what to await until something has come since the call."""
         self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+        return self._waiter
