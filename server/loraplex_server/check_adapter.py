@@ -24,6 +24,7 @@ from loraplex_server.adapters.validation import ServedForm, Validation, validate
 from loraplex_server.build import resolve_facts
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.config_sources import load_config
+from loraplex_server.flags import flag_of, given_flags
 from loraplex_server.model.errors import ModelError
 
 _ABOUT = (
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check one folder or archive and return the exit code."""
     asked = _parser().parse_args(argv)
     try:
-        config = load_config(_flags(asked), os.environ)
+        config = load_config(given_flags(asked, _SETTINGS), os.environ)
         answer = _check(config, asked.path, check_base=not asked.skip_base_check)
     except ConfigError as error:
         return _fail(error, 2)
@@ -80,18 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         help="take an adapter whose config names another base: it is the same, renamed",
     )
     for name in _SETTINGS:
-        parser.add_argument(_flag(name), help="as of `loraplex serve`")
+        parser.add_argument(flag_of(name), help="as of `loraplex serve`")
     return parser
-
-
-def _flag(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def _flags(asked: argparse.Namespace) -> list[str]:
-    """Return the server's flags that were given."""
-    given = {name: getattr(asked, name) for name in _SETTINGS}
-    return [f"{_flag(name)}={value}" for name, value in given.items() if value is not None]
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from loraplex_server.config import Config, ConfigError
-from loraplex_server.flags import FlagError, flag_parser
+from loraplex_server.flags import FlagError, flag_of, flag_parser
 
 ENV_PREFIX: Final = "LORAPLEX_"
 
@@ -75,7 +75,7 @@ def _parse(name: str, raw: Any, where: str) -> Any:
 
 def _spelling(source: str, name: str) -> str:
     if source == "flag":
-        return "--" + name.replace("_", "-")
+        return flag_of(name)
     if source == "env":
         return ENV_PREFIX + name.upper()
     return f"key `{name}` of the configuration file"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field
 from typing import Any, NoReturn
 
@@ -16,6 +16,17 @@ class FlagError(Exception):
 class _FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise FlagError(message)
+
+
+def flag_of(setting: str) -> str:
+    """Return the flag of a setting: `max_running` is `--max-running`."""
+    return "--" + setting.replace("_", "-")
+
+
+def given_flags(asked: argparse.Namespace, settings: Iterable[str]) -> list[str]:
+    """Return those of the server's flags that another command was given, as it takes them."""
+    given = {name: getattr(asked, name) for name in settings}
+    return [f"{flag_of(name)}={value}" for name, value in given.items() if value is not None]
 
 
 def flag_parser(settings: Mapping[str, Field[Any]]) -> argparse.ArgumentParser:

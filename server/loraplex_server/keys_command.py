@@ -18,6 +18,7 @@ from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.errors import AdapterError
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.config_sources import load_config
+from loraplex_server.flags import flag_of, given_flags
 from loraplex_server.tenants.api_key import ApiKey, KeyWish
 from loraplex_server.tenants.errors import TenantError
 from loraplex_server.tenants.key_database import open_key_store
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(argv)
     run: _Command = asked.run
     try:
-        config = load_config(_flags(asked), os.environ)
+        config = load_config(given_flags(asked, _SETTINGS), os.environ)
         with open_key_store(config) as store:
             run(store, config, asked)
     except ConfigError as error:
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     revoke.set_defaults(run=_revoke)
     for command in (create, listing, revoke):
         for name in _SETTINGS:
-            command.add_argument(_flag(name), help="as of `loraplex serve`")
+            command.add_argument(flag_of(name), help="as of `loraplex serve`")
     return parser
 
 
@@ -105,7 +106,7 @@ def _create(store: KeyStore, config: Config, asked: argparse.Namespace) -> None:
 def _list(store: KeyStore, config: Config, asked: argparse.Namespace) -> None:
     keys = list(_all_keys(store))
     if asked.json:
-        sys.stdout.write(json.dumps([_shown(key) for key in keys], indent=2) + "\n")
+        sys.stdout.write(json.dumps([key.as_json() for key in keys], indent=2) + "\n")
         return
     rows = [("ID", "ROLE", "TENANT", "EXPIRES", "LAST USED", "NAME")]
     for key in keys:
@@ -140,18 +141,6 @@ def _all_keys(store: KeyStore) -> Iterator[ApiKey]:
         yield from page
 
 
-def _shown(key: ApiKey) -> dict[str, object]:
-    return {
-        "id": key.key_id,
-        "name": key.name,
-        "role": key.role.value,
-        "tenant": key.tenant,
-        "created": key.created,
-        "expires": key.expires,
-        "last_used": key.last_used,
-    }
-
-
 def _time(unix_s: int | None, otherwise: str) -> str:
     if unix_s is None:
         return otherwise
@@ -163,16 +152,6 @@ def _seconds(text: str) -> int:
     if not (number.isascii() and number.isdigit() and unit in _UNITS):
         raise argparse.ArgumentTypeError(f"{text!r} is no time such as 30d, 12h, 90m or 45s")
     return int(number) * _UNITS[unit]
-
-
-def _flag(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def _flags(asked: argparse.Namespace) -> list[str]:
-    """Return the server's flags that were given."""
-    given = {name: getattr(asked, name) for name in _SETTINGS}
-    return [f"{_flag(name)}={value}" for name, value in given.items() if value is not None]
 
 
 def _fail(error: Exception, code: int) -> int:

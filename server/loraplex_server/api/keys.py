@@ -61,13 +61,4 @@ def keys_router(desk: TenantDesk) -> APIRouter:
 
 def key_body(key: ApiKey) -> dict[str, Any]:
     """Return the JSON of a key, which never has its secret."""
-    return {
-        "object": "key",
-        "id": key.key_id,
-        "name": key.name,
-        "role": key.role.value,
-        "tenant": key.tenant,
-        "created": key.created,
-        "expires": key.expires,
-        "last_used": key.last_used,
-    }
+    return {"object": "key", **key.as_json()}

@@ -33,6 +33,18 @@ class ApiKey:
     def principal(self) -> Principal:
         return Principal(self.tenant, self.role, self.key_id)
 
+    def as_json(self) -> dict[str, str | int | None]:
+        """Return what may be told of it, which is all that it holds."""
+        return {
+            "id": self.key_id,
+            "name": self.name,
+            "role": self.role.value,
+            "tenant": self.tenant,
+            "created": self.created,
+            "expires": self.expires,
+            "last_used": self.last_used,
+        }
+
     def has_expired(self, now: float) -> bool:
         return self.expires is not None and self.expires <= now
 
