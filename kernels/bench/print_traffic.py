@@ -107,7 +107,7 @@ def site_shapes(layout: PoolLayout) -> list[LoRAShape]:
     """Return the four sites of a layer."""
     return [
         LoRAShape.of(
-            lora_site(site, layout.geometry),
+            lora_site(site, layout.partition),
             chunk_elems=layout.chunk_elems,
             page_elems=layout.page_elems,
         )

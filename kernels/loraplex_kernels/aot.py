@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model the compiled kernels depend on; counts of elements."""
+    """What of a model the compiled kernels depend on; counts of elements.
+
+    Attributes:
+        own_columns: of what several devices sum, the columns that one of them updates, while heads
+            and intermediate size are those of its part; None: there is one device.
+    """
 
     name: str
     num_layers: int
@@ -35,6 +40,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     page_tokens: int = 16
+    own_columns: int | None = None
 
     @property
     def page_elems(self) -> int:
@@ -51,11 +57,12 @@ class ModelShape:
     def sites(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Input width and output widths of the four fused sites of a layer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        own = self.own_columns or self.hidden_size
         return {
             "qkv": (self.hidden_size, (q, kv, kv)),
-            "o": (q, (self.hidden_size,)),
+            "o": (q, (own,)),
             "gate_up": (self.hidden_size, (self.intermediate_size, self.intermediate_size)),
-            "down": (self.intermediate_size, (self.hidden_size,)),
+            "down": (self.intermediate_size, (own,)),
         }
 
 
@@ -65,6 +72,10 @@ MODEL_SHAPES = (
     ModelShape("qwen3-8b", 36, 4096, 32, 8, 128, 12288, 151936),
     ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152),
 )
+
+#: What one of four devices has of the last one, whose tiles become narrow when it is cut. The sizes
+#: follow from the partition of the pool, which knows of no kernels: a test compares.
+CUT_SHAPE = ModelShape("smollm2-135m, 1 of 4", 30, 576, 3, 1, 64, 384, 12288, own_columns=144)
 
 
 @dataclass(frozen=True)

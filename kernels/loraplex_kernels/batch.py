@@ -31,6 +31,7 @@ class PagedAdapter:
             each from a chunk on, whose sum it is; -1 for none. A module of rank 0 may have one.
         bias_chunks: the same for its bias, one vector.
         weight: factor on `B A x`, for the rows of this segment.
+        a_ranks: rows of A that lie in these pages, where they are cut over devices; else `ranks`.
     """
 
     pages: npt.ArrayLike
@@ -40,6 +41,7 @@ class PagedAdapter:
     scale_chunks: npt.ArrayLike | None = None
     bias_chunks: npt.ArrayLike | None = None
     weight: float = 1.0
+    a_ranks: npt.ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class LoRABatch:
             None, as is `bias_chunks`, when no adapter of the step has a scale or a bias.
         bias_chunks: the same for the biases.
         weights: float32 `[G]`, factors on each segment's `B A x`; None when all are 1.
+        a_ranks: int32 `[L, G, 7]`, rows of A in the pages: a share of `ranks` where A is cut over
+            devices.
     """
 
     row_ids: torch.Tensor
@@ -71,6 +75,12 @@ class LoRABatch:
     scale_chunks: torch.Tensor | None = None
     bias_chunks: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    a_ranks: torch.Tensor | None = None
+
+    @property
+    def own_ranks(self) -> torch.Tensor:
+        """Rows of A in these pages, int32 `[L, G, 7]`: all of them where there is one device."""
+        return self.ranks if self.a_ranks is None else self.a_ranks
 
     @property
     def num_segments(self) -> int:
@@ -107,7 +117,14 @@ def build_lora_batch(
         scale_chunks=scale_chunks,
         bias_chunks=bias_chunks,
         weights=_weights(adapters),
+        a_ranks=_stack_a_ranks(adapters),
     )
+
+
+def _stack_a_ranks(adapters: Sequence[PagedAdapter]) -> torch.Tensor | None:
+    cut = [adapter.a_ranks for adapter in adapters if adapter.a_ranks is not None]
+    assert len(cut) in (0, len(adapters)), "all adapters of a pool are cut alike"
+    return _stack(cut) if cut else None
 
 
 def _weights(adapters: Sequence[PagedAdapter]) -> torch.Tensor | None:

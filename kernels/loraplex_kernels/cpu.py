@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from loraplex_kernels import reference
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.lora_planes import PlaneLayout, gather_order
 from loraplex_kernels.model_tables import HeadNorms, LoRASite, RopeTable
 from loraplex_kernels.native import MAX_GROUPS, load_native
 
@@ -37,6 +38,7 @@ class CpuOps:
         self.attention = attention
         self.lora = lora
         self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._halves: list[CpuLoRAHalves] | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return reference.rms_norm(x, weight, eps)
@@ -76,6 +78,12 @@ class CpuOps:
         reference.write_kv(kv, qk[:, num_heads:], value, self.attention)
         return qk[:, :num_heads]
 
+    @property
+    def lora_halves(self) -> list[CpuLoRAHalves]:
+        if self._halves is None:
+            self._halves = [CpuLoRAHalves(batch) for batch in self.lora]
+        return self._halves
+
     def attend(
         self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
@@ -100,6 +108,80 @@ class CpuOps:
                 projections=site.projections,
                 out_features=site.out_features,
             )
+
+
+class CpuLoRAHalves:
+    """Implements `ops.LoRAHalves`."""
+
+    def __init__(self, batch: LoRABatch) -> None:
+        self._batch = batch
+        self._layouts: dict[tuple[int, bytes], PlaneLayout] = {}
+        self._orders: dict[tuple[int, bytes], torch.Tensor] = {}
+
+    def shrink(
+        self, x: torch.Tensor, pool_layer: torch.Tensor, *, layer: int, site: LoRASite
+    ) -> torch.Tensor:
+        batch, projections = self._batch, site.projections
+        native, x = load_native(), x.contiguous()
+        if native is None or not native.takes(x, pool_layer):
+            return reference.shrink(x, pool_layer, batch, layer=layer, projections=projections)
+        planes = self._layout(batch.own_ranks, layer, site)
+        return native.shrink(x, pool_layer, batch, planes, layer=layer, projections=projections)
+
+    def expand(
+        self,
+        y: torch.Tensor,
+        planes: torch.Tensor,
+        pool_layer: torch.Tensor,
+        *,
+        layer: int,
+        site: LoRASite,
+    ) -> None:
+        batch, projections, widths = self._batch, site.projections, site.out_features
+        native = load_native()
+        if native is None or not native.takes(pool_layer):
+            reference.expand(
+                y,
+                planes,
+                pool_layer,
+                batch,
+                layer=layer,
+                projections=projections,
+                out_features=widths,
+            )
+            return
+        total = y if y.stride(1) == 1 and y.dtype is torch.float32 else y.float().contiguous()
+        native.expand(
+            total,
+            planes,
+            pool_layer,
+            batch,
+            self._layout(batch.ranks, layer, site),
+            layer=layer,
+            projections=projections,
+            out_features=widths,
+        )
+        if total is not y:
+            y.copy_(total)
+
+    def _layout(self, ranks: torch.Tensor, layer: int, site: LoRASite) -> PlaneLayout:
+        own = ranks[layer].numpy()[:, list(site.projections)]
+        key = site.index, own.tobytes()  # nearly always all layers have the same
+        if key not in self._layouts:
+            self._layouts[key] = PlaneLayout.of(self._batch.seg_indptr.numpy(), own)
+        return self._layouts[key]
+
+    def gather_order(self, *, layer: int, site: LoRASite, num_ranks: int) -> torch.Tensor:
+        batch = self._batch
+        assert batch.a_ranks is not None, "the adapters are cut over ranks"
+        modules = list(site.projections)
+        ranks = batch.ranks[layer].numpy()[:, modules]
+        key = site.index, ranks.tobytes()
+        if key not in self._orders:
+            cut_ranks = batch.a_ranks[layer].numpy()[:, modules]
+            order = gather_order(batch.seg_indptr.numpy(), ranks, cut_ranks, num_ranks)
+            self._orders[key] = torch.from_numpy(order)
+        return self._orders[key]
 
 
 def add_lora(

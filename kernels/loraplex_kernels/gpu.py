@@ -1,4 +1,4 @@
-"""The GPU path: a step's batches as work lists in device memory, its operations as Triton kernels.
+"""The GPU path: a step's batches as work lists in device memory, for operations by Triton kernels.
 
 Import it only where Triton is to be used; `ops.py` does.
 
@@ -9,13 +9,12 @@ outgrows them gets tables of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Final
 
 import torch
 
-from loraplex_kernels import attention_launch, elementwise_triton, lora_launch
 from loraplex_kernels.attention_launch import DecodeScratch
 from loraplex_kernels.attention_work import (
     AttentionTables,
@@ -24,6 +23,15 @@ from loraplex_kernels.attention_work import (
     build_attention_work,
 )
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.gpu_halves import GpuLoRAHalves
+from loraplex_kernels.gpu_ops import GpuOps
+from loraplex_kernels.lora_exchange import (
+    ExchangeTables,
+    build_exchange,
+    order_elems,
+    recorded_orders,
+    recorded_sizes,
+)
 from loraplex_kernels.lora_shape import LoRAShape
 from loraplex_kernels.lora_work import (
     ITEM_FIELDS,
@@ -32,13 +40,8 @@ from loraplex_kernels.lora_work import (
     LoRAWork,
     build_lora_work,
 )
-from loraplex_kernels.model_tables import (
-    HeadNorms,
-    KernelModel,
-    LoRASite,
-    RopeTable,
-    StepCapacity,
-)
+from loraplex_kernels.model_tables import KernelModel, LoRASite, StepCapacity
+from loraplex_kernels.plane_places import IntArray
 from loraplex_kernels.static_tables import StaticTables, TablesFull
 
 #: Programs of a persistent grid, for each multiprocessor: as many as 72 registers a thread leave
@@ -80,9 +83,15 @@ class GpuBackend:
             for site in model.sites
         ]
         shapes = self._attention_table_shapes() | self._lora_table_shapes()
-        self._tables = StaticTables(shapes, device)
+        self._tables = StaticTables(shapes | self._order_table_shapes(), device)
         self._scratch = self._new_scratch(self._max_decode_items)
-        self._planes = torch.empty(capacity.plane_elems, dtype=torch.float32, device=device)
+        # What several devices exchange is made anew for each site of each step.
+        plane_elems = 0 if self._is_sharded else capacity.plane_elems
+        self._planes = torch.empty(plane_elems, dtype=torch.float32, device=device)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self._model.num_ranks > 1
 
     @property
     def _max_decode_items(self) -> int:
@@ -98,6 +107,9 @@ class GpuBackend:
     ) -> GpuOps:
         """Bring a step of any size to the device; its operations are good for this step alone."""
         ops = self._prepare(attention, lora)
+        if self._is_sharded:
+            more = tuple(map(self._halves, more_lora))
+            return replace(ops, lora_halves=ops.lora_halves + more)
         if not more_lora:
             return ops
         works = (build_lora_work(batch, self._lora_shapes) for batch in more_lora)
@@ -113,10 +125,24 @@ class GpuBackend:
                 lora_tables = self._static_lora(
                     is_serial=lora_work.is_serial, is_weighted=lora_work.is_weighted
                 )
-            return self._ops(self._static_attention(num_rows, items), self._scratch, lora_tables)
-        tables = attention_work.to(self._device)
-        scratch = self._new_scratch(len(tables.decode_items))
-        return self._ops(tables, scratch, lora_work.to(self._device) if lora_work else None)
+            tables, scratch = self._static_attention(num_rows, items), self._scratch
+        else:
+            tables = attention_work.to(self._device)
+            scratch = self._new_scratch(len(tables.decode_items))
+            lora_tables = lora_work.to(self._device) if lora_work else None
+        if lora is None or lora_tables is None or not self._is_sharded:
+            return self._ops(tables, scratch, lora_tables)
+        return self._ops(tables, scratch, None, (self._halves(lora, lora_tables),))
+
+    def _halves(self, batch: LoRABatch, tables: LoRATables | None = None) -> GpuLoRAHalves:
+        """Return the halves of a batch; None: it brings tables of its own."""
+        if tables is None:
+            tables = build_lora_work(batch, self._lora_shapes).to(self._device)
+        exchange = build_exchange(batch, self._model.sites, self._model.num_ranks)
+        return self._bind_halves(tables, exchange.to(self._device))
+
+    def _bind_halves(self, tables: LoRATables, exchange: ExchangeTables) -> GpuLoRAHalves:
+        return GpuLoRAHalves(tables, exchange, self._lora_shapes, self._lora_programs)
 
     def fill(self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int) -> bool:
         """Fill the static tables with a decode step; False when it is too large for a recording.
@@ -126,15 +152,30 @@ class GpuBackend:
             lora: which rows use which adapter.
             num_rows: token rows after padding, as given to `static_ops`.
         """
+        orders: dict[str, IntArray] = {}
+        if lora is not None and self._is_sharded:
+            model = self._model
+            found = recorded_orders(lora, model.sites, model.num_ranks, num_rows)
+            if found is None:
+                return False  # it exchanges more, or otherwise, than was recorded
+            orders = {
+                _order_table(site): order for site, order in zip(model.sites, found, strict=True)
+            }
         attention_work, lora_work = self._lay_out(attention, lora, num_rows)
-        if lora_work is not None and (lora_work.is_serial or lora_work.is_weighted):
+        if lora_work is not None and (
+            lora_work.is_serial != self._is_sharded or lora_work.is_weighted
+        ):
             return False  # computed by another kernel than the recorded one
-        return self._try_upload(attention_work, lora_work)
+        return self._try_upload(attention_work, lora_work, orders)
 
     def static_ops(self, num_rows: int, *, has_lora: bool) -> GpuOps:
         """Return the operations of all decode steps of `num_rows`, whatever `fill` brings."""
-        lora = self._static_lora(is_serial=False) if has_lora else None
-        return self._ops(self._static_attention(num_rows, num_prefill_items=0), self._scratch, lora)
+        lora = self._static_lora(is_serial=self._is_sharded) if has_lora else None
+        attention = self._static_attention(num_rows, num_prefill_items=0)
+        if lora is None or not self._is_sharded:
+            return self._ops(attention, self._scratch, lora)
+        halves = self._bind_halves(lora, self._static_exchange(num_rows))
+        return self._ops(attention, self._scratch, None, (halves,))
 
     def _lay_out(
         self, attention: AttentionBatch, lora: LoRABatch | None, num_rows: int
@@ -147,12 +188,18 @@ class GpuBackend:
         )
         return attention_work, build_lora_work(lora, self._lora_shapes) if lora else None
 
-    def _try_upload(self, attention: AttentionWork, lora: LoRAWork | None) -> bool:
+    def _try_upload(
+        self,
+        attention: AttentionWork,
+        lora: LoRAWork | None,
+        orders: Mapping[str, IntArray] | None = None,
+    ) -> bool:
         arrays = {f.name: getattr(attention, f.name) for f in fields(attention)}
         if lora is not None:
             if lora.plane_elems > self._capacity.plane_elems:
                 return False
             arrays |= {f"lora_{name}": getattr(lora, name) for name in _LORA_TABLES}
+            arrays |= orders or {}
         try:
             self._tables.upload(arrays)
         except TablesFull:
@@ -160,7 +207,11 @@ class GpuBackend:
         return True
 
     def _ops(
-        self, attention: AttentionTables, scratch: DecodeScratch, lora: LoRATables | None
+        self,
+        attention: AttentionTables,
+        scratch: DecodeScratch,
+        lora: LoRATables | None,
+        halves: tuple[GpuLoRAHalves, ...] = (),
     ) -> GpuOps:
         return GpuOps(
             attention=attention,
@@ -170,6 +221,7 @@ class GpuBackend:
             lora_shapes=self._lora_shapes,
             lora_programs=self._lora_programs,
             attention_programs=self._attention_programs,
+            lora_halves=halves,
         )
 
     def _static_attention(self, num_rows: int, num_prefill_items: int) -> AttentionTables:
@@ -187,6 +239,13 @@ class GpuBackend:
         views = (self._tables.views[f"lora_{name}"] for name in _LORA_TABLES)
         rows, pages, spans, items = views
         return LoRATables(rows, pages, spans, items, self._planes, is_serial, is_weighted)
+
+    def _static_exchange(self, num_rows: int) -> ExchangeTables:
+        """Return what all recorded steps of `num_rows` exchange, in every layer."""
+        model, views = self._model, self._tables.views
+        sizes = recorded_sizes(model.sites, model.num_ranks, num_rows)
+        orders = [views[_order_table(site)][: order_elems(site, num_rows)] for site in model.sites]
+        return ExchangeTables([0] * model.num_layers, [sizes], [orders])
 
     def _new_scratch(self, num_items: int) -> DecodeScratch:
         model = self._model
@@ -217,8 +276,18 @@ class GpuBackend:
             "lora_items": (_MAX_LORA_ITEMS, ITEM_FIELDS),
         }
 
+    def _order_table_shapes(self) -> dict[str, tuple[int, ...]]:
+        if not self._is_sharded:
+            return {}
+        max_rows = self._capacity.max_sequences
+        return {_order_table(site): (order_elems(site, max_rows),) for site in self._model.sites}
+
 
 _LORA_TABLES: Final = ("rows", "pages", "spans", "items")
+
+
+def _order_table(site: LoRASite) -> str:
+    return f"lora_order_{site.index}"
 
 
 def _capability(device: torch.device) -> int:
@@ -233,89 +302,3 @@ def _num_programs(per_processor: int, device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return per_processor * int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@dataclass(frozen=True)
-class GpuOps:
-    """Implements `ops.StepOps` through Triton; waits for nothing and reads no device memory."""
-
-    attention: AttentionTables
-    scratch: DecodeScratch
-    tiling: AttentionTiling
-    lora: LoRATables | None
-    lora_shapes: list[LoRAShape]
-    lora_programs: int
-    attention_programs: int
-    more_lora: tuple[LoRATables, ...] = ()
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return elementwise_triton.rms_norm(x, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return elementwise_triton.add_rms_norm(x, residual, weight, eps, out=x)
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return elementwise_triton.silu_mul(gate_up)
-
-    def rotate_and_store(
-        self,
-        qkv: torch.Tensor,
-        kv: torch.Tensor,
-        rope: RopeTable,
-        norms: HeadNorms | None,
-        eps: float,
-    ) -> torch.Tensor:
-        return elementwise_triton.rotate_and_store(
-            qkv,
-            kv,
-            rope.cos,
-            rope.sin,
-            self.attention.positions,
-            self.attention.slots,
-            q_norm=norms.q if norms else None,
-            k_norm=norms.k if norms else None,
-            eps=eps,
-        )
-
-    def attend(
-        self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
-    ) -> torch.Tensor:
-        out = torch.empty_like(query)
-        attention_launch.decode_attention(
-            query,
-            kv,
-            self.attention,
-            self.scratch,
-            scale=scale,
-            tiling=self.tiling,
-            num_programs=self.attention_programs,
-            out=out,
-            window=window,
-        )
-        return attention_launch.prefill_attention(
-            query, kv, self.attention, scale=scale, tiling=self.tiling, out=out, window=window
-        )
-
-    def add_lora(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool_layer: torch.Tensor,
-        *,
-        layer: int,
-        site: LoRASite,
-    ) -> None:
-        for tables in (self.lora, *self.more_lora):
-            if tables is None:
-                continue
-            lora_launch.add_lora(
-                y,
-                x,
-                pool_layer,
-                tables,
-                layer=layer,
-                shape=self.lora_shapes[site.index],
-                num_programs=self.lora_programs,
-            )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from loraplex_kernels.lora_expand_triton import expand_kernel
 from loraplex_kernels.lora_shape import LoRAShape
-from loraplex_kernels.lora_triton import expand_kernel, gather_kernel, shrink_kernel
+from loraplex_kernels.lora_shrink_triton import gather_kernel, shrink_kernel
 from loraplex_kernels.lora_work import LoRATables
 
 
@@ -13,6 +14,7 @@ def shrink(
     x: torch.Tensor,
     pool_layer: torch.Tensor,
     tables: LoRATables,
+    planes: torch.Tensor,
     *,
     layer: int,
     shape: LoRAShape,
@@ -25,6 +27,7 @@ def shrink(
             integers `[T]`.
         pool_layer: `[P, page_elems]`, the pages that the page ids of `tables` mean.
         tables: the step's work on the device.
+        planes: float32, written; which elements, the items of `tables` say.
         layer: index into the spans.
         shape: the site.
         num_programs: size of the grid: enough to fill the device, however long the list is.
@@ -33,11 +36,11 @@ def shrink(
     span = layer * tables.spans.shape[1] + shape.index
     if shape.is_embedding:
         constants = shape.gather_constants(is_serial=tables.is_serial)
-        gather_kernel[(num_programs,)](tables.planes, x, pool_layer, *arrays, span, **constants)
+        gather_kernel[(num_programs,)](planes, x, pool_layer, *arrays, span, **constants)
         return
     assert x.stride(1) == 1, "rows of x are contiguous"
     shrink_kernel[(num_programs,)](
-        tables.planes,
+        planes,
         x,
         pool_layer,
         *arrays,
@@ -52,6 +55,7 @@ def expand(
     y: torch.Tensor,
     pool_layer: torch.Tensor,
     tables: LoRATables,
+    planes: torch.Tensor,
     *,
     layer: int,
     shape: LoRAShape,
@@ -61,7 +65,7 @@ def expand(
     assert y.stride(1) == 1, "rows of y are contiguous"
     expand_kernel[(num_programs,)](
         y,
-        tables.planes,
+        planes,
         pool_layer,
         pool_layer,
         tables.rows,
@@ -86,5 +90,6 @@ def add_lora(
     num_programs: int,
 ) -> None:
     """Do what `reference.add_lora` does, in two launches that read nothing on the host."""
-    shrink(x, pool_layer, tables, layer=layer, shape=shape, num_programs=num_programs)
-    expand(y, pool_layer, tables, layer=layer, shape=shape, num_programs=num_programs)
+    planes = tables.planes
+    shrink(x, pool_layer, tables, planes, layer=layer, shape=shape, num_programs=num_programs)
+    expand(y, pool_layer, tables, planes, layer=layer, shape=shape, num_programs=num_programs)

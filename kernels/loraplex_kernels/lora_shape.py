@@ -34,8 +34,8 @@ class LoRATuning:
         shrink_warps, shrink_stages, expand_warps, expand_stages: of the compiled kernels. The
             shrink streams long rows through a pipeline; the expand has many small units instead,
             and registers to spare for more programs on a multiprocessor.
-        narrow_registers: registers that a thread may use where tiles are narrower than the caps.
-            Left to itself, ptxas there spills two or four for one more program.
+        narrow_registers: registers that a thread may use where tiles are narrower than the caps but
+            feed all warps. Left to itself, ptxas there spills two or four for one more program.
     """
 
     segment_rows: int = 64
@@ -179,15 +179,17 @@ class LoRAShape:
     def shrink_options(self) -> dict[str, int]:
         """Compile options of the shrink kernel."""
         tuning = self.tuning
-        options = {"num_warps": tuning.shrink_warps, "num_stages": tuning.shrink_stages}
-        return options | self._register_limit(self.block_k < tuning.block_k_cap)
+        num_warps = min(tuning.shrink_warps, _wide_warps(self.block_k))
+        options = {"num_warps": num_warps, "num_stages": tuning.shrink_stages}
+        return options | self._register_limit(self.block_k < tuning.block_k_cap, num_warps)
 
     @cached_property
     def expand_options(self) -> dict[str, int]:
         """Compile options of the expand kernel."""
         tuning = self.tuning
-        options = {"num_warps": tuning.expand_warps, "num_stages": tuning.expand_stages}
-        return options | self._register_limit(self.block_n < tuning.block_n_cap)
+        num_warps = min(tuning.expand_warps, _wide_warps(self.block_n))
+        options = {"num_warps": num_warps, "num_stages": tuning.expand_stages}
+        return options | self._register_limit(self.block_n < tuning.block_n_cap, num_warps)
 
     @cached_property
     def weighted_options(self) -> dict[str, int]:
@@ -197,5 +199,16 @@ class LoRAShape:
         """
         return {"maxnreg": 160} | self.expand_options
 
-    def _register_limit(self, is_narrow: bool) -> dict[str, int]:
-        return {"maxnreg": self.tuning.narrow_registers} if is_narrow else {}
+    def _register_limit(self, is_narrow: bool, num_warps: int) -> dict[str, int]:
+        if not is_narrow:
+            return {}
+        limit = self.tuning.narrow_registers
+        return {"maxnreg": limit if num_warps > 2 else 128}  # fewer threads leave more to each
+
+
+def _wide_warps(block: int) -> int:
+    """Return how many warps a tile feeds whose threads each load 16 bytes of a row.
+
+    Parts of small models that are cut over many devices have tiles as narrow as 16 elements.
+    """
+    return max(1, ROW_TILE * block * 2 // (32 * 16))

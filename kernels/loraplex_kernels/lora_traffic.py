@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from loraplex_kernels.batch import LoRABatch
 from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
-from loraplex_kernels.lora_work import ITEM_FIELDS, IntArray, LoRAWork
+from loraplex_kernels.lora_work import ITEM_FIELDS, LoRAWork
+from loraplex_kernels.plane_places import IntArray
 
 _FLOAT32_BYTES = 4
 

@@ -17,10 +17,16 @@ import numpy.typing as npt
 import torch
 
 from loraplex_kernels.batch import LoRABatch
-from loraplex_kernels.lora_shape import ROW_TILE, LoRAShape
+from loraplex_kernels.lora_shape import LoRAShape
+from loraplex_kernels.plane_places import (
+    IntArray,
+    RowRanges,
+    RunPlanes,
+    number,
+    packed_planes,
+    scratch_planes,
+)
 from loraplex_kernels.static_tables import copy_tables
-
-IntArray = npt.NDArray[np.int32]
 
 #: int32 of one item.
 ITEM_FIELDS: Final = 8
@@ -38,9 +44,9 @@ class LoRAWork:
     of rank rows. An item of the expand is `(row_start, row_count, pages_start, weight_start, rank,
     plane_start, plane_pitch, epilogue)`: the same rows by one module. Weights start at an element
     of the adapter's slice of a layer, planes at a float32 of the scratch buffer, where an item's
-    rows have a block `[part, row_count, plane_pitch]`. `epilogue` is -1 or the index of a record
-    `(scale_start, bias_start, weight)` in `items`: the starts -1 or an element of the slice, the
-    weight as the bits of a float32.
+    rows have a block `[part, row_count, plane_pitch]`, or see `plane_places`. `epilogue` is -1 or
+    the index of a record `(scale_start, bias_start, weight)` in `items`: the starts -1 or an
+    element of the slice, the weight as the bits of a float32.
 
     Attributes:
         rows: `[N]`, token rows that have an adapter, segment by segment.
@@ -50,7 +56,8 @@ class LoRAWork:
         items: `[I, 8]`.
         plane_elems: float32 elements of scratch that the largest site needs.
         is_serial: whether the shrink adds the K parts itself, see `LoRATuning.serial_rows`. Steps
-            under that many rows are never serial.
+            under that many rows are never serial, but where the adapters are cut over ranks, as
+            only sums travel.
         is_weighted: whether some segment has a weight that is not 1.
     """
 
@@ -87,23 +94,6 @@ class LoRATables:
     is_weighted: bool = False
 
 
-@dataclass(frozen=True)
-class _RowRanges:
-    """Up to `segment_rows` rows of one segment, `[ranges]` each."""
-
-    segment: IntArray
-    row_start: IntArray
-    row_count: IntArray
-
-    @classmethod
-    def of(cls, seg_indptr: IntArray, segment_rows: int) -> _RowRanges:
-        counts = np.diff(seg_indptr)
-        segment, position = _enumerate(-(-counts // segment_rows))
-        offset = position * segment_rows
-        row_count = np.minimum(counts[segment] - offset, segment_rows)
-        return cls(segment, seg_indptr[segment] + offset, row_count.astype(np.int32))
-
-
 def no_lora_work(num_layers: int, num_sites: int) -> LoRAWork:
     """Return the work of a step in which no row has an adapter."""
     empty = np.zeros(0, dtype=np.int32)
@@ -122,11 +112,12 @@ def build_lora_work(batch: LoRABatch, shapes: Sequence[LoRAShape]) -> LoRAWork:
     rows, seg_indptr = batch.row_ids.numpy(), batch.seg_indptr.numpy()
     page_table = batch.page_table.numpy()
     tuning = shapes[0].tuning
-    ranges = _RowRanges.of(seg_indptr, tuning.segment_rows)
+    ranges = RowRanges.of(seg_indptr, tuning.segment_rows)
     tables = _LayerTables.of(batch)
     class_of_layer, members = tables.classes()
     weights = None if batch.weights is None else batch.weights.numpy()
-    builder = _ItemBuilder(ranges, page_table.shape[1], len(rows) >= tuning.serial_rows, weights)
+    is_serial = batch.a_ranks is not None or len(rows) >= tuning.serial_rows
+    builder = _ItemBuilder(ranges, seg_indptr, page_table.shape[1], is_serial, weights)
     spans = np.zeros((len(members), len(shapes), NUM_LAUNCHES, 2), dtype=np.int32)
     for index, layer in enumerate(members):
         for shape in shapes:
@@ -147,29 +138,11 @@ class _SiteTables:
     """Of one layer, `[G, modules]` each; chunks are -1 where there is no scale or bias."""
 
     ranks: IntArray
+    a_ranks: IntArray | None
     a_chunks: IntArray
     b_chunks: IntArray
     scale_chunks: IntArray | None
     bias_chunks: IntArray | None
-
-
-@dataclass(frozen=True)
-class _RunPlanes:
-    """Where the planes of one run of modules lie in the scratch buffer.
-
-    Attributes:
-        positions: the modules, by position in the site.
-        rank: `[G]`, rank rows of all of them together.
-        pitch: `[G]`, elements between rows of a plane.
-        start: `[ranges]`, first element of a row range's block `[part, row_count, pitch]`.
-        stop: elements used so far.
-    """
-
-    positions: tuple[int, ...]
-    rank: IntArray
-    pitch: IntArray
-    start: IntArray
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -180,39 +153,47 @@ class _LayerTables:
 
     @classmethod
     def of(cls, batch: LoRABatch) -> _LayerTables:
-        fields = (batch.ranks, batch.a_chunks, batch.b_chunks, batch.scale_chunks)
-        arrays = [None if t is None else t.numpy() for t in (*fields, batch.bias_chunks)]
+        fields = (batch.ranks, batch.a_ranks, batch.a_chunks, batch.b_chunks)
+        epilogues = (batch.scale_chunks, batch.bias_chunks)
+        arrays = [None if t is None else t.numpy() for t in (*fields, *epilogues)]
         return cls(tuple(arrays))
 
     def at(self, layer: int, shape: LoRAShape) -> _SiteTables:
         modules = list(shape.modules)
-        ranks, a_chunks, b_chunks, scale_chunks, bias_chunks = (
+        ranks, a_ranks, a_chunks, b_chunks, scale_chunks, bias_chunks = (
             None if table is None else table[layer][:, modules] for table in self.tables
         )
         assert ranks is not None
         assert a_chunks is not None
         assert b_chunks is not None
-        return _SiteTables(ranks, a_chunks, b_chunks, scale_chunks, bias_chunks)
+        return _SiteTables(ranks, a_ranks, a_chunks, b_chunks, scale_chunks, bias_chunks)
 
     def classes(self) -> tuple[IntArray, list[int]]:
-        """Return the class of each layer, and one layer of each class.
+        """Return the class of each layer, and one layer of each class."""
+        return layer_classes([t for t in self.tables if t is not None])
 
-        Layers are of one class when all their tables are equal.
-        """
-        present = [t for t in self.tables if t is not None]
-        num_layers = len(present[0])
-        if all((t == t[:1]).all() for t in present):
-            return np.zeros(num_layers, dtype=np.int32), [0]
-        seen: dict[tuple[bytes, ...], int] = {}
-        members: list[int] = []
-        class_of_layer = np.zeros(num_layers, dtype=np.int32)
-        for layer in range(num_layers):
-            key = tuple(t[layer].tobytes() for t in present)
-            if key not in seen:
-                seen[key] = len(members)
-                members.append(layer)
-            class_of_layer[layer] = seen[key]
-        return class_of_layer, members
+
+def layer_classes(tables: Sequence[IntArray]) -> tuple[IntArray, list[int]]:
+    """Return the class of each layer, and one layer of each class.
+
+    Layers are of one class when all their tables are equal.
+
+    Args:
+        tables: `[L, ...]` each, at least one.
+    """
+    num_layers = len(tables[0])
+    if all((t == t[:1]).all() for t in tables):
+        return np.zeros(num_layers, dtype=np.int32), [0]
+    seen: dict[tuple[bytes, ...], int] = {}
+    members: list[int] = []
+    class_of_layer = np.zeros(num_layers, dtype=np.int32)
+    for layer in range(num_layers):
+        key = tuple(t[layer].tobytes() for t in tables)
+        if key not in seen:
+            seen[key] = len(members)
+            members.append(layer)
+        class_of_layer[layer] = seen[key]
+    return class_of_layer, members
 
 
 class _ItemBuilder:
@@ -220,12 +201,14 @@ class _ItemBuilder:
 
     def __init__(
         self,
-        ranges: _RowRanges,
+        ranges: RowRanges,
+        seg_indptr: IntArray,
         pages_per_adapter: int,
         is_serial: bool,
         weights: npt.NDArray[np.float32] | None,
     ) -> None:
         self._ranges = ranges
+        self._seg_indptr = seg_indptr
         self._pages_start = ranges.segment * np.int32(pages_per_adapter)
         self._weights = weights
         self._blocks: list[IntArray] = []
@@ -240,38 +223,37 @@ class _ItemBuilder:
         """Add the items of one site of one class of layers; return its spans `[4, 2]`."""
         spans = np.zeros((NUM_LAUNCHES, 2), dtype=np.int32)
         spans[0, 0] = self._count
-        planes = []
-        plane_start = 0
-        for run in _runs(shape, tables):
-            run_planes = self._plan_planes(shape, tables, run, plane_start)
-            spans[0, 1] += self._add_shrink(shape, tables, run_planes)
-            planes.append(run_planes)
-            plane_start = run_planes.stop
-        self.plane_elems = max(self.plane_elems, plane_start)
-        for run_planes in planes:
-            column = np.zeros_like(run_planes.rank)
-            for position in run_planes.positions:
+        written, read = self._place_planes(shape, tables)
+        for planes in written:
+            spans[0, 1] += self._add_shrink(shape, tables, planes)
+        for planes in read:
+            column = np.zeros_like(planes.rank)
+            for position in planes.positions:
                 launch = 1 + position
-                spans[launch] = self._add_expand(shape, tables, position, run_planes, column)
+                spans[launch] = self._add_expand(shape, tables, position, planes, column)
                 column = column + tables.ranks[:, position]
         return spans
 
-    def _plan_planes(
-        self, shape: LoRAShape, tables: _SiteTables, run: Sequence[int], start: int
-    ) -> _RunPlanes:
-        rank = tables.ranks[:, run].sum(axis=1, dtype=np.int32)
-        pitch = -(-rank // ROW_TILE) * np.int32(ROW_TILE)
+    def _place_planes(
+        self, shape: LoRAShape, tables: _SiteTables
+    ) -> tuple[list[RunPlanes], list[RunPlanes]]:
+        """Return where the shrink writes and the expand reads, by run of modules."""
+        runs, indptr = _runs(shape, tables), self._seg_indptr
+        if tables.a_ranks is not None:  # between them come the other ranks
+            written, read = (
+                packed_planes(self._ranges, indptr, ranks, runs)
+                for ranks in (tables.a_ranks, tables.ranks)
+            )
+            return written, read
         num_planes = 1 if self.is_serial else shape.num_parts
-        sizes = self._ranges.row_count * pitch[self._ranges.segment].astype(np.int64) * num_planes
-        ends = start + np.cumsum(sizes)
-        stop = int(ends[-1]) if ends.size else start
-        assert stop < 2**31, "kernels index the planes with int32"
-        return _RunPlanes(tuple(run), rank, pitch, (ends - sizes).astype(np.int32), stop)
+        planes, num_elems = scratch_planes(self._ranges, tables.ranks, runs, num_planes)
+        self.plane_elems = max(self.plane_elems, num_elems)
+        return planes, planes
 
-    def _add_shrink(self, shape: LoRAShape, tables: _SiteTables, planes: _RunPlanes) -> int:
+    def _add_shrink(self, shape: LoRAShape, tables: _SiteTables, planes: RunPlanes) -> int:
         tile_ranks = shape.rank_tile(is_serial=self.is_serial)
         num_tiles = -(-planes.rank // tile_ranks)
-        at, tile = _enumerate(num_tiles[self._ranges.segment])
+        at, tile = number(num_tiles[self._ranges.segment])
         segment = self._ranges.segment[at]
         first = tile * np.int32(tile_ranks)
         first_elem = first * (1 if shape.is_embedding else shape.row_pitch(shape.in_features))
@@ -291,7 +273,7 @@ class _ItemBuilder:
         shape: LoRAShape,
         tables: _SiteTables,
         position: int,
-        planes: _RunPlanes,
+        planes: RunPlanes,
         column: IntArray,
     ) -> tuple[int, int]:
         ranks = tables.ranks[:, position]
@@ -363,14 +345,8 @@ def _runs(shape: LoRAShape, tables: _SiteTables) -> list[list[int]]:
     """
     positions = list(range(len(shape.modules)))
     row_chunks = shape.row_pitch(shape.in_features) // shape.chunk_elems
-    ends = tables.a_chunks + tables.ranks * np.int32(row_chunks)
+    ranks = tables.ranks if tables.a_ranks is None else tables.a_ranks
+    ends = tables.a_chunks + ranks * np.int32(row_chunks)
     if np.array_equal(ends[:, :-1], tables.a_chunks[:, 1:]):
         return [positions]
     return [[position] for position in positions]
-
-
-def _enumerate(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Return, for `sum(counts)` entries, whose each one is and its number among its owner's."""
-    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    starts = np.cumsum(counts, dtype=np.int32) - counts
-    return owners, np.arange(len(owners), dtype=np.int32) - starts[owners]

@@ -16,12 +16,15 @@ class LoRASite:
         projections: indices in the order q k v o gate up down.
         in_features: width of the input.
         out_features: output width of each of them; their sum is the width of the output.
+        is_row_parallel: where the model is cut over devices, each has a summand of the site's
+            output, and `out_features` are the columns whose updates are in its summand.
     """
 
     index: int
     projections: tuple[int, ...]
     in_features: int
     out_features: tuple[int, ...]
+    is_row_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class KernelModel:
         page_elems, chunk_elems: see `PoolLayout` in the memory package.
         sites: the LoRA sites of a layer, in the order of their `index`.
         dtype: of weights, activations and pool.
+        num_ranks: devices that the model is cut over; all sizes are those of one's part.
     """
 
     num_layers: int
@@ -70,6 +74,7 @@ class KernelModel:
     chunk_elems: int
     sites: tuple[LoRASite, ...]
     dtype: torch.dtype
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)

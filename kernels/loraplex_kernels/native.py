@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.lora_planes import PlaneLayout
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def struct_fields(
 
 class _LoRAArgs(ctypes.Structure):
     _fields_ = struct_fields(
-        "y deltas x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
+        "y deltas planes plane_starts x pool row_ids seg_indptr page_table ranks a_chunks b_chunks "
         "scale_chunks bias_chunks weights projections out_features",
         "T K N G page_table_width page_elems",
         [
@@ -124,34 +125,56 @@ class NativeKernels:
     ) -> None:
         """See `reference.add_lora`; `y` is float32, `x` of the pool's dtype."""
         assert y.dtype is torch.float32
-        count = len(projections)
-        args = _LoRAArgs(
-            y=y.data_ptr(),
-            x=x.data_ptr(),
-            pool=pool_layer.data_ptr(),
-            row_ids=batch.row_ids.data_ptr(),
-            seg_indptr=batch.seg_indptr.data_ptr(),
-            page_table=batch.page_table.data_ptr(),
-            ranks=batch.ranks[layer].data_ptr(),
-            a_chunks=batch.a_chunks[layer].data_ptr(),
-            b_chunks=batch.b_chunks[layer].data_ptr(),
-            scale_chunks=_address(batch.scale_chunks, layer),
-            bias_chunks=_address(batch.bias_chunks, layer),
-            weights=None if batch.weights is None else batch.weights.data_ptr(),
-            projections=ctypes.addressof(_int32s(projections)),
-            out_features=ctypes.addressof(_int32s(out_features)),
-            T=y.shape[0],
-            K=x.shape[1],
-            N=y.shape[1],
-            G=batch.num_segments,
-            page_table_width=batch.page_table.shape[1],
-            page_elems=pool_layer.shape[1],
-            num_projections=count,
-            chunk=batch.chunk_elems,
-            chunks_per_page=pool_layer.shape[1] // batch.chunk_elems,
-            is_bf16=x.dtype is torch.bfloat16,
-        )
+        args = _lora_args(pool_layer, batch, batch.ranks, layer, projections, out_features)
+        args.x, args.K = x.data_ptr(), x.shape[1]
+        _set_output(args, y, batch, layer)
         self.call("loraplex_add_lora", args)
+
+    def shrink(
+        self,
+        x: torch.Tensor,
+        pool_layer: torch.Tensor,
+        batch: LoRABatch,
+        planes: PlaneLayout,
+        *,
+        layer: int,
+        projections: tuple[int, ...],
+    ) -> torch.Tensor:
+        """See `reference.shrink`; `x` is of the pool's dtype, `planes` the layout of the result."""
+        ranks = batch.own_ranks
+        no_outputs = (0,) * len(projections)
+        args = _lora_args(pool_layer, batch, ranks, layer, projections, no_outputs)
+        args.x, args.K = x.data_ptr(), x.shape[1]
+        out = torch.empty(planes.num_elems, dtype=torch.float32)
+        args.planes, args.plane_starts = out.data_ptr(), planes.starts.ctypes.data
+        self.call("loraplex_lora_shrink", args)
+        return out
+
+    def expand(
+        self,
+        y: torch.Tensor,
+        values: torch.Tensor,
+        pool_layer: torch.Tensor,
+        batch: LoRABatch,
+        planes: PlaneLayout,
+        *,
+        layer: int,
+        projections: tuple[int, ...],
+        out_features: tuple[int, ...],
+    ) -> None:
+        """See `reference.expand`; with `shrink` before it, it gives the bits of `add_lora`.
+
+        Args:
+            y: float32; its rows may be apart.
+            values: float32 `[E]`, laid out as `planes` says.
+        """
+        assert y.dtype is values.dtype is torch.float32
+        assert y.stride(1) == 1
+        assert values.numel() == planes.num_elems
+        args = _lora_args(pool_layer, batch, batch.ranks, layer, projections, out_features)
+        args.planes, args.plane_starts = values.data_ptr(), planes.starts.ctypes.data
+        _set_output(args, y, batch, layer)
+        self.call("loraplex_lora_expand", args)
 
     def paged_attention(
         self,
@@ -209,9 +232,12 @@ class NativeKernels:
 
         Args:
             data: uint8, what an adapter's file holds.
-            modules: int64 `[M, 10]`, each `layer, rank, in, out`, then of A (`[R, in]`) and of B
-                (`[out, R]`, laid out as `[R, out]`) its dtype as an index into `PACKED_DTYPES`,
-                its first byte in `data`, and its first element in the layer's row.
+            modules: int64 `[M, 15]`, each `layer, rank`; then of A its dtype as an index into
+                `PACKED_DTYPES`, the first byte in `data` of the part that is wanted, and its first
+                element in the layer's row; the length of a row of A in `data`; rows and columns of
+                the part; and those of the room for it, which is filled up with 0. Then of B
+                (`[out, R]`, laid out as `[R, out]`) dtype, first byte and first element alike; the
+                rows of the part, and their room.
             scales: float32 `[M]`, by which B is multiplied before it is rounded.
             ends: int64 `[L]`, the elements of each layer's row that modules cover.
             slab: `[N, L, page_elems]`, float32 or bfloat16.
@@ -220,7 +246,7 @@ class NativeKernels:
         """
         assert all(t.is_contiguous() for t in (data, modules, scales, ends, slab, pages))
         assert slab.dtype in _DTYPES
-        assert modules.shape[1:] == (10,)
+        assert modules.shape[1:] == (15,)
         args = _PackArgs(
             data=data.data_ptr(),
             modules=modules.data_ptr(),
@@ -235,6 +261,43 @@ class NativeKernels:
             is_bf16=slab.dtype is torch.bfloat16,
         )
         self._pack(ctypes.byref(args))
+
+
+def _lora_args(
+    pool_layer: torch.Tensor,
+    batch: LoRABatch,
+    ranks: torch.Tensor,
+    layer: int,
+    projections: tuple[int, ...],
+    out_features: tuple[int, ...],
+) -> _LoRAArgs:
+    """Return what both halves of LoRA read of one site: neither input nor output."""
+    return _LoRAArgs(
+        pool=pool_layer.data_ptr(),
+        row_ids=batch.row_ids.data_ptr(),
+        seg_indptr=batch.seg_indptr.data_ptr(),
+        page_table=batch.page_table.data_ptr(),
+        ranks=ranks[layer].data_ptr(),
+        a_chunks=batch.a_chunks[layer].data_ptr(),
+        b_chunks=batch.b_chunks[layer].data_ptr(),
+        projections=ctypes.addressof(_int32s(projections)),
+        out_features=ctypes.addressof(_int32s(out_features)),
+        G=batch.num_segments,
+        page_table_width=batch.page_table.shape[1],
+        page_elems=pool_layer.shape[1],
+        num_projections=len(projections),
+        chunk=batch.chunk_elems,
+        chunks_per_page=pool_layer.shape[1] // batch.chunk_elems,
+        is_bf16=pool_layer.dtype is torch.bfloat16,
+    )
+
+
+def _set_output(args: _LoRAArgs, y: torch.Tensor, batch: LoRABatch, layer: int) -> None:
+    """Say where the outputs are, and what is done to them besides adding the delta."""
+    args.y, args.T, args.N = y.data_ptr(), y.shape[0], y.stride(0)
+    args.scale_chunks = _address(batch.scale_chunks, layer)
+    args.bias_chunks = _address(batch.bias_chunks, layer)
+    args.weights = None if batch.weights is None else batch.weights.data_ptr()
 
 
 def _address(table: torch.Tensor | None, layer: int) -> int | None:

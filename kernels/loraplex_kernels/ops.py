@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from loraplex_kernels.batch import AttentionBatch, LoRABatch
+from loraplex_kernels.collectives import Collectives
 from loraplex_kernels.model_tables import (
     HeadNorms,
     KernelModel,
@@ -20,6 +21,32 @@ from loraplex_kernels.model_tables import (
     RopeTable,
     StepCapacity,
 )
+
+
+class LoRAHalves(Protocol):
+    """LoRA of one batch in two halves, for what travels between: see `lora_planes`."""
+
+    def shrink(
+        self, x: torch.Tensor, pool_layer: torch.Tensor, *, layer: int, site: LoRASite
+    ) -> torch.Tensor:
+        """See `reference.shrink`."""
+        ...
+
+    def expand(
+        self,
+        y: torch.Tensor,
+        planes: torch.Tensor,
+        pool_layer: torch.Tensor,
+        *,
+        layer: int,
+        site: LoRASite,
+    ) -> None:
+        """See `reference.expand`."""
+        ...
+
+    def gather_order(self, *, layer: int, site: LoRASite, num_ranks: int) -> torch.Tensor:
+        """See `lora_planes.gather_order`; on the device."""
+        ...
 
 
 class StepOps(Protocol):
@@ -68,6 +95,11 @@ class StepOps(Protocol):
         self, query: torch.Tensor, kv: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
         """See `reference.paged_attention`."""
+        ...
+
+    @property
+    def lora_halves(self) -> Sequence[LoRAHalves]:
+        """What `add_lora` does one after the other, for those who have to come between."""
         ...
 
     def add_lora(
@@ -120,10 +152,34 @@ def host_backend() -> KernelBackend:
     return CpuBackend()
 
 
+def backend_of(group: Collectives | None, own: KernelBackend) -> KernelBackend:
+    """Return the backend of one of several ranks; `own` computes its part. None: it is alone."""
+    if group is None:
+        return own
+    from loraplex_kernels.sharded import ShardedBackend
+
+    return ShardedBackend(own, group)
+
+
 def device_backend(
-    model: KernelModel, capacity: StepCapacity, device: torch.device
+    model: KernelModel,
+    capacity: StepCapacity,
+    device: torch.device,
+    group: Collectives | None = None,
 ) -> DeviceBackend:
-    """Return the backend of a GPU; of a CPU only under the Triton interpreter, for tests."""
+    """Return the backend of a GPU; of a CPU only under the Triton interpreter, for tests.
+
+    Args:
+        model: sizes of the part that is computed here.
+        capacity: of the largest step.
+        device: where to compute.
+        group: the ranks that compute the model together; None where one does.
+    """
     from loraplex_kernels.gpu import GpuBackend
 
-    return GpuBackend(model, capacity, device)
+    own = GpuBackend(model, capacity, device)
+    if group is None:
+        return own
+    from loraplex_kernels.sharded import ShardedDeviceBackend
+
+    return ShardedDeviceBackend(own, group)

@@ -46,7 +46,7 @@ def add_lora(
     projections: tuple[int, ...],
     out_features: tuple[int, ...],
 ) -> None:
-    """Add LoRA to one site in place, module by module.
+    """Add LoRA to one site in place: `shrink`, then `expand`.
 
     `y_t = scale_g * (y_t + w_g B_g (A_g x_t)) + bias_g` for each row `t` of segment `g`, in float32
     and rounded once; scale and bias only where the adapter has them.
@@ -60,22 +60,79 @@ def add_lora(
         projections: indices (order q k v o gate up down) of the site's projections.
         out_features: output width of each of them.
     """
+    planes = shrink(x, pool_layer, batch, layer=layer, projections=projections)
+    expand(
+        y,
+        planes,
+        pool_layer,
+        batch,
+        layer=layer,
+        projections=projections,
+        out_features=out_features,
+    )
+
+
+def shrink(
+    x: torch.Tensor,
+    pool_layer: torch.Tensor,
+    batch: LoRABatch,
+    *,
+    layer: int,
+    projections: tuple[int, ...],
+) -> torch.Tensor:
+    """Return `A_g x_t` of each row `t` of segment `g`, for all modules of a site.
+
+    Arguments as of `add_lora`; where A is cut over devices, of the rows that are here.
+
+    Returns:
+        float32 `[E]`, laid out as `lora_planes` says.
+    """
+    pieces = [torch.zeros(0)]
+    indptr, elems = batch.seg_indptr.tolist(), batch.chunk_elems
+    for g in range(batch.num_segments):
+        rows = x[batch.row_ids[indptr[g] : indptr[g + 1]].long()].float()
+        modules = [rows.new_zeros((len(rows), 0))]
+        for projection in projections:
+            shape = int(batch.own_ranks[layer, g, projection]), x.shape[1]
+            at = int(batch.a_chunks[layer, g, projection])
+            a = read_rows(pool_layer, batch.page_table[g], at, shape, elems)
+            modules.append(rows @ a.float().T)
+        pieces.append(torch.cat(modules, dim=1).flatten())
+    return torch.cat(pieces)
+
+
+def expand(
+    y: torch.Tensor,
+    planes: torch.Tensor,
+    pool_layer: torch.Tensor,
+    batch: LoRABatch,
+    *,
+    layer: int,
+    projections: tuple[int, ...],
+    out_features: tuple[int, ...],
+) -> None:
+    """Do what `add_lora` does behind `shrink`, whose planes these are: of all rank rows."""
     indptr = batch.seg_indptr.tolist()
+    at_plane = 0
     for g in range(batch.num_segments):
         rows = batch.row_ids[indptr[g] : indptr[g + 1]].long()
         weight = 1.0 if batch.weights is None else float(batch.weights[g])
         pages, elems = batch.page_table[g], batch.chunk_elems
+        ranks = batch.ranks[layer, g, list(projections)].tolist()
+        num_elems = len(rows) * sum(ranks)
+        own = planes[at_plane : at_plane + num_elems].view(len(rows), sum(ranks))
+        at_plane += num_elems
         column = 0
-        for projection, width in zip(projections, out_features, strict=True):
+        for projection, width, shrunk in zip(
+            projections, out_features, torch.split(own, ranks, 1), strict=True
+        ):
             columns = slice(column, column + width)
             column += width
             total = y[rows, columns].float()
-            if rank := int(batch.ranks[layer, g, projection]):
-                a_at = int(batch.a_chunks[layer, g, projection])
+            if rank := shrunk.shape[1]:
                 b_at = int(batch.b_chunks[layer, g, projection])
-                a = read_rows(pool_layer, pages, a_at, (rank, x.shape[1]), elems).float()
                 b = read_rows(pool_layer, pages, b_at, (rank, width), elems).float()
-                total += weight * ((x[rows].float() @ a.T) @ b)
+                total += weight * (shrunk @ b)
             if (at := _chunk(batch.scale_chunks, layer, g, projection)) >= 0:
                 total *= read_rows(pool_layer, pages, at, (2, width), elems).float().sum(0)
             if (at := _chunk(batch.bias_chunks, layer, g, projection)) >= 0:

@@ -14,15 +14,18 @@ page `s // L`. As the pool is one tensor `[L, P, page_elems]`, slice ids index i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loraplex_memory.adapter_spec import (
     EMBEDDING_A,
+    EPILOGUE_PARTS,
+    ROW_PARALLEL_PARTS,
     AdapterRanks,
     AdapterSpec,
     Part,
     is_out_scale,
+    part_row_elems,
 )
 from loraplex_memory.layout import PROJECTIONS, SITES, PoolLayout
 
@@ -56,19 +59,26 @@ class AdapterLayout:
             totals.append(total)
         return tuple(a_offsets), tuple(b_offsets), tuple(totals)
 
+    @cached_property
+    def a_ranks(self) -> AdapterRanks:
+        """Rows of A, `[layer][projection]`: a share of the ranks where A is cut over devices."""
+        return tuple(
+            tuple(map(self.pool.a_ranks, PROJECTIONS, layer_ranks)) for layer_ranks in self.ranks
+        )
+
     def _layer_offsets(
         self, layer_ranks: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        geometry, chunk = self.pool.geometry, self.pool.chunk_elems
+        pool, chunk = self.pool, self.pool.chunk_elems
         rank = dict(zip(PROJECTIONS, layer_ranks, strict=True))
         a_at, b_at, cursor = {}, {}, 0
         for site in SITES.values():
-            for projection in site:
-                a_at[projection] = cursor
-                cursor += rank[projection] * (geometry.in_features(projection) // chunk)
-            for projection in site:
-                b_at[projection] = cursor
-                cursor += rank[projection] * (geometry.out_features(projection) // chunk)
+            for p in site:
+                a_at[p] = cursor
+                cursor += pool.a_ranks(p, rank[p]) * (pool.a_width(p) // chunk)
+            for p in site:
+                b_at[p] = cursor
+                cursor += rank[p] * (pool.b_width(p) // chunk)
         return tuple(a_at[p] for p in PROJECTIONS), tuple(b_at[p] for p in PROJECTIONS), cursor
 
     @property
@@ -87,13 +97,50 @@ class AdapterLayout:
         return self._offsets[2]
 
     @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the spec as pages hold them: those of cut linears are cut as these are."""
+        if self.pool.num_ranks == 1:
+            return self.spec.parts
+        own = (part_row_elems(part.name, self.pool.shard) for part in self.spec.parts)
+        return tuple(
+            replace(part, row_elems=row_elems or part.row_elems)
+            for part, row_elems in zip(self.spec.parts, own, strict=True)
+        )
+
+    def part(self, name: str) -> Part | None:
+        """Return the part of this name as pages hold it, if the adapter has it."""
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Part]:
+        return {part.name: part for part in self.parts}
+
+    def is_epilogue(self, part: Part) -> bool:
+        """Whether a part changes a linear's output in the linear's own epilogue.
+
+        A row-parallel linear has its output only once those of all devices are added.
+        """
+        is_late = self.pool.num_ranks > 1 and part.name in ROW_PARALLEL_PARTS
+        return part.name in EPILOGUE_PARTS and not is_late
+
+    @cached_property
+    def needs_edits(self) -> bool:
+        """Whether something is left to do outside the epilogues of linears."""
+        return not all(map(self.is_epilogue, self.parts))
+
+    @cached_property
+    def changes_linears(self) -> bool:
+        """Whether there is anything for the LoRA kernels to do."""
+        return any(map(any, self.ranks)) or any(map(self.is_epilogue, self.parts))
+
+    @cached_property
     def _parts(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int], tuple[int, ...], int]:
         """First chunks of the parts of layers and of the model, and where each run ends."""
         ends = list(self.lora_chunks)
         of_layers: dict[str, tuple[int, ...]] = {}
         of_model: dict[str, int] = {}
         model_end = 0
-        for part in self.spec.parts:
+        for part in self.parts:
             num_chunks = self.part_chunks(part)
             if not part.layers:
                 of_model[part.name] = model_end

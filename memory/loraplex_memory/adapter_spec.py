@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Final
 
 from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, Projection, Site
+from loraplex_memory.partition import ROW_PARALLEL
 
 #: `ranks[layer][projection]`, projections in the order of `PROJECTIONS`; 0 is "no module here".
 AdapterRanks = tuple[tuple[int, ...], ...]
@@ -95,6 +96,9 @@ MODEL_PARTS: Final[tuple[str, ...]] = (
 #: Change a linear's output in its own epilogue; all other parts need `adapter_edits`.
 EPILOGUE_PARTS: Final = frozenset(LAYER_PARTS[: 2 * len(PROJECTIONS)])
 
+#: Those of them that belong to row-parallel linears.
+ROW_PARALLEL_PARTS: Final = frozenset(part(p) for p in ROW_PARALLEL for part in (out_scale, bias))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -144,11 +148,6 @@ class AdapterSpec:
     def num_virtual_tokens(self) -> int:
         """Tokens that stand before every prompt: of a soft prompt or of a prefix of keys."""
         return sum(part.num_rows for part in self.parts if part.name in (SOFT_PROMPT, KV_PREFIX))
-
-    @cached_property
-    def needs_edits(self) -> bool:
-        """Whether it changes more than the outputs of linears."""
-        return any(part.name not in EPILOGUE_PARTS for part in self.parts)
 
     @cached_property
     def is_additive(self) -> bool:

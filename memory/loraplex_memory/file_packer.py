@@ -17,14 +17,17 @@ import torch
 
 from loraplex_memory.adapter_file import RawAdapterFile, read_raw_adapter
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.adapter_weights import AdapterWeights
+from loraplex_memory.adapter_weights import AdapterWeights, LoRAPair
 from loraplex_memory.host_pages import HostPages
-from loraplex_memory.layout import PROJECTIONS
+from loraplex_memory.layout import PROJECTIONS, Projection
 from loraplex_memory.packing import check_weights, layer_ends, pack_adapter
 from loraplex_memory.scratch import Scratch
 
 #: Headers that are remembered, of some 20 kB each: as many kinds of adapters.
 _MAX_PLANS: Final = 64
+
+#: int64 that tell the compiled code of one module.
+_RECORD_FIELDS: Final = 15
 
 #: As the compiled code numbers them.
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +64,12 @@ class FilePacker:
     Args:
         dtype: the pool's.
         pack: the compiled code; None to use torch's operations, with the same bits.
+        rank: whose part to pack, where the model is cut over devices.
     """
 
-    def __init__(self, dtype: torch.dtype, pack: CompiledPack | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, pack: CompiledPack | None = None, rank: int = 0) -> None:
         self._dtype = dtype
+        self._rank = rank
         self._pack = pack
         self._file_memory = Scratch()
         self._pack_memory = Scratch()
@@ -81,8 +86,14 @@ class FilePacker:
         assert len(pages) == layout.num_pages
         file = read_raw_adapter(path, self._file_memory)
         if self._pack is None or layout.spec.parts:
-            memory = self._pack_memory
-            pages.fill(pack_adapter(file.weights(), layout, dtype=self._dtype, scratch=memory))
+            packed = pack_adapter(
+                file.weights(),
+                layout,
+                dtype=self._dtype,
+                scratch=self._pack_memory,
+                rank=self._rank,
+            )
+            pages.fill(packed)
             return
         plan = self._plan(file, layout)
         index = torch.tensor(pages.pages, dtype=torch.int64)
@@ -93,7 +104,7 @@ class FilePacker:
         if plan is None or plan.data_bytes != len(file.data) or plan.layout != layout:
             weights = file.weights()
             check_weights(weights, layout)
-            plan = _make_plan(weights, layout, file.data)
+            plan = _make_plan(weights, layout, file.data, self._rank)
             self._plans[file.header] = plan
         self._plans.move_to_end(file.header)
         if len(self._plans) > _MAX_PLANS:
@@ -101,23 +112,52 @@ class FilePacker:
         return plan
 
 
-def _make_plan(weights: AdapterWeights, layout: AdapterLayout, data: torch.Tensor) -> _Plan:
-    geometry, chunk = layout.pool.geometry, layout.pool.chunk_elems
-    base = data.data_ptr()
-    modules = []
-    for (layer, projection), pair in weights.lora.items():
-        at = PROJECTIONS.index(projection)
-        sizes = pair.rank, geometry.in_features(projection), geometry.out_features(projection)
-        starts = layout.a_chunks[layer][at] * chunk, layout.b_chunks[layer][at] * chunk
-        places = [
-            (_DTYPES.index(matrix.dtype), matrix.data_ptr() - base, start)
-            for matrix, start in zip((pair.a, pair.b), starts, strict=True)
-        ]
-        modules.append((layer, *sizes, *places[0], *places[1]))
+def _make_plan(
+    weights: AdapterWeights, layout: AdapterLayout, data: torch.Tensor, rank: int
+) -> _Plan:
+    modules = [
+        _record(layer, projection, pair, layout, data.data_ptr(), rank)
+        for (layer, projection), pair in weights.lora.items()
+    ]
     return _Plan(
         layout,
         len(data),
-        torch.tensor(modules, dtype=torch.int64).view(-1, 10),
+        torch.tensor(modules, dtype=torch.int64).view(-1, _RECORD_FIELDS),
         torch.tensor([pair.scale for pair in weights.lora.values()], dtype=torch.float32),
         torch.tensor(layer_ends(layout), dtype=torch.int64),
+    )
+
+
+def _record(
+    layer: int,
+    projection: Projection,
+    pair: LoRAPair,
+    layout: AdapterLayout,
+    data_address: int,
+    rank: int,
+) -> tuple[int, ...]:
+    """Return where one rank's part of a module lies and goes, as `CompiledPack` takes it."""
+    at, partition = PROJECTIONS.index(projection), layout.pool.partition
+    rows = partition.a_ranks(projection, pair.rank, rank)
+    columns = partition.inputs(projection, rank)
+    outputs = partition.outputs(projection, rank)
+    a_chunk, b_chunk = layout.a_chunks[layer][at], layout.b_chunks[layer][at]
+    in_features = pair.a.shape[1]
+    first_a = rows.start * in_features + columns.start
+    return (
+        layer,
+        pair.rank,
+        _DTYPES.index(pair.a.dtype),
+        pair.a.data_ptr() - data_address + first_a * pair.a.itemsize,
+        a_chunk * layout.pool.chunk_elems,
+        in_features,
+        rows.stop - rows.start,
+        columns.stop - columns.start,
+        rows.width,
+        columns.width,
+        _DTYPES.index(pair.b.dtype),
+        pair.b.data_ptr() - data_address + outputs.start * pair.rank * pair.b.itemsize,
+        b_chunk * layout.pool.chunk_elems,
+        outputs.stop - outputs.start,
+        outputs.width,
     )

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
+from loraplex_memory.partition import Partition
+
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Site = Literal["qkv", "o", "gate_up", "down"]
 
@@ -68,25 +70,52 @@ class ModelGeometry:
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """How one model's KV cache and adapters share equal pages."""
+    """How one model's KV cache and adapters share equal pages.
+
+    Attributes:
+        geometry: of the whole model.
+        num_ranks: devices that the model is cut over. Each has a pool of its own of such pages:
+            a page id means the same on all of them, and on each its own part of the bytes.
+    """
 
     geometry: ModelGeometry
     page_tokens: int = 16
+    num_ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
             raise ValueError(f"page_tokens must be at least 1, not {self.page_tokens}")
 
     @cached_property
+    def partition(self) -> Partition:
+        return Partition(self.geometry, self.num_ranks)
+
+    @property
+    def shard(self) -> ModelGeometry:
+        """The part of the model that one rank computes and whose KV it has: all, if it is alone."""
+        return self.partition.shard
+
+    def a_width(self, projection: Projection) -> int:
+        """Return the length of a row of A in the pages, `[a_ranks, in]`."""
+        return self.partition.inputs(projection, 0).width
+
+    def b_width(self, projection: Projection) -> int:
+        """Return the length of a row of B in the pages, `[R, out]`."""
+        return self.partition.outputs(projection, 0).width
+
+    def a_ranks(self, projection: Projection, rank: int) -> int:
+        """Return the rows of A that pages hold of an adapter of this rank."""
+        return self.partition.a_ranks(projection, rank, 0).width
+
+    @cached_property
     def page_elems(self) -> int:
         """Elements of one page in one layer."""
-        return self.page_tokens * self.geometry.kv_elems_per_token
+        return self.page_tokens * self.shard.kv_elems_per_token
 
     @cached_property
     def chunk_elems(self) -> int:
-        """The longest run that divides every LoRA row of the model and the page."""
-        rows = [self.geometry.in_features(p) for p in PROJECTIONS]
-        rows += [self.geometry.out_features(p) for p in PROJECTIONS]
+        """The longest run that divides every LoRA row in the pages, and the page."""
+        rows = [width(p) for p in PROJECTIONS for width in (self.a_width, self.b_width)]
         return math.gcd(self.page_elems, *rows)
 
     @property

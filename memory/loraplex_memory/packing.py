@@ -18,6 +18,7 @@ from loraplex_memory.layout import PROJECTIONS
 from loraplex_memory.part_packing import pack_parts
 from loraplex_memory.runs import runs
 from loraplex_memory.scratch import Scratch
+from loraplex_memory.sharding import own_part
 
 #: Most elements packed by one call: what it computes on the way stays in the cache.
 _RUN_ELEMS: Final = 1 << 18
@@ -29,22 +30,26 @@ def pack_adapter(
     *,
     dtype: torch.dtype,
     scratch: Scratch | None = None,
+    rank: int = 0,
 ) -> torch.Tensor:
     """Return the adapter as pages `[L, layout.num_pages, page_elems]` of `dtype`.
 
-    The scale is folded into B in float32 before the one rounding to `dtype`.
+    The scale is folded into B in float32 before the one rounding to `dtype`. Where the model is cut
+    over devices, these are the pages of one of them.
 
     Args:
         weights: the adapter's matrices.
         layout: where each of them goes.
         dtype: the pool's.
         scratch: memory to pack into: the pages are gone when it is used again.
+        rank: whose part of the adapter it is.
 
     Raises:
         ValueError: a matrix is not of the shape that `layout` has room for, or the modules are not
             the layout's: one that is missing would be served as the base.
     """
     check_weights(weights, layout)
+    weights = own_part(weights, layout.pool.partition, rank)
     pool = layout.pool
     num_layers = pool.geometry.num_layers
     shape = (num_layers, layout.num_pages, pool.page_elems)
@@ -148,7 +153,7 @@ def _put(rows: torch.Tensor, layers: list[int], start: int, matrices: torch.Tens
 def layer_ends(layout: AdapterLayout) -> list[int]:
     """Return how many elements of each layer's pages the matrices cover."""
     pool, down = layout.pool, PROJECTIONS.index("down")
-    row_chunks = pool.geometry.out_features("down") // pool.chunk_elems
+    row_chunks = pool.b_width("down") // pool.chunk_elems
     return [
         (b_chunks[down] + ranks[down] * row_chunks) * pool.chunk_elems
         for b_chunks, ranks in zip(layout.b_chunks, layout.ranks, strict=True)

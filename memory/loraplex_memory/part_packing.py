@@ -19,18 +19,18 @@ def pack_parts(
     Args:
         packed: `[L, layout.num_pages, page_elems]`, contiguous; what lies behind the LoRA pairs is
             written, gaps between rows too.
-        parts: those of `layout.spec`; each is rounded once, to the dtype of `packed`. What that
+        parts: those of `layout.parts`; each is rounded once, to the dtype of `packed`. What that
             takes from an output scale is its second row: a whole output is multiplied by it, and
             a bfloat16 is off by up to 0.4 %.
     """
-    if not layout.spec.parts:
+    if not layout.parts:
         return
     chunk = layout.pool.chunk_elems
     rows = packed.flatten(1)
     model_pages = packed[:, layout.num_layer_pages :]
     slices = torch.zeros(model_pages.transpose(0, 1).shape, dtype=packed.dtype)
     flat = slices.view(-1)
-    for part in layout.spec.parts:
+    for part in layout.parts:
         starts = layout.layer_part(part.name)
         for layer in part.layers:
             assert starts is not None, "a part of layers has a place in each"

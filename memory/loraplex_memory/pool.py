@@ -52,7 +52,7 @@ class PagePool:
 
     def kv(self, layer: int) -> torch.Tensor:
         """Return the KV view `[P, 2, page_tokens, num_kv_heads, head_dim]` of one layer."""
-        geometry = self.layout.geometry
+        geometry = self.layout.shard
         return self.data[layer].view(
             self.num_pages, 2, self.layout.page_tokens, geometry.num_kv_heads, geometry.head_dim
         )

@@ -10,13 +10,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import loraplex_kernels
-from loraplex_kernels.aot import MODEL_SHAPES, AotCase
+from loraplex_kernels.aot import CUT_SHAPE, MODEL_SHAPES, AotCase
 from loraplex_kernels.aot_inspect import load_widths
+from loraplex_memory.layout import SITES, ModelGeometry, PoolLayout
 from tests.support.aot_toys import aot_cases as toy_cases
 
 REPO = Path(__file__).parents[2]
@@ -99,6 +101,20 @@ def test_it_refuses_to_run_where_kernels_are_interpreted(tmp_path):
     )
     assert status == 2
     assert "TRITON_INTERPRET" in output
+
+
+def test_the_cut_model_has_the_sizes_that_its_pool_has():
+    (whole,) = (shape for shape in MODEL_SHAPES if CUT_SHAPE.name.startswith(shape.name))
+    sizes = {field.name: getattr(whole, field.name) for field in fields(ModelGeometry)}
+    pool = PoolLayout(ModelGeometry(**sizes), whole.page_tokens, 4)
+    assert ModelGeometry(**{name: getattr(CUT_SHAPE, name) for name in sizes}) == pool.shard
+    assert (CUT_SHAPE.page_elems, CUT_SHAPE.chunk_elems) == (pool.page_elems, pool.chunk_elems)
+    cut = pool.partition
+    assert CUT_SHAPE.sites == {
+        site: (cut.inputs(names[0], 0).width, tuple(cut.outputs(n, 0).width for n in names))
+        for site, names in SITES.items()
+    }
+    assert 4 * CUT_SHAPE.vocab_size == whole.vocab_size
 
 
 def test_a_case_names_the_arguments_it_forgot():

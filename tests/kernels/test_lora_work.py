@@ -14,6 +14,7 @@ from loraplex_kernels.lora_work import LoRAWork, build_lora_work, no_lora_work
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import SITES, ModelGeometry, PoolLayout
+from loraplex_server.model.transformer import lora_site
 from tests.support.kernel_cases import SMALL, SMOLLM2
 from tests.support.lora_cases import SHORT_PARTS, site_shapes
 
@@ -188,6 +189,31 @@ def test_parts_depend_on_the_shape_alone_and_cover_k(geometry):
         assert shape.num_parts * shape.part_elems >= shape.in_features
         assert shape.chunk_elems % shape.block_k == 0
         assert shape.chunk_elems % shape.block_n == 0
+
+
+@pytest.mark.parametrize(("num_ranks", "chunk_elems", "block"), [(2, 32, 32), (4, 16, 16)])
+def test_tiles_of_a_cut_model_are_as_narrow_as_its_chunks(num_ranks, chunk_elems, block):
+    layout = PoolLayout(SMOLLM2, num_ranks=num_ranks)
+    assert layout.chunk_elems == chunk_elems
+    for site in SITES:
+        shape = LoRAShape.of(
+            lora_site(site, layout.partition),
+            chunk_elems=layout.chunk_elems,
+            page_elems=layout.page_elems,
+        )
+        assert shape.is_tiled
+        assert (shape.block_k, shape.block_n) == (block, block)
+        assert shape.part_elems <= shape.page_elems
+        assert all(width % block == 0 for width in (shape.in_features, *shape.out_features))
+
+
+@pytest.mark.parametrize("num_ranks", [3, 5, 6, 7])
+@pytest.mark.parametrize("geometry", [SMOLLM2, ModelGeometry(1, 4096, 32, 8, 128, 14336)])
+def test_a_model_that_does_not_divide_is_padded_to_what_tiles_read(geometry, num_ranks):
+    layout = PoolLayout(geometry, num_ranks=num_ranks)
+    assert layout.chunk_elems % 32 == 0
+    site = lora_site("o", layout.partition)
+    assert LoRAShape.of(site, chunk_elems=layout.chunk_elems, page_elems=layout.page_elems).is_tiled
 
 
 def test_a_shape_refuses_what_the_kernels_cannot_do():

@@ -48,7 +48,7 @@ def weights_of(ranks, *, dtype=torch.bfloat16, seed=0, scale=0.3):
 def filled(packer, path, layout, dtype, order=None):
     """Return the pages `[N, L, page_elems]` of an adapter, in memory that held something else."""
     pages = order or [*range(layout.num_pages)][::-1]
-    slab = torch.full((max(pages) + 2, 3, POOL.page_elems), float("nan"), dtype=dtype)
+    slab = torch.full((max(pages) + 2, 3, layout.pool.page_elems), float("nan"), dtype=dtype)
     packer.fill(HostPages(slab, pages), path, layout)
     others = [i for i in range(len(slab)) if i not in pages]
     assert slab[others].isnan().all(), "written outside of the adapter's pages"
@@ -67,6 +67,24 @@ def test_compiled_packing_gives_the_bits_of_torch(tmp_path, compiled, stored, dt
     expected = filled(FilePacker(dtype), path, layout, dtype)
     assert expected.count_nonzero() > 1000
     assert same_bits(filled(FilePacker(dtype, compiled), path, layout, dtype), expected)
+
+
+#: Cut evenly; with sizes that do not divide, and ranks below their number; beyond the KV heads.
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", BITS)
+def test_each_rank_gets_the_bits_of_its_part(tmp_path, compiled, dtype, num_ranks):
+    pool = PoolLayout(GEOMETRY, page_tokens=5, num_ranks=num_ranks)
+    path, layout = tmp_path / "a", AdapterLayout(pool, AdapterSpec(MIXED))
+    parts = []
+    for stored in PACKED_DTYPES:
+        write_adapter_file(path, weights_of(MIXED, dtype=stored, scale=-0.15))
+        for rank in range(num_ranks):
+            expected = filled(FilePacker(dtype, rank=rank), path, layout, dtype)
+            packed = filled(FilePacker(dtype, compiled, rank=rank), path, layout, dtype)
+            assert same_bits(packed, expected)
+            parts.append(packed)
+    assert all(part.count_nonzero() > 100 for part in parts)
+    assert all(not torch.equal(parts[0], part) for part in parts[1:])
 
 
 @pytest.mark.parametrize("stored", PACKED_DTYPES)

@@ -67,10 +67,15 @@ def make_lora_case(
     dtype: torch.dtype = torch.float32,
     is_scattered: bool = True,
     seed: int = 0,
+    num_ranks: int = 1,
+    rank: int = 0,
 ) -> LoRACase:
-    """Pack one adapter per entry of `adapter_ranks` into a pool and build their batch."""
+    """Pack one adapter per entry of `adapter_ranks` into a pool and build their batch.
+
+    With `num_ranks` the pool is that of `rank`; the weights are whole and the same on all of them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    layout = PoolLayout(geometry)
+    layout = PoolLayout(geometry, num_ranks=num_ranks)
     layouts = [
         AdapterLayout(layout, AdapterSpec(tuple(map(tuple, ranks)))) for ranks in adapter_ranks
     ]
@@ -84,12 +89,16 @@ def make_lora_case(
     for ranks, adapter_layout in zip(adapter_ranks, layouts, strict=True):
         weights = make_weights(geometry, ranks, generator)
         pages = [free.pop() for _ in range(adapter_layout.num_pages)]
-        packed = pack_adapter(AdapterWeights(weights), adapter_layout, dtype=dtype)
+        packed = pack_adapter(AdapterWeights(weights), adapter_layout, dtype=dtype, rank=rank)
         pool.write(pages, packed)
         all_weights.append(weights)
         paged.append(
             PagedAdapter(
-                pages, adapter_layout.ranks, adapter_layout.a_chunks, adapter_layout.b_chunks
+                pages,
+                adapter_layout.ranks,
+                adapter_layout.a_chunks,
+                adapter_layout.b_chunks,
+                a_ranks=adapter_layout.a_ranks if num_ranks > 1 else None,
             )
         )
     return LoRACase(pool, all_weights, build_lora_batch(paged, rows, layout.chunk_elems))

@@ -101,7 +101,7 @@ class Launcher:
 def site_shapes(layout: PoolLayout, tuning: LoRATuning = SHORT_PARTS) -> list[LoRAShape]:
     return [
         LoRAShape.of(
-            lora_site(site, layout.geometry),
+            lora_site(site, layout.partition),
             chunk_elems=layout.chunk_elems,
             page_elems=layout.page_elems,
             tuning=tuning,

@@ -112,9 +112,10 @@ typedef struct {
     const void **a, **b; /* chunks of the rank rows at hand, then `ahead` more */
     float *h;            /* [RANK_BLOCK, ROWS]: weight * A x */
     float *delta;        /* [ROWS, out * chunk], each step as `split` leaves it */
+    float *planes;       /* [ROWS, plane_pitch], of the module; or NULL */
     char *copies;        /* of x, and of what is listed; or NULL */
     int64_t in, out;     /* chunks of a row of A, and of one of B */
-    int64_t chunk, ahead;
+    int64_t chunk, ahead, plane_pitch;
     float weight;
     int n; /* token rows */
 } work;
@@ -161,10 +162,16 @@ INLINE void shrink_rows(const work *m, int64_t j, int J, int is_bf16) {
     if (r < m->n) shrink_tile(m, j, J, r, 1, is_bf16);
 }
 
-INLINE void shrink(const work *m, int64_t rank, int is_bf16) {
+INLINE void shrink_all(const work *m, int64_t rank, int is_bf16) {
     int64_t j = 0;
     for (; j + TILE_RANKS <= rank; j += TILE_RANKS) shrink_rows(m, j, TILE_RANKS, is_bf16);
     for (; j < rank; j++) shrink_rows(m, j, 1, is_bf16);
+}
+
+/* Not inlined: one code, whether the other half follows or not. */
+static __attribute__((noinline)) void shrink(const work *m, int64_t rank, int is_bf16) {
+    if (is_bf16) shrink_all(m, rank, 1);
+    else shrink_all(m, rank, 0);
 }
 
 /* delta[r] += sum_j h[j][r] * B[j], j in order, over U steps of columns from element k of chunk c
@@ -215,12 +222,17 @@ INLINE void expand_rows(const work *m, int64_t c, int64_t j0, int64_t j1, int is
 
 /* Few token rows wait for memory, so B is read as it lies. Many compute, so their sums stay in
  * registers over all ranks. */
-INLINE void expand(const work *m, int64_t rank, int is_bf16) {
+INLINE void expand_all(const work *m, int64_t rank, int is_bf16) {
     const int64_t sweep = m->n <= TILE_ROWS ? SWEEP : rank;
     for (int64_t j = 0; j < rank; j += sweep) {
         int64_t end = j + sweep < rank ? j + sweep : rank;
         for (int64_t c = 0; c < m->out; c++) expand_rows(m, c, j, end, is_bf16);
     }
+}
+
+static __attribute__((noinline)) void expand(const work *m, int64_t rank, int is_bf16) {
+    if (is_bf16) expand_all(m, rank, 1);
+    else expand_all(m, rank, 0);
 }
 
 /* List where chunks of the adapter lie, `count` from `first` on; returns the end of the list. */
@@ -247,9 +259,25 @@ static char *pad_chunks(const lora_args *a, const work *m, const void **from, co
     return to;
 }
 
-/* delta += weight * B A x. */
+/* Between the halves, planes are A x alone: the weight is the expand's affair. */
+INLINE void put_planes(const work *m, int64_t j0, int64_t rank) {
+    for (int r = 0; r < m->n; r++)
+        for (int64_t j = 0; j < rank; j++)
+            m->planes[r * m->plane_pitch + j0 + j] = m->h[j * ROWS + r];
+}
+
+INLINE void take_planes(const work *m, int64_t j0, int64_t rank) {
+    for (int r = 0; r < m->n; r++)
+        for (int64_t j = 0; j < rank; j++)
+            m->h[j * ROWS + r] = m->weight * m->planes[r * m->plane_pitch + j0 + j];
+}
+
+/* What is done: whoever does one half has no chunks of the other's matrix. */
+enum { SHRINK = 1, EXPAND = 2 };
+
+/* delta += weight * B A x, or the half of it that is asked for. */
 INLINE void add_delta(const lora_args *a, work *m, int64_t a_at, int64_t b_at, int64_t rank,
-                      int is_bf16) {
+                      int halves, int is_bf16) {
     for (int64_t j = 0; j < rank; j += RANK_BLOCK) {
         int64_t ranks = rank - j < RANK_BLOCK ? rank - j : RANK_BLOCK;
         m->b = list_chunks(a, m, a_at + j * m->in, ranks * m->in, m->a, is_bf16);
@@ -259,8 +287,10 @@ INLINE void add_delta(const lora_args *a, work *m, int64_t a_at, int64_t b_at, i
         const void **end = list_chunks(a, m, b_at + j * m->out, ranks * m->out, m->b, is_bf16);
         if (m->copies) pad_chunks(a, m, m->a, end, m->copies);
         for (int64_t i = 0; i < m->ahead; i++) end[i] = end[-1];
-        shrink(m, ranks, is_bf16);
-        expand(m, ranks, is_bf16);
+        if (halves & SHRINK) shrink(m, ranks, is_bf16);
+        else take_planes(m, j, ranks);
+        if (halves & EXPAND) expand(m, ranks, is_bf16);
+        else put_planes(m, j, ranks);
     }
 }
 
@@ -376,6 +406,17 @@ INLINE int is_absent(const lora_args *a, const block *b) {
            chunk_or_none(a->bias_chunks, index) < 0;
 }
 
+/* A row of planes has the ranks of all modules side by side. */
+INLINE void place_planes(const lora_args *a, const block *b, work *m) {
+    int64_t column = 0;
+    for (int i = 0; i < a->num_projections; i++) {
+        if (i == b->p) column = m->plane_pitch;
+        m->plane_pitch += a->ranks[b->g * 7 + a->projections[i]];
+    }
+    int64_t row = b->row - a->seg_indptr[b->g];
+    m->planes = a->planes + a->plane_starts[b->g] + row * m->plane_pitch + column;
+}
+
 INLINE work work_of(const lora_args *a, const block *b, char *scratch) {
     parts s = scratch_parts(a);
     const int32_t *rows = a->row_ids + b->row;
@@ -399,18 +440,20 @@ INLINE work work_of(const lora_args *a, const block *b, char *scratch) {
         .n = (int)b->n,
     };
     for (int r = 0; r < m.n; r++) {
-        m.x[r] = at(a->x, rows[r] * a->K, a->is_bf16);
-        m.y[r] = a->y + rows[r] * a->N + column;
+        if (a->x) m.x[r] = at(a->x, rows[r] * a->K, a->is_bf16);
+        if (a->y) m.y[r] = a->y + rows[r] * a->N + column;
     }
+    if (a->planes) place_planes(a, b, &m);
     return m;
 }
 
-INLINE void compute_delta(const lora_args *a, const block *b, char *scratch, int is_bf16) {
+INLINE void compute_delta(const lora_args *a, const block *b, char *scratch, int halves,
+                          int is_bf16) {
     int64_t index = b->g * 7 + a->projections[b->p];
     work m = work_of(a, b, scratch);
-    memset(m.delta, 0, (size_t)(m.n * m.out * m.chunk) * sizeof *m.delta);
+    if (halves & EXPAND) memset(m.delta, 0, (size_t)(m.n * m.out * m.chunk) * sizeof *m.delta);
     if (m.copies) pad_activations(a, &m);
-    add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], a->ranks[index], is_bf16);
+    add_delta(a, &m, a->a_chunks[index], a->b_chunks[index], a->ranks[index], halves, is_bf16);
 }
 
 INLINE void finish_block(const lora_args *a, const block *b, char *scratch, int is_bf16) {
@@ -443,12 +486,24 @@ static block block_of(const lora_args *a, int64_t item) {
     return b;
 }
 
-void lora_delta_item(const void *args, int64_t item, void *scratch) {
-    const lora_args *a = args;
+INLINE void run_delta(const lora_args *a, int64_t item, char *scratch, int halves) {
     block b = block_of(a, item);
     if (b.n <= 0 || is_absent(a, &b)) return;
-    if (a->is_bf16) compute_delta(a, &b, scratch, 1);
-    else compute_delta(a, &b, scratch, 0);
+    if (a->is_bf16) compute_delta(a, &b, scratch, halves, 1);
+    else compute_delta(a, &b, scratch, halves, 0);
+}
+
+void lora_delta_item(const void *args, int64_t item, void *scratch) {
+    run_delta(args, item, scratch, SHRINK | EXPAND);
+}
+
+static void shrink_item(const void *args, int64_t item, void *scratch) {
+    run_delta(args, item, scratch, SHRINK);
+}
+
+static void expand_item(const void *args, int64_t item, void *scratch) {
+    run_delta(args, item, scratch, EXPAND);
+    lora_add_item(args, item, scratch);
 }
 
 void lora_add_item(const void *args, int64_t item, void *scratch) {
@@ -465,12 +520,24 @@ static void run_both(worker *w, const void *args) {
     run_phase(w, lora_add_item, a, lora_items(a));
 }
 
-int loraplex_add_lora(const lora_args *given) {
+static void run_expand(worker *w, const void *args) {
+    run_phase(w, expand_item, args, lora_items(args));
+}
+
+static int run_with_deltas(void (*body)(worker *, const void *), const lora_args *given) {
     lora_args a = *given;
     if (lora_items(&a) == 0) return 0;
     a.deltas = allocate(lora_delta_elems(&a) * (int64_t)sizeof *a.deltas);
     if (a.deltas == NULL) return 1;
-    int failed = run_team(run_both, &a, lora_scratch_bytes(&a));
+    int failed = run_team(body, &a, lora_scratch_bytes(&a));
     free(a.deltas);
     return failed;
+}
+
+int loraplex_add_lora(const lora_args *a) { return run_with_deltas(run_both, a); }
+
+int loraplex_lora_expand(const lora_args *a) { return run_with_deltas(run_expand, a); }
+
+int loraplex_lora_shrink(const lora_args *a) {
+    return run_alone(shrink_item, a, lora_items(a), lora_scratch_bytes(a));
 }

@@ -3,8 +3,10 @@
 #include <stdint.h>
 
 typedef struct {
-    float *y;         /* [T, N], changed in place */
+    float *y;         /* [T, sum of out_features], rows N elements apart; changed in place */
     float *deltas;    /* lora_delta_elems: room for what is to be added to y */
+    float *planes;    /* between the halves, see lora_planes.py: A x of each row */
+    const int64_t *plane_starts; /* [G], first element of each segment's planes */
     const void *x;    /* [T, K], of the dtype of the pool */
     const void *pool; /* [P, page_elems] */
     const int32_t *row_ids, *seg_indptr, *page_table; /* see LoRABatch */
@@ -27,3 +29,9 @@ void lora_add_item(const void *args, int64_t item, void *scratch);
 
 /* Both on a team of its own; `deltas` is not used. Returns 0, or 1 when memory could not be had. */
 int loraplex_add_lora(const lora_args *a);
+
+/* The halves of loraplex_add_lora, for those who have to come between; composed, they give its bits.
+ * The first writes the planes and has no y: out_features are 0, and `ranks` are the rows of A that
+ * are here. The second reads them and has no x: K is 0, and `ranks` are the rows of B. */
+int loraplex_lora_shrink(const lora_args *a);
+int loraplex_lora_expand(const lora_args *a);

@@ -73,10 +73,16 @@ INLINE void transpose(vf *v) {
     }
 }
 
+/* Of each matrix, the part that one device has: where it begins in `data`, and where in the layer's
+ * row; what is behind its rows and columns there is 0. */
 typedef struct {
-    int64_t layer, rank, in, out;
-    int64_t a_type, a_byte, a_start; /* A [rank, in]: where in `data`, and where in the layer's row */
-    int64_t b_type, b_byte, b_start; /* B [out, rank], becomes [rank, out] */
+    int64_t layer, rank;
+    int64_t a_type, a_byte, a_start;
+    int64_t in;                  /* columns of A as it lies in `data` */
+    int64_t a_rows, a_columns;   /* of the part */
+    int64_t a_height, a_width;   /* of the room for it */
+    int64_t b_type, b_byte, b_start;
+    int64_t b_rows, b_width;     /* B [b_rows, rank], becomes [rank, b_width] */
 } module;
 
 typedef struct {
@@ -117,37 +123,62 @@ INLINE void put_row(const pack_args *p, int64_t layer, int64_t at, const char *f
     }
 }
 
+INLINE void put_zeros(const pack_args *p, int64_t layer, int64_t at, int64_t n) {
+    while (n > 0) {
+        int64_t room;
+        char *to = place(p, layer, at, &room);
+        if (room > n) room = n;
+        memset(to, 0, room * (p->is_bf16 ? 2 : 4));
+        at += room;
+        n -= room;
+    }
+}
+
+INLINE void put_part(const pack_args *p, const module *m, int type, int is_bf16) {
+    const char *a = p->data + m->a_byte;
+    int64_t at = m->a_start, end = at + m->a_height * m->a_width, padding = m->a_width - m->a_columns;
+    if (m->a_columns == m->in && !padding) { /* rows follow one another, here and there */
+        put_row(p, m->layer, at, a, m->a_rows * m->in, type, is_bf16);
+        at += m->a_rows * m->in;
+    } else {
+        for (int64_t r = 0; r < m->a_rows; r++, at += m->a_width) {
+            put_row(p, m->layer, at, a + r * m->in * size_of(type), m->a_columns, type, is_bf16);
+            put_zeros(p, m->layer, at + m->a_columns, padding);
+        }
+    }
+    put_zeros(p, m->layer, at, end - at);
+}
+
 INLINE void put_transposed(const pack_args *p, const module *m, float scale, int type, int is_bf16) {
     const char *b = p->data + m->b_byte;
     char tile[LANES][TILE * sizeof(float)];
     for (int64_t r0 = 0; r0 < m->rank; r0 += LANES) {
         int64_t num_rows = m->rank - r0 < LANES ? m->rank - r0 : LANES;
-        for (int64_t c0 = 0; c0 < m->out; c0 += TILE) {
-            int64_t width = m->out - c0 < TILE ? m->out - c0 : TILE;
+        for (int64_t c0 = 0; c0 < m->b_width; c0 += TILE) {
+            int64_t width = m->b_width - c0 < TILE ? m->b_width - c0 : TILE;
             for (int64_t c = 0; c < width; c += LANES) {
                 vf v[LANES];
                 for (int64_t i = 0; i < LANES; i++) {
-                    int64_t at = (c0 + c + i) * m->rank + r0;
+                    int64_t row = c0 + c + i, at = row * m->rank + r0;
                     /* Lanes of the next row are not written; only the last rows have none. */
-                    int64_t n = at + LANES <= m->rank * m->out ? LANES : num_rows;
-                    v[i] = c + i < width ? load(b, at, n, type) * scale : (vf){0};
+                    int64_t n = at + LANES <= m->rank * m->b_rows ? LANES : num_rows;
+                    /* Padding is scaled as torch does it: 0 may become -0. */
+                    v[i] = (row < m->b_rows ? load(b, at, n, type) : (vf){0}) * scale;
                 }
                 transpose(v);
                 for (int64_t r = 0; r < LANES; r++) store(tile[r], c, LANES, v[r], is_bf16);
             }
             for (int64_t r = 0; r < num_rows; r++)
-                put_row(p, m->layer, m->b_start + (r0 + r) * m->out + c0, tile[r], width,
+                put_row(p, m->layer, m->b_start + (r0 + r) * m->b_width + c0, tile[r], width,
                         is_bf16 ? BFLOAT16 : FLOAT32, is_bf16);
         }
     }
 }
 
 INLINE void put_module(const pack_args *p, const module *m, float scale, int is_bf16) {
-    const char *a = p->data + m->a_byte;
-    int64_t n = m->rank * m->in;
-    if (m->a_type == FLOAT32) put_row(p, m->layer, m->a_start, a, n, FLOAT32, is_bf16);
-    else if (m->a_type == BFLOAT16) put_row(p, m->layer, m->a_start, a, n, BFLOAT16, is_bf16);
-    else put_row(p, m->layer, m->a_start, a, n, FLOAT16, is_bf16);
+    if (m->a_type == FLOAT32) put_part(p, m, FLOAT32, is_bf16);
+    else if (m->a_type == BFLOAT16) put_part(p, m, BFLOAT16, is_bf16);
+    else put_part(p, m, FLOAT16, is_bf16);
     if (m->b_type == FLOAT32) put_transposed(p, m, scale, FLOAT32, is_bf16);
     else if (m->b_type == BFLOAT16) put_transposed(p, m, scale, BFLOAT16, is_bf16);
     else put_transposed(p, m, scale, FLOAT16, is_bf16);
@@ -160,8 +191,5 @@ void loraplex_pack(const pack_args *p) {
     }
     /* Whatever was there before may not reach the pool. */
     for (int64_t layer = 0; layer < p->num_layers; layer++)
-        for (int64_t at = p->ends[layer], room; at < p->num_pages * p->page_elems; at += room) {
-            char *to = place(p, layer, at, &room);
-            memset(to, 0, room * (p->is_bf16 ? 2 : 4));
-        }
+        put_zeros(p, layer, p->ends[layer], p->num_pages * p->page_elems - p->ends[layer]);
 }
