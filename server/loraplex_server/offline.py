@@ -65,6 +65,9 @@ class Engine:
     def __init__(self, config: Config | None = None) -> None:
         """Load the model of `config` (default: the embedded model, all settings at default).
 
+        With `tensor_parallel`, other ranks are processes that import the program's main module
+        again, which must do nothing then.
+
         Raises:
             ModelError, EngineConfigError: as their messages say.
         """
@@ -135,6 +138,7 @@ class Engine:
 
         Raises:
             UnknownToken: a prompt, a bias or a stop token is not in the vocabulary.
+            RankLost: another rank has ended or hangs; this engine is good for nothing more.
         """
         adapters = adapters or [None] * len(prompts)
         if sampling is None or isinstance(sampling, SamplingParams):

@@ -8,53 +8,11 @@ from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.layout import PoolLayout
 from loraplex_scheduler.policies import PolicyChoice
 from tests.e2e.conftest import ADAPTERS
-from tests.support.engine import drive, greedy_request, make_core
+from tests.support.engine import drive, greedy_request, make_core, requests_for
 
 pytestmark = pytest.mark.model
 
 MODELS = (None, *ADAPTERS)
-
-
-@pytest.fixture(scope="module")
-def cases(chat_prompts):
-    """(id, adapter, prompt): two conversations per model, the base gets one of each kind."""
-    found = [(f"base-{a}", None, chat_prompts[a][0]) for a in ADAPTERS]
-    found += [(f"{a}-{i}", a, chat_prompts[a][i]) for a in ADAPTERS for i in (0, 1)]
-    return found
-
-
-@pytest.fixture
-def judge(reference, cases, capsys, model):
-    """Return a function that judges all outputs and prints how many ties were excused.
-
-    An answer must be whole: all the tokens asked for, or an end token last and nowhere else.
-    """
-    eos = model.spec.eos_token_ids
-
-    def run(outputs, label, *, max_tokens=24, ignore_eos=False):
-        num_tokens = num_excused = 0
-        for case_id, adapter, prompt in cases:
-            if case_id in outputs:
-                tokens = outputs[case_id]
-                if not ignore_eos:
-                    assert not eos.intersection(tokens[:-1]), case_id
-                assert len(tokens) == max_tokens or (not ignore_eos and tokens[-1] in eos), case_id
-                verdict = reference.judge(adapter, prompt, outputs[case_id])
-                assert verdict.wrong_at is None, f"{label}: {case_id} differs: {verdict}"
-                num_tokens += verdict.num_tokens
-                num_excused += verdict.num_excused
-        with capsys.disabled():
-            print(f"\n  {label}: {num_tokens} tokens identical, {num_excused} ties excused")
-        assert num_tokens > 0
-
-    return run
-
-
-def requests_for(cases, manifests, **kwargs):
-    return [
-        greedy_request(case_id, prompt, manifests[adapter] if adapter else None, **kwargs)
-        for case_id, adapter, prompt in cases
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,18 @@ def greedy_request(
 ) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
     return Request(request_id, tuple(prompt), sampling, adapter)
+
+
+def requests_for(
+    cases: Sequence[tuple[str, str | None, Sequence[int]]],
+    manifests: Mapping[str, AdapterManifest],
+    **options: Any,
+) -> list[Request]:
+    """Return greedy requests of (id, adapter or None, prompt); `options` as of `greedy_request`."""
+    return [
+        greedy_request(case_id, prompt, manifests[adapter] if adapter else None, **options)
+        for case_id, adapter, prompt in cases
+    ]
 
 
 def drive(core: EngineCore, requests: Sequence[Request]) -> dict[str, list[int]]:

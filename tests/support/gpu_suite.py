@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Where each group's list of `(name, check(device))` is.
 GROUPS = {
     "lora": ("tests.support.lora_checks", "LORA_CHECKS"),
+    "halves": ("tests.support.half_checks", "HALF_CHECKS"),
     "attention": ("tests.support.attention_checks", "ATTENTION_CHECKS"),
     "elementwise": ("tests.support.elementwise_checks", "ELEMENTWISE_CHECKS"),
     "sampling": ("tests.support.sampling_checks", "SAMPLING_CHECKS"),

@@ -6,11 +6,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.processes import resident_pages
 from tests.support.server_process import ServerProcess
 from tests.support.soak import Tally
 
@@ -42,7 +42,7 @@ class MemoryLog:
 
 
 def _rss_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_MIB
+    return resident_pages(pid) * _PAGE_MIB
 
 
 def outcomes(server: ServerProcess) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 The process ignores the signals that end a service politely, so nothing but a message, a closed
 pipe or a kill ends it. Whoever creates an `EngineChild` must `end` it; should the interpreter exit
-without, it is killed then: multiprocessing would send SIGTERM and wait for ever.
+without, it is killed then: multiprocessing would wait for it for ever.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENGINE_ENVIRONMENT: Final[Mapping[str, str]] = {}
 
 
 class EngineChild:
-    """Used from one event loop, which `on_reply` is called in.
+    """Used from one event loop, which `on_reply` is called in; it ends with that one's thread.
 
     Attributes:
         gone: set when the process has closed its end of the pipe and every reply was delivered.
@@ -45,7 +45,10 @@ class EngineChild:
         self._on_reply: Callable[[Reply], None] | None = on_reply
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=run_engine, args=(theirs, build_core), daemon=True, name="loraplex-engine"
+            target=run_engine,
+            args=(theirs, build_core),
+            daemon=False,  # a daemon could have no children: the other ranks
+            name="loraplex-engine",
         )
         try:
             with _signals_held_back(), _environment(ENGINE_ENVIRONMENT):

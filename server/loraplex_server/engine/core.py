@@ -39,6 +39,7 @@ class EngineCore:
             compute on the host's cores.
         constraints: grammars of requests, which the runner asks for masks; None refuses them.
         parts: where the runner books its parts of a step, if it does.
+        on_close: called last of all, to end what the runner computes with.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class EngineCore:
         overlap: bool = False,
         constraints: Constraints | None = None,
         parts: StepParts | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = info
+        self._on_close = on_close
         self._constraints = constraints
         self.scheduler = scheduler
         self._runner = runner
@@ -152,7 +155,7 @@ class EngineCore:
         return (
             self._accounts.residency.state(adapter_id) is not None
             or adapter_id in self._accounts.prefixes.pages_by_adapter()
-            or self._loader.host_bytes_of(adapter_id) > 0
+            or self._loader.holds(adapter_id)
         )
 
     def _tier_of(self, adapter_id: str) -> str:
@@ -263,6 +266,7 @@ class EngineCore:
         if self._constraints is not None:
             self._constraints.close()
         self._loader.close()
+        self._on_close()
 
     def _book_grammars(self, timeout_s: float) -> list[Event]:
         if self._constraints is None or not self._constraints.num_waiting:

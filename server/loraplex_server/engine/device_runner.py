@@ -3,7 +3,8 @@
 Everything is enqueued on the current stream, and nothing waits but `DeviceFlight.result`. A step
 of decodes alone replays a graph (`step_graphs`), unless it has a mixture of adapters or one that
 edits more than linears; any other step runs the same kernels one by one.
-Sampled tokens stay on the device, where the next step finds those it awaits.
+Sampled tokens stay on the device, where the next step finds those it awaits. Of several ranks the
+first samples, and sends them to the others' devices on the stream, outside of graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
 from loraplex_server.engine.forward_batch import BatchBuilder
 from loraplex_server.engine.prompt_reports import PromptReports, WantedRows
-from loraplex_server.engine.runner import NOT_FINITE
+from loraplex_server.engine.runner import NOT_FINITE, Flight, Landed
 from loraplex_server.engine.step_graphs import GraphRecorder, StepGraphs
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.device_copy import copy_to
@@ -73,6 +74,9 @@ class DeviceRunner:
         grammars: GrammarMasks | None = None,
     ) -> None:
         self._model = model
+        self._group = model.group
+        # All ranks have the logits, but requests' grammars are known to the first alone.
+        self._is_sampling = model.group is None or model.group.rank == 0
         self._grammars = grammars
         self._pool = pool
         self._backend = backend
@@ -98,8 +102,11 @@ class DeviceRunner:
         self._graphs.record_all()
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> DeviceFlight:
-        """Enqueue a plan; returns before the device has computed it."""
+    def launch(self, plan: Plan) -> Flight:
+        """Enqueue a plan; returns before the device has computed it.
+
+        A rank that does not sample has nothing to tell.
+        """
         attention, lora = self._batches.attention(plan), self._batches.lora(plan)
         more_lora = self._batches.more_lora(plan)
         wanted = WantedRows.of(plan.sequences, attention.query_indptr.tolist()[1:])
@@ -112,12 +119,22 @@ class DeviceRunner:
             ops = self._backend.prepare(attention, lora, more_lora)
             sampled, reports = self._run(plan.sequences, ops, wanted, edits)
         self._row_of = {row.request_id: i for i, row in enumerate(sampled.rows)}
+        if self._group is not None and sampled.rows:
+            self._group.broadcast(sampled.tokens)
+        if not self._is_sampling:
+            return Landed(StepResult({}))
         on_host, reports = sampled.to_host(), reports.to_host()
         arrival = None
         if self._pool.device.type == "cuda":
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record()
         return DeviceFlight(on_host, reports, arrival)
+
+    def close(self) -> None:
+        """See `StepRunner`; NCCL gives a group up only when no graph holds a collective of it."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.synchronize(self._pool.device)
+        self._graphs.forget()
 
     def _try_replay(
         self, steps: Sequence[SequenceStep], attention: AttentionBatch, lora: LoRABatch | None
@@ -129,11 +146,18 @@ class DeviceRunner:
         if not self._backend.fill(attention, lora, num_rows):
             return None
         self._fill_inputs(steps)
-        self._sampler.fill(steps)
+        if self._is_sampling:
+            self._sampler.fill(steps)
         self._graphs.replay(num_rows, lora is not None)
         if self._sampler.is_plain(steps):
             return self._sampler.collect(steps)
-        return self._sampler.sample(self._logits[: len(steps)], steps, self._grammars)
+        return self._sample(self._logits[: len(steps)], steps)
+
+    def _sample(self, logits: torch.Tensor, steps: Sequence[SequenceStep]) -> SampledTokens:
+        """Choose a token for each row of logits, or make room for those that rank 0 chooses."""
+        if not self._is_sampling:
+            return self._sampler.collect(steps)
+        return self._sampler.sample(logits, steps, self._grammars)
 
     def _run(
         self,
@@ -155,14 +179,15 @@ class DeviceRunner:
             self._inputs.upload({"logit_rows": np.array(wanted.rows, dtype=np.int32)})
             rows = self._inputs.views["logit_rows"][: len(wanted.rows)]
             self._model.forward(token_ids, ops, self._pool, rows, out=logits, edits=edits)
-        return self._sampler.sample(logits, wanted.drawn, self._grammars), reports
+        return self._sample(logits, wanted.drawn), reports
 
     def _decode(self, num_rows: int, has_lora: bool) -> None:
         """Enqueue what a graph holds: `num_rows` decodes, then their sampling."""
         logits = self._logits[:num_rows]
         ops = self._backend.static_ops(num_rows, has_lora=has_lora)
         self._model.forward(self._token_ids(num_rows), ops, self._pool, out=logits)
-        self._sampler.launch(logits)
+        if self._is_sampling:
+            self._sampler.launch(logits)
 
     def _fill_inputs(self, steps: Sequence[SequenceStep]) -> None:
         token_ids: list[int] = []

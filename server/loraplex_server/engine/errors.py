@@ -2,7 +2,8 @@
 
 EngineError
 ├── EngineUnavailable    the engine process is starting, restarting or gone
-└── EngineConfigError    the engine cannot start with these settings
+├── EngineConfigError    the engine cannot start with these settings
+└── RankLost             one of the processes that compute a model together is gone
 """
 
 from __future__ import annotations
@@ -23,3 +24,10 @@ class EngineUnavailable(EngineError):
 
 class EngineConfigError(EngineError):
     """A setting that the engine cannot work with; the message says which and what to change."""
+
+
+class RankLost(EngineError):
+    """A rank has ended or hangs, so nothing can be computed by this engine any more.
+
+    The engine's process ends of it and is started again; the message names rank and cause.
+    """

@@ -17,7 +17,7 @@ from loraplex_kernels.batch import (
     build_lora_batch,
 )
 from loraplex_memory.adapter_layout import AdapterLayout
-from loraplex_memory.adapter_spec import EPILOGUE_PARTS, KV_PREFIX, SOFT_PROMPT, bias, out_scale
+from loraplex_memory.adapter_spec import KV_PREFIX, SOFT_PROMPT, bias, out_scale
 from loraplex_memory.layout import PROJECTIONS, PoolLayout, Projection
 from loraplex_scheduler.plan import Plan, SequenceStep
 from loraplex_server.model.adapter_edits import EditedRows
@@ -49,7 +49,7 @@ class BatchBuilder:
         self._tables = {
             adapter_id: self._tables_of(adapter_id, adapter.layout)
             for adapter_id, adapter in plan.adapters.items()
-            if changes_linears(adapter.layout)
+            if adapter.layout.changes_linears
         }
         return self._batch(plan, rows_by_adapter(plan.sequences))
 
@@ -79,7 +79,7 @@ class BatchBuilder:
         Args:
             logit_rows: token rows whose logits are wanted, in their order.
         """
-        if not any(adapter.layout.spec.needs_edits for adapter in plan.adapters.values()):
+        if not any(adapter.layout.needs_edits for adapter in plan.adapters.values()):
             return []
         place = {row: at for at, row in enumerate(logit_rows)}
         virtual = _virtual_tokens(plan.sequences)
@@ -112,6 +112,7 @@ class _LayoutTables:
 
     layout: AdapterLayout
     ranks: npt.NDArray[np.int32]
+    a_ranks: npt.NDArray[np.int32] | None
     a_chunks: npt.NDArray[np.int32]
     b_chunks: npt.NDArray[np.int32]
     scale_chunks: npt.NDArray[np.int32] | None
@@ -122,6 +123,7 @@ class _LayoutTables:
         return cls(
             layout,
             ranks=np.array(layout.ranks, dtype=np.int32),
+            a_ranks=_cut_ranks(layout),
             a_chunks=np.array(layout.a_chunks, dtype=np.int32),
             b_chunks=np.array(layout.b_chunks, dtype=np.int32),
             scale_chunks=_part_chunks(layout, out_scale),
@@ -138,32 +140,36 @@ class _LayoutTables:
             self.scale_chunks,
             self.bias_chunks,
             weight,
+            self.a_ranks,
         )
+
+
+def _cut_ranks(layout: AdapterLayout) -> npt.NDArray[np.int32] | None:
+    """Return the rows of A, `[L, 7]`, where they are cut over devices."""
+    return np.array(layout.a_ranks, dtype=np.int32) if layout.pool.num_ranks > 1 else None
 
 
 def _part_chunks(
     layout: AdapterLayout, part_of: Callable[[Projection], str]
 ) -> npt.NDArray[np.int32] | None:
     """Return the first chunk of a part of linears, `[L, 7]`, -1 for none; None if all are."""
-    starts = [layout.layer_part(part_of(projection)) for projection in PROJECTIONS]
+    starts = [
+        layout.layer_part(name)
+        if (part := layout.part(name)) and layout.is_epilogue(part)
+        else None
+        for name in map(part_of, PROJECTIONS)
+    ]
     if all(start is None for start in starts):
         return None
     absent = (-1,) * layout.pool.geometry.num_layers
     return np.array([start or absent for start in starts], dtype=np.int32).T
 
 
-def changes_linears(layout: AdapterLayout) -> bool:
-    """Whether an adapter has anything for the LoRA kernels to do."""
-    return any(map(any, layout.ranks)) or any(
-        part.name in EPILOGUE_PARTS for part in layout.spec.parts
-    )
-
-
 def _edits_text(layout: AdapterLayout) -> bool:
     """Whether an adapter edits rows that are not of its virtual tokens."""
     return any(
-        part.name not in EPILOGUE_PARTS and part.name not in (SOFT_PROMPT, KV_PREFIX)
-        for part in layout.spec.parts
+        not layout.is_epilogue(part) and part.name not in (SOFT_PROMPT, KV_PREFIX)
+        for part in layout.parts
     )
 
 

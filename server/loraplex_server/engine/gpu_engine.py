@@ -31,6 +31,9 @@ from loraplex_server.model.transformer import Transformer, kernel_model
 #: without a graph, over tables of its own.
 _MAX_SHARING: Final = 4
 
+#: Of the adapter in the largest step that is measured where several devices compute a model.
+_MEASURED_RANK: Final = 64
+
 
 def make_device_runner(
     model: Transformer,
@@ -54,11 +57,13 @@ def make_device_runner(
         max_pages=min(_MAX_SHARING * pool.num_pages, max_running * pages_of_one),
     )
     if recorder is None:
-        recorder = CudaGraphRecorder() if pool.device.type == "cuda" else DirectRecorder()
+        is_cuda = pool.device.type == "cuda"
+        is_watched = model.group is not None
+        recorder = CudaGraphRecorder(is_watched=is_watched) if is_cuda else DirectRecorder()
     runner = DeviceRunner(
         model,
         pool,
-        device_backend(kernel_model(pool), capacity, pool.device),
+        device_backend(kernel_model(pool), capacity, pool.device, model.group),
         max_step_tokens=max_step_tokens,
         max_running=max_running,
         recorder=recorder,
@@ -89,9 +94,9 @@ def warm_up(
         runner.launch(_with_adapter(weighted, layout, weight=0.5)).result()
 
 
-def _with_adapter(plan: Plan, layout: PoolLayout, weight: float) -> Plan:
-    """Return the plan for an adapter of rank 1, with everything in the pool's first page."""
-    ranks = ((1,) * len(PROJECTIONS),) * layout.geometry.num_layers
+def _with_adapter(plan: Plan, layout: PoolLayout, weight: float, rank: int = 1) -> Plan:
+    """Return the plan for an adapter of this rank, with everything in the pool's first page."""
+    ranks = ((rank,) * len(PROJECTIONS),) * layout.geometry.num_layers
     adapter = AdapterLayout(layout, AdapterSpec(ranks))
     manifest = AdapterManifest("warm-up", path="", spec=AdapterSpec(ranks))
     steps = [
@@ -140,6 +145,8 @@ def measure_step_bytes(
         recorder=DirectRecorder(),
     )
     runner.launch(plan).result()
+    if layout.num_ranks > 1:  # what they exchange for adapters is made anew in each step
+        runner.launch(_with_adapter(plan, layout, 1.0, _MEASURED_RANK)).result()
     peak = torch.cuda.max_memory_allocated(model.device) - before
     del runner
     step_bytes = peak - num_pages * pool.page_bytes

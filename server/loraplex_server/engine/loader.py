@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_manifest import AdapterManifest
@@ -72,6 +72,39 @@ class _Job:
     was_read: bool = False
 
 
+class LoadPeers(Protocol):
+    """The other ranks of a replica, each of which loads its own part of every adapter.
+
+    `wait` is called in the loader's thread, everything else in the engine's.
+    """
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the replica, this one included."""
+
+    @property
+    def host_bytes(self) -> int:
+        """What adapters take of all other ranks' arenas."""
+
+    def load(self, load: AdapterLoad) -> None:
+        """Start a load on all of them."""
+
+    def prefetch(self, adapter: AdapterManifest) -> None:
+        """Start a prefetch on all of them."""
+
+    def discard(self, adapter_id: str) -> None:
+        """Have all of them forget an adapter."""
+
+    def is_discarding(self, adapter_id: str) -> bool:
+        """Whether some of them have not forgotten it yet."""
+
+    def wait(self, adapter_id: str) -> str | None:
+        """Wait for the oldest load, which is of this adapter; return why it failed, if it did."""
+
+    def close(self) -> None:
+        """End a `wait` that is under way, and all later ones."""
+
+
 class AdapterLoader:
     """Owned by the engine step, which submits and polls; the work happens in one thread.
 
@@ -84,6 +117,9 @@ class AdapterLoader:
             loader owns it from here on.
         pack: compiled code that packs adapters; None to do it with torch.
         clock: seconds.
+        rank: whose part of each adapter to load, where the model is cut over several.
+        peers: the other ranks, of rank 0: then a load has ended when it has on all of them, and
+            what is told of host memory is told of all of it.
     """
 
     def __init__(
@@ -95,13 +131,16 @@ class AdapterLoader:
         *,
         pack: CompiledPack | None = None,
         clock: Callable[[], float] = time.monotonic,
+        rank: int = 0,
+        peers: LoadPeers | None = None,
     ) -> None:
         self._layout = pool.layout
+        self._peers = peers
         self._on_done = on_done
         self._writer = writer or DirectWriter(pool)
         self._arena = arena
         self._clock = clock
-        self._packer = FilePacker(pool.dtype, pack)
+        self._packer = FilePacker(pool.dtype, pack, rank)
         # None: a prefetch has ended.
         self._results: queue.SimpleQueue[LoadResult | None] = queue.SimpleQueue()
         self._lock = threading.Condition()
@@ -137,11 +176,16 @@ class AdapterLoader:
     @property
     def host_bytes(self) -> int:
         """Bytes of the arena that adapters take."""
-        return self._arena.used_bytes if self._arena else 0
+        own = self._arena.used_bytes if self._arena else 0
+        return own + (self._peers.host_bytes if self._peers else 0)
 
     @property
     def host_capacity_bytes(self) -> int:
-        return self._arena.capacity_bytes if self._arena else 0
+        return self._num_ranks * (self._arena.capacity_bytes if self._arena else 0)
+
+    @property
+    def _num_ranks(self) -> int:
+        return self._peers.num_ranks if self._peers else 1
 
     def load_seconds(self) -> dict[str, TallyCounts]:
         """Return how long successful loads took, by where they came from."""
@@ -152,8 +196,14 @@ class AdapterLoader:
         return self._arena.adapter_ids() if self._arena else ()
 
     def host_bytes_of(self, adapter_id: str) -> int:
-        """Return what an adapter takes of the arena."""
-        return self._arena.bytes_of(adapter_id) if self._arena else 0
+        """Return what an adapter takes of the arena; its parts on all ranks are equal."""
+        return self._num_ranks * (self._arena.bytes_of(adapter_id) if self._arena else 0)
+
+    def holds(self, adapter_id: str) -> bool:
+        """Whether an adapter is in host memory, or was discarded and still is on some rank."""
+        if self._peers is not None and self._peers.is_discarding(adapter_id):
+            return True
+        return self.host_bytes_of(adapter_id) > 0
 
     def submit(self, load: AdapterLoad) -> None:
         """Start a load; its result appears in `poll`.
@@ -162,6 +212,8 @@ class AdapterLoader:
         (and on the stream) that launches them.
         """
         job = _Job(load.adapter, load, self._writer.fence())
+        if self._peers is not None:
+            self._peers.load(load)
         with self._lock:
             self._num_unreported += 1
             self._loads.append(job)
@@ -186,6 +238,10 @@ class AdapterLoader:
                     return False
                 self._prefetches[adapter_id] = _Job(adapter)
                 self._lock.notify()
+            else:
+                return True
+        if self._peers is not None:
+            self._peers.prefetch(adapter)
         return True
 
     def discard(self, adapter_id: str) -> None:
@@ -196,6 +252,8 @@ class AdapterLoader:
                 job.is_discarded = True
         if self._arena is not None:
             self._arena.discard(adapter_id)
+        if self._peers is not None:
+            self._peers.discard(adapter_id)
 
     def poll(self, timeout_s: float = 0.0) -> list[LoadResult]:
         """Return the loads that ended; wait up to `timeout_s` for the first one.
@@ -226,6 +284,8 @@ class AdapterLoader:
         with self._lock:
             self._is_closing = True
             self._lock.notify()
+        if self._peers is not None:
+            self._peers.close()
         self._thread.join()
         if self._arena is not None:
             self._arena.close()
@@ -276,6 +336,10 @@ class AdapterLoader:
             error = f"the adapter could not be loaded: {reason}"
         if job.load is None:
             return None
+        if self._peers is not None:
+            # Even if it failed here: until all have ended, its pages may be written.
+            elsewhere = self._peers.wait(adapter_id)
+            error = error or elsewhere
         tier = "disk" if job.was_read else "host"
         return LoadResult(adapter_id, error, self._clock() - started, tier)
 

@@ -2,7 +2,8 @@
 
 The main thread steps the core; a second thread receives commands, so that the pipe is always
 drained. Signals that end a service reach the whole process group, so they are ignored here: the
-API process decides, by `Shutdown` or, should it die, by the pipe that closes with it.
+API process decides, by `Shutdown` or, should it die, by the pipe that closes with it; even a
+stopped engine ends with the thread that spawned it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 from loraplex_server.engine.reply_pipe import ReplySender
+from loraplex_server.engine.tether import end_with_parent
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class CoreFactory(Protocol):
 
 def run_engine(connection: Connection, build_core: CoreFactory) -> None:
     """Run the engine until `Shutdown` or until the connection closes. A process's entry point."""
+    end_with_parent()
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex_kernels.ops import host_backend
+from loraplex_kernels.ops import backend_of, host_backend
 from loraplex_kernels.row_max import row_max
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Plan, SequenceStep, StepResult
@@ -42,6 +42,9 @@ class StepRunner(Protocol):
 
     def launch(self, plan: Plan) -> Flight:
         """Start computing a plan that has sequences; need not wait for anything."""
+
+    def close(self) -> None:
+        """Wait for what was launched, and give up what it was recorded as; nothing comes after."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class Runner:
         self._model = model
         self._pool = pool
         self._grammars = grammars
-        self._backend = host_backend()
+        self._backend = backend_of(model.group, host_backend())
+        # All ranks have the logits, but requests' grammars are known to the first alone.
+        self._is_sampling = model.group is None or model.group.rank == 0
         self._batches = BatchBuilder(pool.layout)
         self._last_sampled: dict[str, int] = {}
 
@@ -88,6 +93,9 @@ class Runner:
         self._last_sampled = dict.fromkeys((*result.failures, *result.dead_ends), 0)
         self._last_sampled |= {i: token.token_id for i, token in result.tokens.items()}
         return Landed(result)
+
+    def close(self) -> None:
+        """See `StepRunner`: launching is computing."""
 
     @torch.inference_mode()
     def _compute(self, plan: Plan) -> StepResult:
@@ -116,7 +124,7 @@ class Runner:
         self, logits: torch.Tensor, steps: Sequence[SequenceStep], started: float
     ) -> StepResult:
         computed = time.monotonic()
-        result = _draw(logits, steps, self._grammars)
+        result = _draw(logits, steps, self._grammars) if self._is_sampling else StepResult({})
         self._parts.forward_s += computed - started
         self._parts.sample_s += time.monotonic() - computed
         return result

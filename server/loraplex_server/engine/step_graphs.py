@@ -22,21 +22,27 @@ class GraphRecorder(Protocol):
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs; all of them share one pool of memory, as none runs beside another."""
+    """Records CUDA graphs; all of them share one pool of memory, as none runs beside another.
 
-    def __init__(self) -> None:
+    Args:
+        is_watched: a thread of NCCL's asks the device how far collectives are, which must not
+            spoil a capture. Never tried on several GPUs, for want of them.
+    """
+
+    def __init__(self, *, is_watched: bool = False) -> None:
         self._memory: Any = None
+        self._errors = "thread_local" if is_watched else "global"
 
     def record(self, run: Replay) -> Replay:
         """Run once eagerly, then capture.
 
-        The eager run compiles kernels and lets libraries take their workspaces, which a capture
-        must not do.
+        The eager run compiles kernels, lets libraries take their workspaces and NCCL connect the
+        ranks, which a capture must not do.
         """
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=self._errors):
             run()
         self._memory = graph.pool()
         return graph.replay
@@ -81,6 +87,10 @@ class StepGraphs:
     def replay(self, num_rows: int, has_lora: bool) -> None:
         """Enqueue a decode step of `num_rows`, a value of `padded`."""
         self._replays[num_rows, has_lora]()
+
+    def forget(self) -> None:
+        """Give the recordings up, and with them what they hold of collectives."""
+        self._replays.clear()
 
     def _bound(self, num_rows: int, has_lora: bool) -> Replay:
         return lambda: self._run(num_rows, has_lora)

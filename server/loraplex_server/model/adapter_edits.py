@@ -1,6 +1,6 @@
 """What adapters change beside the outputs of linears, for their own rows of one step.
 
-`AdapterEdits` is made for a step in which some adapter has such parts (`AdapterSpec.needs_edits`)
+`AdapterEdits` is made for a step in which some adapter has such parts (`AdapterLayout.needs_edits`)
 and rows that they concern; the transformer calls it between its own operations. These are plain
 torch operations on parts gathered from the pool: they wait for no device, and a row's result
 depends on that row alone. What each part does is written at its name in `adapter_spec`.
@@ -8,13 +8,12 @@ depends on that row alone. What each part does is written at its name in `adapte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from loraplex_kernels.batch import AttentionBatch
 from loraplex_kernels.model_tables import HeadNorms
@@ -33,9 +32,11 @@ from loraplex_memory.adapter_spec import (
     Q_NORM,
     SOFT_PROMPT,
     TOKEN_ROWS,
+    bias,
     in_scale,
+    out_scale,
 )
-from loraplex_memory.layout import Site
+from loraplex_memory.layout import SITES, Projection, Site
 from loraplex_memory.pool import PagePool
 from loraplex_server.model.device_copy import copy_to
 from loraplex_server.model.linear import Linear
@@ -89,14 +90,20 @@ class AdapterEdits:
             for i, one in enumerate(edited)
         ]
 
-    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        token_ids: torch.Tensor,
+        look_up: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+    ) -> torch.Tensor:
         """Return the embeddings `[T, H]` of integer `token_ids` `[T]`, virtual tokens among them.
 
         Args:
-            weight: `[V, H]`, the base's.
+            look_up: returns those of the base.
+            vocab_size: how many there are.
         """
-        token_ids = token_ids.clamp(max=weight.shape[0] - 1)
-        x = F.embedding(token_ids, weight)
+        token_ids = token_ids.clamp(max=vocab_size - 1)
+        x = look_up(token_ids)
         for edit in self._edits:
             edit.embed(x, token_ids)
         return x
@@ -125,6 +132,15 @@ class AdapterEdits:
             scale = edit.parts.of_layer(in_scale(site), layer)
             if scale is not None:
                 x.index_copy_(0, edit.rows, x[edit.rows] * scale)
+
+    def finish_output(self, y: torch.Tensor, layer: int, site: Site) -> None:
+        """Scale and shift the output `y` `[T, H]` of a row-parallel site in place.
+
+        Where several devices add such an output up, its scale and bias cannot come before.
+        """
+        (projection,) = SITES[site]
+        for edit in self._edits:
+            edit.finish_output(y, layer, projection)
 
     def write_prefix(self, kv: torch.Tensor, layer: int) -> None:
         """Put stored keys and values where those of virtual tokens have been written.
@@ -203,6 +219,19 @@ class _AdapterEdit:
             x.index_fill_(0, self._virtual_rows, 0.0)
         else:
             x.index_copy_(0, self._virtual_rows, self.parts.lookup(part, self._virtual_idxs))
+
+    def finish_output(self, y: torch.Tensor, layer: int, projection: Projection) -> None:
+        """See `AdapterEdits.finish_output`."""
+        scale = self.parts.of_layer(out_scale(projection), layer)
+        shift = self.parts.of_layer(bias(projection), layer)
+        if scale is None and shift is None:
+            return
+        own = y[self.rows].float()
+        if scale is not None:
+            own *= scale.float().sum(0)
+        if shift is not None:
+            own += shift.float()
+        y.index_copy_(0, self.rows, own.to(y.dtype))
 
     def write_prefix(self, kv: torch.Tensor, layer: int) -> None:
         """See `AdapterEdits.write_prefix`."""

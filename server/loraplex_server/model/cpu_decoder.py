@@ -136,7 +136,7 @@ class CpuDecoder:
         embedded = (
             F.embedding(token_ids, embedding)
             if edits is None
-            else edits.embed(token_ids, embedding)
+            else edits.embed(token_ids, lambda ids: F.embedding(ids, embedding), len(embedding))
         )
         return self.decoder.start(embedded, pool.data, attention, lora, logit_rows, out)
 

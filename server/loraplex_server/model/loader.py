@@ -6,6 +6,7 @@ import torch
 
 from loraplex_server.model.checkpoint import open_checkpoint
 from loraplex_server.model.linear import Quantization
+from loraplex_server.model.model_shard import ModelShard
 from loraplex_server.model.source import ModelSource
 from loraplex_server.model.spec import ModelSpec
 from loraplex_server.model.transformer import Transformer
@@ -31,18 +32,24 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    shard: ModelShard | None = None,
 ) -> ModelWeights:
     """Load the source's tensors at `dtype` (float32 or bfloat16), one at a time.
 
     See `fill_weights` for `quantization`.
+
+    Args:
+        shard: the part of the model that is wanted; default: all.
 
     Raises:
         CheckpointError: files are damaged, or their tensors do not fit the spec.
     """
     checkpoint = open_checkpoint(source, spec)
     tensors = ((name, checkpoint.read(name)) for name in checkpoint.names())
+    if shard is not None:
+        tensors = ((name, shard.own(name, tensor, spec)) for name, tensor in tensors)
     return fill_weights(
-        spec,
+        spec if shard is None else shard.spec(spec),
         tensors,
         dtype=dtype,
         device=device,

@@ -34,14 +34,17 @@ class PagedParts:
 
     def part(self, name: str) -> Part | None:
         """Return the part of this name, if the adapter has it."""
-        return self._layout.spec.part(name)
+        return self._layout.part(name)
 
     def of_layer(self, name: str, layer: int) -> torch.Tensor | None:
-        """Return a part of one layer, `[num_rows, row_elems]`; None where there is none."""
+        """Return a part of one layer, `[num_rows, row_elems]`; None where there is none.
+
+        Of an output scale it is two rows, to be added.
+        """
         part, starts = self.part(name), self._layout.layer_part(name)
         if part is None or starts is None or starts[layer] < 0:
             return None
-        shape = part.num_rows, part.row_elems
+        shape = self._layout.paged_rows(part), part.row_elems
         chunk_elems = self._layout.pool.chunk_elems
         pages = self._layer_pages
         return read_rows(self._pool.layer(layer), pages, starts[layer], shape, chunk_elems)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from loraplex_kernels.collectives import Collectives
 from loraplex_kernels.cpu import CpuOps
 from loraplex_kernels.model_tables import HeadNorms, KernelModel, LoRASite
 from loraplex_kernels.ops import StepOps
 from loraplex_memory.adapter_spec import INPUT_NORM, POST_NORM
-from loraplex_memory.layout import PROJECTIONS, SITES, ModelGeometry, PoolLayout, Site
+from loraplex_memory.layout import PROJECTIONS, SITES, PoolLayout, Site
+from loraplex_memory.partition import ROW_PARALLEL, Partition
 from loraplex_memory.pool import PagePool
 from loraplex_server.model.adapter_edits import AdapterEdits
 from loraplex_server.model.cpu_decoder import CpuDecoder, can_decode
@@ -30,7 +32,12 @@ class Transformer:
     """Owned by the engine process; immutable after construction."""
 
     def __init__(
-        self, spec: ModelSpec, weights: ModelWeights, *, max_model_len: int | None = None
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        *,
+        max_model_len: int | None = None,
+        group: Collectives | None = None,
     ) -> None:
         """Prepare the tables of a model.
 
@@ -39,6 +46,8 @@ class Transformer:
             weights: its parameters, on the device to compute on.
             max_model_len: longest sequence to serve; decides between the short and the long
                 regime of longrope. Default: all that the model has positions for.
+            group: the ranks that compute the model together, each with the spec and the weights of
+                its own part; they make the same calls in the same order.
 
         Raises:
             UnsupportedModel: `max_model_len` is beyond the model's positions.
@@ -56,14 +65,21 @@ class Transformer:
         self._rope = build_rope_table(
             spec.rope, self.max_model_len, dtype=weights.dtype, device=weights.device
         )
-        self._sites = {site: lora_site(site, spec.geometry) for site in SITES}
-        self._can_decode = can_decode(spec, weights)
+        self._group = group
+        partition = Partition(spec.geometry, group.num_ranks if group else 1)
+        self._sites = {site: lora_site(site, partition) for site in SITES}
+        self._can_decode = group is None and can_decode(spec, weights)
         self._decoder: CpuDecoder | None = None
         self._decoder_layout: PoolLayout | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self._weights.dtype
+
+    @property
+    def group(self) -> Collectives | None:
+        """The ranks that compute the model together; None where one does."""
+        return self._group
 
     @property
     def precision(self) -> str:
@@ -90,7 +106,8 @@ class Transformer:
 
         Args:
             token_ids: integers `[T]`, sequence by sequence.
-            ops: the operations, bound to where each token belongs and which adapter it uses.
+            ops: the operations, bound to where each token belongs and which adapter it uses; on
+                one of several ranks `ShardedOps`.
             pool: KV pages (written) and adapter pages (read).
             logit_rows: integers `[N]`, the token rows whose logits are wanted; None for all.
             out: float32 `[N, vocab_size]` to write into.
@@ -144,7 +161,7 @@ class Transformer:
                 delta, residual = (t.index_select(0, rows) for t in (delta, residual))
             norm = self._norm_after(index, len(delta), edits)
             x, residual = ops.add_rms_norm(delta, residual, norm, eps)
-        return HeadInput(x, self._weights.lm_head, edits)
+        return HeadInput(x, self._weights.lm_head, self.spec.vocab_size, edits, self._group)
 
     def cpu_decoder(self, pool: PagePool) -> CpuDecoder | None:
         """Return the compiled program for pools of this layout; None where there can be none."""
@@ -157,8 +174,21 @@ class Transformer:
         return self._decoder
 
     def _embed(self, token_ids: torch.Tensor, edits: AdapterEdits | None) -> torch.Tensor:
-        weight = self._weights.embedding
-        return F.embedding(token_ids, weight) if edits is None else edits.embed(token_ids, weight)
+        if edits is None:
+            return self._look_up(token_ids)
+        return edits.embed(token_ids, self._look_up, self.spec.vocab_size)
+
+    def _look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return the base's embeddings `[T, H]`; one of several ranks has rows of some tokens."""
+        weight, group = self._weights.embedding, self._group
+        if group is None:
+            return F.embedding(token_ids, weight)
+        own = token_ids - group.rank * len(weight)
+        is_elsewhere = (own < 0) | (own >= len(weight))
+        x = F.embedding(own.clamp(0, len(weight) - 1), weight)
+        x.masked_fill_(is_elsewhere[:, None], 0.0)
+        group.all_reduce(x, "embedding")  # sums of one embedding and zeros: exact
+        return x
 
     def _norm_after(self, index: int, num_rows: int, edits: AdapterEdits | None) -> torch.Tensor:
         """Return the weights of the norm behind layer `index`: the next layer's, or the last."""
@@ -222,7 +252,12 @@ class Transformer:
         if edits is not None:
             edits.scale_input(x, index, site)
         y = linear(x)
-        ops.add_lora(y, x, pool.layer(index), layer=index, site=self._sites[site])
+        lora_site = self._sites[site]
+        ops.add_lora(y, x, pool.layer(index), layer=index, site=lora_site)
+        if self._group is not None and lora_site.is_row_parallel:
+            self._group.all_reduce(y)
+            if edits is not None:
+                edits.finish_output(y, index, site)
         return y
 
 
@@ -230,14 +265,15 @@ def _norm(edits: AdapterEdits | None, name: str, index: int, weight: torch.Tenso
     return weight if edits is None else edits.norm(name, index, weight)
 
 
-def lora_site(site: Site, geometry: ModelGeometry) -> LoRASite:
-    """Return the site as the kernels take it."""
+def lora_site(site: Site, partition: Partition) -> LoRASite:
+    """Return the site as the kernels of one rank take it."""
     names = SITES[site]
     return LoRASite(
         index=list(SITES).index(site),
         projections=tuple(PROJECTIONS.index(name) for name in names),
-        in_features=geometry.in_features(names[0]),
-        out_features=tuple(geometry.out_features(name) for name in names),
+        in_features=partition.inputs(names[0], 0).width,
+        out_features=tuple(partition.outputs(name, 0).width for name in names),
+        is_row_parallel=partition.num_ranks > 1 and names[0] in ROW_PARALLEL,
     )
 
 
@@ -249,15 +285,16 @@ def _head_norms(layer: LayerWeights) -> HeadNorms | None:
 
 def kernel_model(pool: PagePool) -> KernelModel:
     """Return the model and its pool as the kernels know them."""
-    layout, geometry = pool.layout, pool.layout.geometry
+    layout, shard = pool.layout, pool.layout.shard
     return KernelModel(
-        num_layers=geometry.num_layers,
-        num_heads=geometry.num_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
+        num_layers=shard.num_layers,
+        num_heads=shard.num_heads,
+        num_kv_heads=shard.num_kv_heads,
+        head_dim=shard.head_dim,
         page_tokens=layout.page_tokens,
         page_elems=layout.page_elems,
         chunk_elems=layout.chunk_elems,
-        sites=tuple(lora_site(site, geometry) for site in SITES),
+        sites=tuple(lora_site(site, layout.partition) for site in SITES),
         dtype=pool.dtype,
+        num_ranks=layout.num_ranks,
     )

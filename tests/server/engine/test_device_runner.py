@@ -87,6 +87,27 @@ def test_measuring_a_step_leaves_nothing_behind(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_closed_runner_holds_no_recording():
+    # NCCL gives a group up only when every graph that holds a collective of it is gone.
+    recorded = []
+
+    class Noting:
+        def record(self, run):
+            def replay():
+                run()
+
+            recorded.append(weakref.ref(replay))
+            return replay
+
+    model = tiny_transformer()
+    pool = PagePool(PoolLayout(model.spec.geometry), 8, dtype=model.dtype)
+    runner = make_device_runner(model, pool, max_step_tokens=4, max_running=2, recorder=Noting())
+    assert all(replay() is not None for replay in recorded)
+    runner.close()
+    assert recorded
+    assert all(replay() is None for replay in recorded)
+
+
 def test_warming_up_launches_prefill_and_adapters_in_the_first_page_only():
     model = tiny_transformer()
     layout = PoolLayout(model.spec.geometry)
