@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _DEBIAN = Path("/usr/lib/postgresql")
+
+
+def why_no_postgres() -> str | None:
+    """Return what is missing to run one, None if nothing is."""
+    if find_programs() is None:
+        return "no PostgreSQL: neither `initdb` in PATH nor in /usr/lib/postgresql/*/bin"
+    if importlib.util.find_spec("psycopg") is None:
+        return "no driver for PostgreSQL: psycopg is not installed"
+    return None
 
 
 def find_programs() -> Path | None:
@@ -22,28 +35,68 @@ def find_programs() -> Path | None:
 
 
 @contextmanager
-def running_postgres(programs: Path, folder: Path) -> Iterator[str]:
-    """Run a server on a Unix socket in `folder`, and yield SQLAlchemy's URL of its database."""
-    data, user = folder / "data", _unprivileged_user()
-    if user is not None:
-        os.chown(folder, user.pw_uid, user.pw_gid)
-    options = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
-    make = [programs / "initdb", "-D", data, "-U", "test", "-A", "trust", "--no-sync", "-E", "UTF8"]
-    subprocess.run(make, check=True, capture_output=True, cwd=folder, **options)
-    command = [programs / "postgres", "-D", data, "-k", folder, "-h", "", "-c", "fsync=off"]
-    log = (folder / "log").open("wb")
-    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **options)
-    try:
-        ready = [programs / "pg_isready", "-h", folder, "-t", "30"]
-        for _ in range(300):
+def running_postgres() -> Iterator[PostgresServer]:
+    """Run a server over an empty database until the block ends.
+
+    In a folder of its own below /tmp: pytest closes those that it makes to all other users, and
+    does so again whenever somebody else starts it.
+    """
+    with tempfile.TemporaryDirectory(prefix="loraplex-postgres-") as folder:
+        server = PostgresServer(Path(folder))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+class PostgresServer:
+    """On a Unix socket in its folder; may be stopped and started again over the same data.
+
+    Attributes:
+        url: SQLAlchemy's, of its database.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        programs = find_programs()
+        assert programs is not None, why_no_postgres()
+        self.url = f"postgresql://test@/postgres?host={folder}"
+        self._programs, self._folder = programs, folder
+        user = _unprivileged_user()
+        if user is not None:
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        self._options = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
+        self._options |= {"extra_groups": []} if user else {}
+        self._process: subprocess.Popen[bytes] | None = None
+        make = [programs / "initdb", "-D", folder / "data", "-U", "test", "-A", "trust"]
+        make += ["--no-sync", "-E", "UTF8"]
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, **self._options)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        command = [self._programs / "postgres", "-D", self._folder / "data", "-k", self._folder]
+        command += ["-h", "", "-c", "fsync=off"]
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self._folder, **self._options
+            )
+        ready = [self._programs / "pg_isready", "-h", self._folder]
+        for _ in range(600):
             if subprocess.run(ready, check=False, capture_output=True).returncode == 0:
-                break
-            assert server.poll() is None, (folder / "log").read_text()
-        yield f"postgresql://test@/postgres?host={folder}"
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        log.close()
+                return
+            assert self._process.poll() is None, (self._folder / "log").read_text()
+            time.sleep(0.1)
+        raise AssertionError(f"not ready: {(self._folder / 'log').read_text()}")
+
+    def stop(self) -> None:
+        """Stop it at once, as an administrator would ("fast": whoever is connected is cut off)."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(timeout=60)
+        finally:
+            self._process = None
 
 
 def _unprivileged_user() -> pwd.struct_passwd | None:

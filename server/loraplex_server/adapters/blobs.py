@@ -2,6 +2,12 @@
 
     <digest>.safetensors    the canonical file, which the engine reads
     <digest>.native.tar     the uploaded files, where the canonical one was computed from them
+    <file>.<time>-<token>.aside     one that was about to be deleted, from its Unix time on
+
+No store promises that a file is deleted only if nobody has put it again. So one that several
+servers use never loses content in one step (decision 33): a sweep moves a file to a name that is
+used once, whoever finds the file missing moves it back, and a later sweep deletes it or moves it
+back, as the registry says then.
 
 The store is any fsspec file system; a local folder is used in place. From a remote store, a file
 is copied once into a local cache, because the engine maps local files.
@@ -11,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -24,6 +32,11 @@ from loraplex_server.adapters.identity import ID_PREFIX
 _SUFFIX: Final = ".safetensors"
 _NATIVE_SUFFIX: Final = ".native.tar"
 _PART_SUFFIX: Final = ".part"
+_ASIDE_SUFFIX: Final = ".aside"
+#: What has buckets and no folders: there `makedirs` would make a bucket out of a misspelt name.
+_OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az"})
+#: Says whose files these are.
+_OWNER_NAME: Final = "registry-id"
 
 
 class BlobStore:
@@ -42,7 +55,31 @@ class BlobStore:
         self._fs, self._root = _open_fs(url)
         self._is_local = _is_local(self._fs)
         self._cache_dir = cache_dir
-        self._fs.makedirs(self._root, exist_ok=True)
+        if not _OBJECT_STORES.intersection(_protocols(self._fs)):
+            with self._failures():
+                self._fs.makedirs(self._root, exist_ok=True)
+
+    def claim(self, owner: str) -> str | None:
+        """Make the place that of a registry, unless it is another one's.
+
+        Returns:
+            The file that says whose the place is, if it is another one's: `sweep` would delete
+            what that one refers to.
+        """
+        path = f"{self._root}/{_OWNER_NAME}"
+        with self._failures():
+            try:
+                found = self._fs.cat_file(path).decode(errors="replace")
+            except FileNotFoundError:
+                self._sign(path, owner)
+                return None
+        return None if found == owner else str(self._fs.unstrip_protocol(path))
+
+    def _sign(self, path: str, owner: str) -> None:
+        try:
+            self._fs.pipe_file(path, owner.encode())
+        except FileNotFoundError as error:
+            raise OSError(f"blob_url names no bucket that is there ({error}): make it") from error
 
     def put(self, adapter_id: str, file: Path) -> None:
         """Move the local `file` into the store, durably; replaces the same content.
@@ -61,28 +98,40 @@ class BlobStore:
             file.replace(target)
             _sync(Path(self._root))
             return
-        part = f"{target}.{file.name}{_PART_SUFFIX}"
-        self._fs.put_file(str(file), part)
-        self._fs.mv(part, target)
+        # Of a name of its own: others may be putting the same content.
+        part = f"{target}.{secrets.token_hex(8)}{_PART_SUFFIX}"
+        with self._failures():
+            self._fs.put_file(str(file), part)
+            self._fs.mv(part, target)
         file.unlink()
 
     def local_path(self, adapter_id: str) -> Path:
         """Return the content as a local file; raises FileNotFoundError if it is not stored."""
-        if self._is_local:
-            path = Path(self._path(adapter_id))
-        else:
-            path = self._cache_dir / _file_name(adapter_id)
-            if not path.exists():
-                self._download(adapter_id, path)
+        path = self._local_file(adapter_id)
+        try:
+            return self._fetched(adapter_id, path)
+        except FileNotFoundError:
+            if not self._bring_back(_file_name(adapter_id)):
+                raise
+        return self._fetched(adapter_id, path)
+
+    def _fetched(self, adapter_id: str, path: Path) -> Path:
+        if not self._is_local and not path.exists():
+            self._download(adapter_id, path)
         path.stat()
         return path
+
+    def local_copy(self, adapter_id: str) -> Path | None:
+        """Return the content as a local file if it is one already."""
+        path = self._local_file(adapter_id)
+        return path if path.exists() else None
 
     def delete(self, adapter_id: str) -> int:
         """Remove the content here and in the cache; absent is fine. Returns bytes freed here."""
         num_bytes = 0
         for suffix in (_SUFFIX, _NATIVE_SUFFIX):
             path = self._path(adapter_id, suffix)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), self._failures():
                 size_bytes = self._fs.size(path) or 0
                 self._fs.rm_file(path)
                 num_bytes += size_bytes
@@ -92,74 +141,195 @@ class BlobStore:
     def forget(self, adapter_id: str) -> None:
         """Remove the content from this machine's cache, if there is one."""
         if not self._is_local:
-            (self._cache_dir / _file_name(adapter_id)).unlink(missing_ok=True)
+            self._local_file(adapter_id).unlink(missing_ok=True)
 
     def sweep(self, keep: Callable[[], Collection[str]], *, min_age_s: float = 0.0) -> list[str]:
-        """Delete unfinished files and every id not kept; returns the ids deleted.
+        """Delete unfinished files and every id not kept; returns the ids.
 
         Args:
             keep: called after the files were listed, so that what was registered since is kept.
-            min_age_s: leave younger files alone; 0 only where nobody else may be putting.
+            min_age_s: leave younger files alone, and set others aside for so long before they are
+                deleted; 0 only where nobody else may be putting.
         """
-        listed = [self._name_of(path) for path in self._fs.ls(self._root, detail=False)]
-        old = [name for name in listed if not min_age_s or self._age_s(name) >= min_age_s]
+        listed = [self._name_of(path) for path in self._list()]
         kept = keep()
-        for name in old:
-            if name.endswith(_PART_SUFFIX):
-                self._fs.rm_file(f"{self._root}/{name}")
-        ids = {
-            ID_PREFIX + name.removesuffix(suffix)
-            for name in old
-            for suffix in (_SUFFIX, _NATIVE_SUFFIX)
-            if name.endswith(suffix)
-        }
-        orphans = sorted(ids.difference(kept))
-        if min_age_s:
-            # Some may have been put again since they were listed, to be registered next.
-            orphans = [i for i in orphans if self._age_s(_file_name(i)) >= min_age_s]
-        for adapter_id in orphans:
-            self.delete(adapter_id)
-        return orphans
+        for name in listed:
+            if name.endswith(_PART_SUFFIX) and self._is_older((name,), min_age_s):
+                self._delete_file(name)
+            elif name.endswith(_ASIDE_SUFFIX):
+                self._settle_aside(name, kept, min_age_s)
+        deleted = []
+        for adapter_id in sorted(set(filter(None, map(_id_of, listed))).difference(kept)):
+            names = [_file_name(adapter_id, suffix) for suffix in (_SUFFIX, _NATIVE_SUFFIX)]
+            # Right before: it may have been put again since, to be registered next.
+            if not self._is_older(names, min_age_s):
+                continue
+            if min_age_s:
+                self._set_aside(names)
+            else:
+                self.delete(adapter_id)
+            deleted.append(adapter_id)
+        return deleted
+
+    def _set_aside(self, names: Collection[str]) -> None:
+        """Move files away, each to a name that nobody else uses."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                stamp = f"{int(time.time())}-{secrets.token_hex(8)}"
+                self._move(name, f"{name}.{stamp}{_ASIDE_SUFFIX}")
+
+    def _settle_aside(self, aside: str, kept: Collection[str], min_age_s: float) -> None:
+        """Move a file back if its id is kept and it is missing; else delete it in its time."""
+        name, _, stamp = aside.removesuffix(_ASIDE_SUFFIX).rpartition(".")
+        since = stamp.partition("-")[0]
+        if not since.isdecimal():  # not ours
+            return
+        if _id_of(name) in kept and not self._exists(name):
+            with contextlib.suppress(FileNotFoundError):  # another server was faster
+                self._move(aside, name)
+        elif time.time() - int(since) >= min_age_s:
+            self._delete_file(aside)
+
+    def _bring_back(self, name: str) -> bool:
+        """Move a file back that a sweep set aside while it was registered; whether there was one.
+
+        Whoever asks has read a row that refers to it.
+        """
+        with self._failures():
+            # The prefix spares object stores a list of everything; others do not know it.
+            found = map(self._name_of, self._fs.find(self._root, prefix=name))
+        for aside in found:
+            if aside.startswith(f"{name}.") and aside.endswith(_ASIDE_SUFFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    self._move(aside, name)
+                return True
+        return False
+
+    def _move(self, source: str, target: str) -> None:
+        with self._failures():
+            if self._is_local:  # by a rename, which takes no room
+                Path(self._root, source).replace(Path(self._root, target))
+            else:
+                self._fs.cp_file(f"{self._root}/{source}", f"{self._root}/{target}")
+                self._fs.rm_file(f"{self._root}/{source}")
+
+    def _exists(self, name: str) -> bool:
+        with self._failures():
+            return bool(self._fs.exists(f"{self._root}/{name}"))
+
+    def _delete_file(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._failures():
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def sweep_copies(self, keep: Collection[str]) -> None:
+        """Delete local copies, whole or not, of all but these ids; nobody may be reading any."""
+        if self._is_local or not self._cache_dir.exists():
+            return
+        kept = {_file_name(adapter_id) for adapter_id in keep}
+        for path in self._cache_dir.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _list(self) -> list[Any]:
+        with contextlib.suppress(FileNotFoundError), self._failures():
+            return list(self._fs.ls(self._root, detail=False))
+        return []  # an object store has no empty folders
 
     def _name_of(self, path: Any) -> str:
         return PurePosixPath(str(path)).name
 
-    def _age_s(self, name: str) -> float:
-        """Return how old a file is; 0 where it has just gone, or nobody can tell."""
+    def _is_older(self, names: Collection[str], min_age_s: float) -> bool:
+        """Whether the youngest of the files is so old, as far as anybody can tell."""
+        if not min_age_s:
+            return True
+        ages = [age for name in names if (age := self._age_s(name)) is not None]
+        return bool(ages) and min(ages) >= min_age_s
+
+    def _age_s(self, name: str) -> float | None:
+        """Return how old a file is; None where it is gone, 0 where nobody can tell."""
         try:
-            modified = self._fs.modified(f"{self._root}/{name}")
-        except (FileNotFoundError, NotImplementedError):
+            with self._failures():
+                modified = self._fs.modified(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return None
+        except NotImplementedError:
             return 0.0
         if modified.tzinfo is None:
             modified = modified.replace(tzinfo=UTC)
         return float((datetime.now(UTC) - modified).total_seconds())
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Tell what libraries of object stores raise, each its own, as OSError."""
+        try:
+            yield
+        except PermissionError as error:
+            if self._is_local:
+                raise
+            raise OSError(
+                f"the store of adapter files, blob_url, refuses it ({error}): the credentials "
+                "need rights to list, read, write and delete there"
+            ) from error
+        except (OSError, NotImplementedError):
+            raise
+        except Exception as error:
+            raise OSError(
+                "the store of adapter files, blob_url, does not answer as it should: "
+                f"{error or type(error).__name__}"
+            ) from error
 
     def _download(self, adapter_id: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, suffix=_PART_SUFFIX)
         os.close(handle)
         try:
-            self._fs.get_file(self._path(adapter_id), part)
+            with self._failures():
+                self._fs.get_file(self._path(adapter_id), part)
             Path(part).replace(path)
         finally:
             Path(part).unlink(missing_ok=True)
+
+    def _local_file(self, adapter_id: str) -> Path:
+        if self._is_local:
+            return Path(self._path(adapter_id))
+        return self._cache_dir / _file_name(adapter_id)
 
     def _path(self, adapter_id: str, suffix: str = _SUFFIX) -> str:
         return f"{self._root}/{_file_name(adapter_id, suffix)}"
 
 
 def _open_fs(url: str) -> tuple[Any, str]:
-    fs, root = url_to_fs(url)
+    try:
+        # Without a cache of what is there and since when: other servers put and delete files too.
+        fs, root = url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise OSError(
+            f"what reads blob_url is not installed ({error}): for s3:// pip install "
+            "'loraplex[s3]', for gs:// 'loraplex[gcs]'"
+        ) from error
+    except ValueError as error:
+        raise OSError(f"blob_url is no URL such as s3://bucket/folder: {error}") from error
     return fs, str(root).rstrip("/")
 
 
 def _is_local(fs: Any) -> bool:
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    return "file" in protocols
+    return "file" in _protocols(fs)
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _file_name(adapter_id: str, suffix: str = _SUFFIX) -> str:
     return adapter_id.removeprefix(ID_PREFIX) + suffix
+
+
+def _id_of(name: str) -> str | None:
+    """Return whose file has this name; None of other files."""
+    for suffix in (_SUFFIX, _NATIVE_SUFFIX):
+        if name.endswith(suffix):
+            return ID_PREFIX + name.removesuffix(suffix)
+    return None
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -22,30 +21,30 @@ from loraplex_memory.layout import PoolLayout
 from loraplex_server.adapters.adapter_writer import AdapterWriter
 from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.blobs import BlobStore
+from loraplex_server.adapters.change_feed import ChangeFeed
 from loraplex_server.adapters.checks import AdapterChecks
 from loraplex_server.adapters.data_dir import DataDir, storage_errors
 from loraplex_server.adapters.errors import AdapterNotFound, BaseNameTaken, StorageFailed
+from loraplex_server.adapters.expiry import NameExpiry
 from loraplex_server.adapters.holds import Drain
-from loraplex_server.adapters.last_uses import LastUses
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.adapters.lease_book import LeaseBook
 from loraplex_server.adapters.names import check_adapter_name
-from loraplex_server.adapters.pins import change_settings
 from loraplex_server.adapters.reader import AdapterReader
 from loraplex_server.adapters.record import AdapterLimits, AdapterRecord
 from loraplex_server.adapters.references import AdapterReference, check_id_prefix, parse_reference
 from loraplex_server.adapters.registrar import AdapterRegistrar
 from loraplex_server.adapters.registration import Registration
-from loraplex_server.adapters.registry import Registry, VersionRow, scope_of
+from loraplex_server.adapters.registry import Registry, scope_of
 from loraplex_server.adapters.registry_database import sqlite_url
-from loraplex_server.adapters.removal import Removal
-from loraplex_server.adapters.store import AdapterStore, RemovedVersions
+from loraplex_server.adapters.removal import Removal, RemovedVersions
+from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.adapters.validation import Validation, validate
 from loraplex_server.adapters.version_record import make_record
+from loraplex_server.adapters.version_row import VersionRow
 
 DEFAULT_KEEP_VERSIONS: Final = 5
-_EXPIRED_AT_ONCE: Final = 100
 _SPEC_CACHE: Final = 1024
 
 #: Who changes what where nobody says.
@@ -72,6 +71,7 @@ class AdapterCatalog:
         base_id: str | None = None,
         blob_url: str | None = None,
         registry_url: str | None = None,
+        outage_s: float = 0.0,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
         limits: AdapterLimits | None = None,
         on_discard: Callable[[str], None] = lambda adapter_id: None,
@@ -90,6 +90,8 @@ class AdapterCatalog:
             blob_url: where adapter files are kept, any fsspec URL; `data_dir/blobs` by default.
             registry_url: SQLAlchemy's URL of a database that several servers share, together with
                 `blob_url`; a SQLite file in `data_dir` by default, this catalogue's alone.
+            outage_s: how long names that are known resolve while a registry of several servers
+                does not answer.
             keep_versions: of each name, the current one included; older ones are deleted.
             on_discard: called with an adapter id, in the thread that ended its last use, when
                 no name and no lease refers to it any more. A hint to free its pages: the same
@@ -108,9 +110,7 @@ class AdapterCatalog:
         self._limits = limits or AdapterLimits()
         self._clock = clock
         self._checks = AdapterChecks(reader, pool_layout, at_stage)
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._uses = LastUses()
+        self._is_closed, is_shared = False, registry_url is not None
         scope = scope_of(base_id or base_name, pool_layout.geometry)
         self._registry = Registry(scope, pool_layout.geometry.num_layers)
         self._dir = DataDir(data_dir)
@@ -124,10 +124,15 @@ class AdapterCatalog:
                 blobs,
                 database_url=registry_url or sqlite_url(self._dir.database),
                 upgrade_blob=writer.upgrade,
-                is_shared=registry_url is not None,
+                is_shared=is_shared,
+                claims_files=blob_url is not None,
+                outage_s=outage_s,
                 keep_versions=keep_versions,
                 on_discard=on_discard,
                 at_stage=at_stage,
+            )
+            self._expiry = NameExpiry(
+                self._registry, self._store, is_shared=is_shared, outage_s=outage_s
             )
             self._leases = LeaseBook(self._store, self._record, self._note_use)
             self._registrar = AdapterRegistrar(
@@ -136,13 +141,12 @@ class AdapterCatalog:
         except BaseException:
             self._dir.close()
             raise
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             with self._reading("look the base's name up") as connection:
                 if (name := self._registry.find_like(connection, base_name)) is not None:
                     raise BaseNameTaken(name, base_name)
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     @property
     def database(self) -> Engine:
@@ -153,6 +157,11 @@ class AdapterCatalog:
     def scope(self) -> str:
         """What tells the served base from others in the database."""
         return self._registry.scope
+
+    @property
+    def changes(self) -> ChangeFeed:
+        """What other servers change in a registry that several share."""
+        return self._store.changes
 
     def close(self) -> None:
         """Write what is not written yet, and let go of the data folder. Idempotent."""
@@ -266,15 +275,12 @@ class AdapterCatalog:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
         """
         if adapter_id is not None:
-            reference = AdapterReference(name, check_id_prefix(adapter_id, adapter_id))
-            row = self._store.resolve(reference)
+            row = self._store.resolve(
+                AdapterReference(name, check_id_prefix(adapter_id, adapter_id))
+            )
         else:
             assert version is not None, "a version or an id"
-            with self._reading("look the version up") as connection:
-                found = self._registry.find_version(connection, name, version)
-            if found is None:
-                raise AdapterNotFound(f"{name} version {version}")
-            row = found
+            row = self._store.version(name, version)
         return self._record(self._store.set_current(name, row, self._now(), actor))
 
     def change(
@@ -293,29 +299,25 @@ class AdapterCatalog:
         Raises:
             AdapterNotFound, PinRefused, StorageFailed
         """
-        with self._lock, self._writing("change the adapter") as connection:
-            row = change_settings(
-                self._registry,
-                connection,
-                name,
-                settings,
-                self._num_pages,
-                max_pinned_pages,
-                actor=actor,
-                now=self._now(),
-            )
+        row = self._store.change(
+            name, settings, self._num_pages, max_pinned_pages, now=self._now(), actor=actor
+        )
         return self._record(row)
 
-    def delete(self, name: str, *, actor: Actor = _SOMEBODY) -> Removal:
+    def delete(self, name: str, *, actor: Actor = _SOMEBODY, cancels: bool = False) -> Removal:
         """Take a name with all its versions away, or the one version `name@sha256:...`.
 
         It is gone when this returns. Users that hold a lease go on, and `Removal` tells when they
         have ended.
 
+        Args:
+            cancels: have other servers end theirs; this one's are the caller's to end.
+
         Raises:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, VersionIsCurrent, StorageFailed
         """
-        removed = self._store.remove(parse_reference(name), now=self._now(), actor=actor)
+        what = parse_reference(name)
+        removed = self._store.remove(what, now=self._now(), actor=actor, cancels=cancels)
         assert removed is not None, "nothing was asked of its age"
         return self._removal(removed)
 
@@ -329,53 +331,57 @@ class AdapterCatalog:
 
     def delete_expired(self) -> tuple[Removal, ...]:
         """Delete some of the names whose time is up and that nobody uses; raises StorageFailed."""
-        self.write_uses()
-        now = self._now()
-        with self._reading("list expired adapters") as connection:
-            names = self._registry.expired(connection, now, _EXPIRED_AT_ONCE)
-        removals = []
-        for name in names:
-            with contextlib.suppress(AdapterNotFound):
-                removed = self._store.remove(AdapterReference(name), now=now, is_expiry=True)
-                if removed is not None:
-                    removals.append(self._removal(removed))
-        return tuple(removals)
+        return tuple(map(self._removal, self._expiry.delete_expired(self._now())))
 
     def write_uses(self) -> None:
         """Write down when names were used; raises StorageFailed."""
-        for name in self._store.names_in_use():
-            self._note_use(name)
-        with self._uses.taken() as uses, self._writing("note uses") as connection:
-            self._registry.touch(connection, uses)
+        self._expiry.write_uses(self._now())
 
-    def sweep_files(self) -> None:
-        """Delete files that nobody refers to; for registries that servers share."""
-        self._store.sweep_files()
+    def sweep(self) -> None:
+        """Delete files that nobody refers to, and old news; for registries that servers share."""
+        self._store.files.sweep()
+        self._store.changes.prune(self._now())
 
     # ---- leases ----------------------------------------------------------------------------
 
-    def acquire(self, name: str) -> AdapterLease:
+    def acquire(self, name: str, *, is_fresh: bool = False) -> AdapterLease:
         """Resolve `name` or `name@sha256:...` once and hold what it stands for.
+
+        Args:
+            is_fresh: as the registry knows it now, and not as it was known moments ago.
 
         Raises:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
         """
-        return self._leases.acquire(parse_reference(name))
+        return self._leases.acquire(parse_reference(name), is_fresh=is_fresh)
+
+    def try_acquire(self, name: str) -> AdapterLease | None:
+        """The same of what is known here; None where something must be asked. Does not block.
+
+        Raises:
+            AdapterNotFound: as far as is known; `acquire` with `is_fresh` knows.
+            InvalidAdapterName
+        """
+        return self._leases.try_acquire(parse_reference(name))
 
     def num_leases(self, content_id: str) -> int:
         """Users of the adapter right now, for metrics and tests."""
-        return self._store.num_held(content_id)
+        return self._store.in_use.num_held(content_id)
+
+    def num_held_by(self, content_id: str, name: str) -> int:
+        """Users of the adapter right now who asked for it by `name`."""
+        return self._store.in_use.num_held_by(content_id, name)
 
     def num_waited_for(self, drain: Drain) -> int:
         """Return how many users a drain waits for."""
         if drain.is_last:
-            return self._store.num_held(drain.adapter_id)
-        return self._store.num_held_by(drain.adapter_id, drain.name)
+            return self._store.in_use.num_held(drain.adapter_id)
+        return self._store.in_use.num_held_by(drain.adapter_id, drain.name)
 
     def _removal(self, removed: RemovedVersions) -> Removal:
         record = self._record(removed.row)
         if removed.is_name:
-            self._uses.forget(record.name)
+            self._expiry.uses.forget(record.name)
         return Removal(record, removed.drains)
 
     # ---- pieces ----------------------------------------------------------------------------
@@ -385,16 +391,11 @@ class AdapterCatalog:
         with storage_errors(action), self._store.database.connect() as connection:
             yield connection
 
-    @contextlib.contextmanager
-    def _writing(self, action: str) -> Iterator[Connection]:
-        with storage_errors(action), self._store.database.begin() as connection:
-            yield connection
-
     def _now(self) -> int:
         return int(self._clock())
 
     def _note_use(self, name: str) -> None:
-        self._uses.note(name, self._now())
+        self._expiry.uses.note(name, self._now())
 
     def _record(self, row: VersionRow) -> AdapterRecord:
-        return make_record(row, self._num_pages(row.adapter.spec), self._uses.of(row.name))
+        return make_record(row, self._num_pages(row.adapter.spec), self._expiry.uses.of(row.name))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from loraplex_memory.adapter_manifest import AdapterManifest
 from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.references import AdapterReference
-from loraplex_server.adapters.registry import VersionRow
 from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.version_row import VersionRow
 
 
 class LeaseBook:
-    """Owned by the catalogue; every method may be called from any thread, and blocks.
+    """Owned by the catalogue; methods may be called from any thread.
 
     Args:
         record_of: says what a row stands for.
@@ -34,15 +35,35 @@ class LeaseBook:
         self._lock = threading.Lock()
         self._leases: set[AdapterLease] = set()
 
-    def acquire(self, reference: AdapterReference) -> AdapterLease:
+    def try_acquire(self, reference: AdapterReference) -> AdapterLease | None:
+        """Return a lease by what is known; None where that takes asking. Does not block.
+
+        Raises:
+            AdapterNotFound: as far as is known, see `AdaptersInUse.try_hold`.
+        """
+        row = self._store.in_use.try_hold(reference)
+        if row is None:
+            return None
+        path = self._store.files.local_copy(row)
+        if path is None:
+            self._store.in_use.release(row.adapter_id, row.name)
+            return None
+        return self._lease(row, path)
+
+    def acquire(self, reference: AdapterReference, *, is_fresh: bool = False) -> AdapterLease:
         """Resolve a reference and hold what it stands for; raises as `AdapterCatalog.acquire`."""
-        row = self._store.resolve_and_hold(reference)
+        row = self._store.in_use.resolve_and_hold(reference, is_fresh=is_fresh)
         # Outside the lock, since a remote store may have to fetch the file; held, so it stays.
         try:
-            lease = AdapterLease(self._record_of(row), self._manifest(row), self._release)
+            path = self._store.files.local_path(row)
         except StorageFailed:
-            self._store.release(row.adapter_id, row.name)
+            self._store.in_use.release(row.adapter_id, row.name)
             raise
+        return self._lease(row, path)
+
+    def _lease(self, row: VersionRow, path: Path) -> AdapterLease:
+        manifest = AdapterManifest(row.adapter_id, path=str(path), spec=row.adapter.spec)
+        lease = AdapterLease(self._record_of(row), manifest, self._release)
         self._note_use(row.name)
         with self._lock:
             self._leases.add(lease)
@@ -54,8 +75,4 @@ class LeaseBook:
                 return
             self._leases.discard(lease)
         self._note_use(lease.record.name)
-        self._store.release(lease.record.id, lease.record.name)
-
-    def _manifest(self, row: VersionRow) -> AdapterManifest:
-        path = self._store.local_path(row)
-        return AdapterManifest(adapter_id=row.adapter_id, path=str(path), spec=row.adapter.spec)
+        self._store.in_use.release(lease.record.id, lease.record.name)

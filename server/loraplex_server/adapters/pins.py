@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_server.adapters.audit_log import Actor, AuditEntry, write_audit
 from loraplex_server.adapters.errors import AdapterNotFound, PinRefused
-from loraplex_server.adapters.registry import Registry, VersionRow
+from loraplex_server.adapters.registry import Registry
+from loraplex_server.adapters.version_row import VersionRow
 
 
 def change_settings(
@@ -28,6 +29,8 @@ def change_settings(
     Raises:
         AdapterNotFound, PinRefused
     """
+    if settings.get("pinned"):
+        registry.lock_pins(connection)
     registry.lock(connection, name)
     row = registry.find(connection, name)
     if row is None:

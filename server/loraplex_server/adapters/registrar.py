@@ -14,8 +14,9 @@ from loraplex_server.adapters.registration_rules import (
     check_ownership,
     check_replaceable,
 )
-from loraplex_server.adapters.registry import NewVersion, Registry, StoredAdapter, VersionRow
+from loraplex_server.adapters.registry import Registry
 from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.version_row import NewVersion, StoredAdapter, VersionRow
 
 
 class AdapterRegistrar:
@@ -45,14 +46,14 @@ class AdapterRegistrar:
         )
         self._check_early(wish, checked.adapter_id)
         # Held while its file is stored: a delete of the same content may not take it meanwhile.
-        self._store.hold(checked.adapter_id)
+        self._store.in_use.hold(checked.adapter_id)
         try:
             return self._store.add(self._write(wish, checked, folder, now), wish, now)
         except StorageFailed:
             self._store.doom_unless_named(checked.adapter_id)
             raise
         finally:
-            self._store.release(checked.adapter_id)
+            self._store.in_use.release(checked.adapter_id)
 
     def _check_early(self, wish: Registration, content_id: str) -> None:
         """Spare a hopeless upload the writing; the store decides."""

@@ -11,7 +11,8 @@ from loraplex_server.adapters.errors import (
     VersionConflict,
 )
 from loraplex_server.adapters.registration import Registration
-from loraplex_server.adapters.registry import NewVersion, Registry, VersionRow
+from loraplex_server.adapters.registry import Registry
+from loraplex_server.adapters.version_row import NewVersion, VersionRow
 
 
 def check_replaceable(wish: Registration, current: VersionRow | None) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -25,59 +24,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import ModelGeometry
 from loraplex_server.adapters.defaults import AdapterDefaults
+from loraplex_server.adapters.name_changes import lock_for_transaction
 from loraplex_server.adapters.record import EVERYBODY
 from loraplex_server.adapters.registration import NameSettings
 from loraplex_server.adapters.registry_tables import adapters, names, versions
 from loraplex_server.adapters.spec_json import decode_spec, encode_spec
+from loraplex_server.adapters.version_row import NewVersion, StoredAdapter, VersionRow
 
 _SPEC_CACHE: Final = 1024
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """What is known of one content, whatever it is called."""
-
-    adapter_id: str
-    spec: AdapterSpec
-    size_bytes: int
-    native_bytes: int
-    self_test_error: float | None
-
-
-@dataclass(frozen=True)
-class VersionRow:
-    """One version of a name, with its content and the name's settings, as stored."""
-
-    name: str
-    version: int
-    is_current: bool
-    adapter: StoredAdapter
-    base_model: str
-    created: int
-    source: str
-    last_used: int | None
-    settings: NameSettings
-    owner: str
-
-    @property
-    def adapter_id(self) -> str:
-        return self.adapter.adapter_id
-
-
-@dataclass(frozen=True)
-class NewVersion:
-    """What is to be registered."""
-
-    name: str
-    adapter: StoredAdapter
-    base_model: str
-    created: int
-    source: str
-    report: str
-    owner: str = ""
 
 
 class Registry:
@@ -97,19 +53,27 @@ class Registry:
         return self._decode(row) if row else None
 
     def lock(self, connection: Connection, name: str) -> None:
-        """Let nobody else add or change the name in this transaction; SQLite's writers are alone.
+        """Let nobody else add or change the name in this transaction; it may have no row yet."""
+        lock_for_transaction(connection, f"{self.scope}\n{name}")
 
-        Not a lock of its row, which a new name does not have yet.
+    def lock_contents(self, connection: Connection, name: str, *others: str) -> None:
+        """Let nobody else name or drop what the name stands for, nor the others; after `lock`.
+
+        Rows are locked in one order everywhere, or two servers could wait for each other's. What is
+        named at this moment is seen by whoever looks afterwards.
         """
-        if connection.dialect.name == "postgresql":
-            key = func.hashtextextended(f"{self.scope}\n{name}", 0)
-            connection.execute(select(func.pg_advisory_xact_lock(key)))
+        of_name = select(versions.c.adapter_id).where(self._is_version(name))
+        is_one = or_(adapters.c.id.in_(of_name), adapters.c.id.in_(others))
+        query = select(adapters.c.id).where(is_one).order_by(adapters.c.id)
+        connection.execute(query.with_for_update()).all()
 
     def lock_owner(self, connection: Connection, owner: str) -> None:
         """Let nobody else add to what the owner has in this transaction; before `lock`."""
-        if connection.dialect.name == "postgresql":
-            key = func.hashtextextended(f"owner\n{self.scope}\n{owner}", 0)
-            connection.execute(select(func.pg_advisory_xact_lock(key)))
+        lock_for_transaction(connection, f"owner\n{self.scope}\n{owner}")
+
+    def lock_pins(self, connection: Connection) -> None:
+        """Let nobody else pin anything in this transaction; before `lock`."""
+        lock_for_transaction(connection, f"pins\n{self.scope}")
 
     def find_by_id(
         self, connection: Connection, name: str, id_prefix: str, limit: int = 2
@@ -169,7 +133,8 @@ class Registry:
         return list(connection.execute(query.limit(limit)).scalars())
 
     def is_expired(self, connection: Connection, name: str, now: int) -> bool:
-        query = select(names.c.name).where(self._is(name), self._is_expired(now))
+        """Whether its time is up, whatever uses others are writing down at this moment."""
+        query = select(names.c.name).where(self._is(name), self._is_expired(now)).with_for_update()
         return connection.execute(query).first() is not None
 
     def owned(self, connection: Connection, owner: str) -> tuple[int, int]:
@@ -368,22 +333,24 @@ def _is_readable(connection: Connection, reader: str) -> Any:
 
 
 def _drop_unnamed(connection: Connection, ids: set[str]) -> set[str]:
-    """Remove those adapters that no version of any scope stands for any more."""
+    """Remove those adapters that no version of any scope stands for; they are locked."""
     query = select(versions.c.adapter_id).where(versions.c.adapter_id.in_(ids))
     unnamed = ids - set(connection.execute(query).scalars())
     connection.execute(delete(adapters).where(adapters.c.id.in_(unnamed)))
     return unnamed
 
 
-def stored_ids(connection: Connection) -> set[str]:
-    """Ids of every adapter of every scope."""
-    return set(connection.execute(select(adapters.c.id)).scalars())
+def stored_ids(connection: Connection, among: Collection[str] | None = None) -> set[str]:
+    """Ids of every adapter of every scope, or those among the given ones."""
+    query = select(adapters.c.id)
+    if among is not None:
+        query = query.where(adapters.c.id.in_(among))
+    return set(connection.execute(query).scalars())
 
 
 def is_stored(connection: Connection, adapter_id: str) -> bool:
     """Whether any name of any scope stands for the adapter."""
-    query = select(adapters.c.id).where(adapters.c.id == adapter_id)
-    return connection.execute(query).first() is not None
+    return bool(stored_ids(connection, {adapter_id}))
 
 
 def scope_of(base_id: str, geometry: ModelGeometry) -> str:

@@ -4,6 +4,7 @@
 2   `ranks` became `spec`, and files and ids those of format 2
 3   names have versions and settings; see `registry_tables`
 4   names have owners and readers; keys, usage and audit, see `tenant_tables`
+5   changes are written down for other servers: one more table, which all others are made with
 """
 
 from __future__ import annotations

@@ -34,6 +34,11 @@ schema_version: Final = Table(
     "schema_version", metadata, Column("version", Integer, primary_key=True)
 )
 
+#: One row: what this registry signs its adapters' files with, see `BlobStore.claim`.
+registry_identity: Final = Table(
+    "registry_identity", metadata, Column("id", String, primary_key=True)
+)
+
 adapters: Final = Table(
     "adapters",
     metadata,
@@ -72,6 +77,26 @@ versions: Final = Table(
     Column("source", String, nullable=False),
     Column("report", Text, nullable=False),
     UniqueConstraint("scope", "name", "adapter_id"),
+)
+
+#: What was changed lately, for other servers to follow: see `name_changes`. No references, as what
+#: a row tells of may be gone.
+name_changes: Final = Table(
+    "name_changes",
+    metadata,
+    # Not a sequence: ids have no gaps, and are given in the order of the commits.
+    Column(
+        "id",
+        BigInteger().with_variant(Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("scope", String, nullable=False),
+    Column("name", _Name, nullable=False),
+    Column("removed", Text, nullable=False),  # JSON list of ids that the name had
+    Column("gone", Text, nullable=False),  # JSON list of those that no name has any more
+    Column("cancels", Boolean, nullable=False),
+    Column("time", BigInteger, nullable=False),
 )
 
 Index("names_that_expire", names.c.scope, names.c.ttl_s)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.record import AdapterRecord
+from loraplex_server.adapters.version_row import VersionRow
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,18 @@ class Removal:
 
     record: AdapterRecord
     drains: tuple[Drain, ...]
+
+
+@dataclass(frozen=True)
+class RemovedVersions:
+    """What a delete took away.
+
+    Attributes:
+        row: the version that was named, by itself or as the name's current one.
+        drains: one for each adapter that somebody may still use.
+        is_name: the name went, with all its versions.
+    """
+
+    row: VersionRow
+    drains: tuple[Drain, ...]
+    is_name: bool

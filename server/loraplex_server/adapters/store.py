@@ -1,36 +1,39 @@
 """Registry and files together: what may change both, one step at a time.
 
 Invariants:
-- A name resolves in one atomic step (one lock over look-up and count) to a held adapter; what the
-  name stands for later is of no concern to the hold.
 - An adapter's file exists while a version or a hold refers to it. Whoever registers holds the id
   too while it stores the file, so that a concurrent delete of the same content cannot take it.
 - A registration is in the database or it did not happen; files without a row are swept.
+- Whatever is changed here is known here at once, and written down for the servers that share the
+  registry in the same transaction.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from loraplex_memory.adapter_spec import AdapterSpec
+from loraplex_server.adapters.adapter_files import AdapterFiles
 from loraplex_server.adapters.audit_log import Actor, AuditEntry, write_audit
 from loraplex_server.adapters.blobs import BlobStore
+from loraplex_server.adapters.change_feed import ChangeFeed
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import (
     AdapterNotFound,
     AmbiguousVersion,
-    StorageFailed,
     VersionIsCurrent,
 )
-from loraplex_server.adapters.holds import AdapterHolds, Drain
+from loraplex_server.adapters.file_claim import claim_files
+from loraplex_server.adapters.in_use import AdaptersInUse
+from loraplex_server.adapters.name_changes import NameChange, note_change
+from loraplex_server.adapters.other_bases import warn_of_other_bases
+from loraplex_server.adapters.pins import change_settings
 from loraplex_server.adapters.references import AdapterReference
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.registration_rules import (
@@ -38,40 +41,14 @@ from loraplex_server.adapters.registration_rules import (
     check_ownership,
     check_replaceable,
 )
-from loraplex_server.adapters.registry import (
-    NewVersion,
-    Registry,
-    VersionRow,
-    is_stored,
-    stored_ids,
-)
-from loraplex_server.adapters.registry_database import open_database
+from loraplex_server.adapters.registry import Registry, is_stored
+from loraplex_server.adapters.registry_database import open_database, opening_registry
 from loraplex_server.adapters.registry_migrations import BlobUpgrade
-
-_log = logging.getLogger(__name__)
-
-#: Of a registry that other servers use too: whoever stores a file has so long to register it, and
-#: whoever runs on a deleted one elsewhere so long to have read it.
-SHARED_GRACE_S: Final = 3600.0
-
+from loraplex_server.adapters.removal import RemovedVersions
+from loraplex_server.adapters.version_row import NewVersion, VersionRow
 
 #: Of what nobody asked for: names expire.
 _ITSELF: Final = Actor()
-
-
-@dataclass(frozen=True)
-class RemovedVersions:
-    """What a delete took away.
-
-    Attributes:
-        row: the version that was named, by itself or as the name's current one.
-        drains: one for each adapter that somebody may still use.
-        is_name: the name went, with all its versions.
-    """
-
-    row: VersionRow
-    drains: tuple[Drain, ...]
-    is_name: bool
 
 
 class AdapterStore:
@@ -85,6 +62,8 @@ class AdapterStore:
         database_url: str,
         upgrade_blob: BlobUpgrade,
         is_shared: bool,
+        claims_files: bool,
+        outage_s: float,
         keep_versions: int,
         on_discard: Callable[[str], None],
         at_stage: Callable[[str], None],
@@ -93,25 +72,49 @@ class AdapterStore:
 
         Args:
             is_shared: other servers use registry and files too: no file is deleted before
-                `SHARED_GRACE_S` have passed.
+                `adapter_files.SHARED_GRACE_S` have passed, and changes are written down for them.
+            claims_files: they are where servers over another registry may be led by mistake.
+            outage_s: how long known names resolve while a shared registry does not answer.
             on_discard: told of each adapter that nothing refers to any more, from any thread.
             at_stage: told how far a change has come; for tests that stop there.
 
+        Attributes:
+            in_use: who holds what on this server.
+            files: of what is registered.
+            changes: what other servers change.
+
         Raises:
-            StorageFailed
+            StorageFailed: one of them does not answer, or the files are another registry's.
         """
         self._registry = registry
-        self._blobs = blobs
         self._is_shared = is_shared
         self._keep_versions = keep_versions
-        self._on_discard = on_discard
         self._at_stage = at_stage
-        self._lock = threading.Lock()
-        self._holds = AdapterHolds()
-        with storage_errors("open the registry"):
+        # One change at a time: what it leaves to be deleted must not be registered meanwhile.
+        self._changing = threading.Lock()
+        # One change of settings at a time: what is pinned together is bounded.
+        self._pinning = threading.Lock()
+        self.in_use = AdaptersInUse(
+            self.resolve,
+            blobs,
+            is_shared=is_shared,
+            outage_s=outage_s,
+            on_discard=on_discard,
+            at_stage=at_stage,
+        )
+        opening = opening_registry(is_shared=is_shared)
+        with storage_errors(opening):
             self.database = open_database(database_url, upgrade_blob)
         try:
-            self.sweep_files()
+            if claims_files:
+                claim_files(self.database, blobs)
+            # Before all else: what is deleted during it is followed.
+            self.changes = ChangeFeed(self.database, registry.scope, self.in_use)
+            self.files = AdapterFiles(blobs, self.database, is_shared=is_shared)
+            self.files.sweep()
+            self.files.sweep_copies()
+            with storage_errors(opening), self.database.connect() as connection:
+                warn_of_other_bases(connection, registry.scope)
         except BaseException:
             self.database.dispose()
             raise
@@ -119,17 +122,7 @@ class AdapterStore:
     def close(self) -> None:
         self.database.dispose()
 
-    def sweep_files(self) -> None:
-        """Delete files that no row refers to; at any time where the registry is shared."""
-
-        def keep() -> set[str]:
-            with self.database.connect() as connection:
-                return stored_ids(connection)
-
-        with storage_errors("sweep the adapters' files"):
-            self._blobs.sweep(keep, min_age_s=SHARED_GRACE_S if self._is_shared else 0.0)
-
-    # ---- holding ---------------------------------------------------------------------------
+    # ---- looking up ------------------------------------------------------------------------
 
     def resolve(self, reference: AdapterReference) -> VersionRow:
         """Return what the reference stands for now.
@@ -140,43 +133,21 @@ class AdapterStore:
         with storage_errors("look the adapter up"), self.database.connect() as connection:
             return self._resolve(connection, reference)
 
-    def resolve_and_hold(self, reference: AdapterReference) -> VersionRow:
-        """The same, and hold it in the same step, by its name."""
-        with self._lock:
-            row = self.resolve(reference)
-            self._holds.hold(row.adapter_id, row.name)
-        return row
-
-    def hold(self, adapter_id: str) -> None:
-        """Hold an adapter that may have no name yet."""
-        with self._lock:
-            self._holds.hold(adapter_id)
-
-    def release(self, adapter_id: str, name: str | None = None) -> None:
-        """End a hold; if it was the last of a deleted adapter, its file goes."""
-        with self._lock:
-            is_over = self._holds.release(adapter_id, name)
-            freed = self._delete_file(adapter_id) if is_over else 0
-            drained = self._holds.take_drained(adapter_id, is_gone=is_over)
-        self._tell(adapter_id if is_over else None, drained, freed)
+    def version(self, name: str, version: int) -> VersionRow:
+        """Return a version of a name by its number; raises AdapterNotFound, StorageFailed."""
+        with storage_errors("look the version up"), self.database.connect() as connection:
+            found = self._registry.find_version(connection, name, version)
+        if found is None:
+            raise AdapterNotFound(f"{name} version {version}")
+        return found
 
     def doom_unless_named(self, adapter_id: str) -> None:
         """Have the file of a held adapter deleted at the end, as its registration has failed."""
-        with self._lock, contextlib.suppress(SQLAlchemyError):  # else it is swept at the next start
-            self._doom_unless_named(adapter_id)
-
-    def num_held(self, adapter_id: str) -> int:
-        with self._lock:
-            return self._holds.num_held(adapter_id)
-
-    def num_held_by(self, adapter_id: str, name: str) -> int:
-        """Return how many users hold the adapter who asked for it by `name`."""
-        with self._lock:
-            return self._holds.num_held_by(adapter_id, name)
-
-    def names_in_use(self) -> set[str]:
-        with self._lock:
-            return set(self._holds.names_in_use())
+        with (
+            self._changing,
+            contextlib.suppress(SQLAlchemyError),
+        ):  # else it is swept at the next start
+            self._settle(adapter_id)
 
     # ---- changing --------------------------------------------------------------------------
 
@@ -189,35 +160,72 @@ class AdapterStore:
         Returns:
             The version, and whether anything but settings changed.
         """
-        with self._lock, storage_errors("register the adapter"):
+        with self._changing, storage_errors("register the adapter"):
             try:
                 row, is_new, gone = self._add(new, wish, now)
             finally:
-                self._doom_unless_named(new.adapter.adapter_id)
+                self.in_use.forget(new.name)  # it may be committed even if that was not heard
+                self._settle(new.adapter.adapter_id)
             self._at_stage("committed")
-            self._holds.take_over(new.adapter.adapter_id, new.name)
-            endings = [self._doom(adapter_id) for adapter_id in gone]
-            drained = self._holds.take_drained(new.adapter.adapter_id, is_gone=False)
-        self._tell(None, drained, 0)
-        for ending in endings:
-            self._tell(*ending)
+            self.in_use.take_place(new.name, new.adapter.adapter_id, gone)
         return row, is_new
 
     def set_current(self, name: str, row: VersionRow, now: int, actor: Actor) -> VersionRow:
         """Let the name stand for another of its versions."""
-        with self._lock, storage_errors("roll the adapter back"):
-            with self.database.begin() as connection:
-                self._registry.lock(connection, name)
-                found = self._registry.find_version(connection, name, row.version)
-                if found is None:
-                    raise AdapterNotFound(f"{name}@{row.adapter_id}")
-                if not found.is_current:
-                    self._registry.set_current(connection, name, row.version, now)
-                    _note(connection, "rollback", found, actor, now, version=found.version)
-                changed = self._registry.find_version(connection, name, row.version)
+        with self._changing, storage_errors("roll the adapter back"):
+            try:
+                changed = self._set_current(name, row, now, actor)
+            finally:
+                self.in_use.forget(name)
             self._at_stage("rolled back")
+        return changed
+
+    def _set_current(self, name: str, row: VersionRow, now: int, actor: Actor) -> VersionRow:
+        with self.database.begin() as connection:
+            self._registry.lock(connection, name)
+            found = self._registry.find_version(connection, name, row.version)
+            if found is None or found.adapter_id != row.adapter_id:  # it was deleted meanwhile
+                raise AdapterNotFound(f"{name}@{row.adapter_id}")
+            if not found.is_current:
+                self._registry.set_current(connection, name, row.version, now)
+                _note(connection, "rollback", found, actor, now, version=found.version)
+                self.note_change(connection, name, now)
+            changed = self._registry.find_version(connection, name, row.version)
         assert changed is not None, "it was there a moment ago, in the same transaction"
         return changed
+
+    def change(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        pages_of: Callable[[AdapterSpec], int],
+        max_pinned_pages: int | None,
+        *,
+        now: int,
+        actor: Actor,
+    ) -> VersionRow:
+        """Change the given fields of a name's settings.
+
+        Raises:
+            AdapterNotFound, PinRefused, StorageFailed
+        """
+        with self._pinning, storage_errors("change the adapter"):
+            try:
+                with self.database.begin() as connection:
+                    row = change_settings(
+                        self._registry,
+                        connection,
+                        name,
+                        settings,
+                        pages_of,
+                        max_pinned_pages,
+                        actor=actor,
+                        now=now,
+                    )
+                    self.note_change(connection, name, now)
+            finally:
+                self.in_use.forget(name)
+        return row
 
     def remove(
         self,
@@ -225,43 +233,80 @@ class AdapterStore:
         *,
         now: int,
         actor: Actor = _ITSELF,
-        is_expiry: bool = False,
+        expired_at: int | None = None,
+        cancels: bool = False,
     ) -> RemovedVersions | None:
         """Take a name with all its versions away, or one version that is not current.
 
         Args:
-            is_expiry: only if the name has expired and nobody uses it; None otherwise.
+            expired_at: only if the name had expired by then and nobody uses it here; else None is
+                returned.
+            cancels: other servers are to end what runs on it there.
 
         Raises:
             AdapterNotFound, AmbiguousVersion, VersionIsCurrent, StorageFailed
         """
         name = reference.name
-        with self._lock:
-            with storage_errors("delete the adapter"), self.database.begin() as connection:
-                self._registry.lock(connection, name)
-                row = self._resolve(connection, reference)
-                if is_expiry and not self._has_expired(connection, name, now):
-                    return None
-                if reference.id_prefix is not None and row.is_current:
-                    raise VersionIsCurrent(name, row.adapter_id)
-                if reference.id_prefix is None:
-                    ids = {v.adapter_id for v in self._registry.versions(connection, name, None)}
-                    gone = self._registry.remove_name(connection, name)
-                else:
-                    ids = {row.adapter_id}
-                    gone = self._registry.remove_versions(connection, name, [row])
-                details = {"ids": sorted(ids), "expired": is_expiry}
-                _note(connection, "delete", row, actor, now, **details)
+        with self._changing, storage_errors("delete the adapter"):
+            try:
+                removed = self._remove(reference, now, actor, expired_at, cancels)
+            finally:
+                self.in_use.forget(name)
+            if removed is None:
+                return None
             self._at_stage("unnamed")
-            drains = tuple(Drain(i, name, is_last=i in gone) for i in sorted(ids))
-            for drain in drains:
-                self._holds.wait(drain)
-            endings = [self._doom(i) if i in gone else self._ending(i) for i in sorted(ids)]
-        for ending in endings:
-            self._tell(*ending)
-        return RemovedVersions(row, drains, is_name=reference.id_prefix is None)
+            row, ids, gone = removed
+            drains = self.in_use.take_away(name, ids, gone)
+        return RemovedVersions(row, tuple(drains), is_name=reference.id_prefix is None)
 
-    # ---- pieces, under the lock ------------------------------------------------------------
+    def _remove(
+        self,
+        reference: AdapterReference,
+        now: int,
+        actor: Actor,
+        expired_at: int | None,
+        cancels: bool,
+    ) -> tuple[VersionRow, set[str], set[str]] | None:
+        """Return what the reference stood for, all that was removed, and what has no name now."""
+        name = reference.name
+        with self.database.begin() as connection:
+            self._registry.lock(connection, name)
+            self._registry.lock_contents(connection, name)
+            row = self._resolve(connection, reference)
+            if expired_at is not None and not self._has_expired(connection, name, expired_at):
+                return None
+            if reference.id_prefix is not None and row.is_current:
+                raise VersionIsCurrent(name, row.adapter_id)
+            if reference.id_prefix is None:
+                ids = {v.adapter_id for v in self._registry.versions(connection, name, None)}
+                gone = self._registry.remove_name(connection, name)
+            else:
+                ids = {row.adapter_id}
+                gone = self._registry.remove_versions(connection, name, [row])
+            details = {"ids": sorted(ids), "expired": expired_at is not None}
+            _note(connection, "delete", row, actor, now, **details)
+            self.note_change(connection, name, now, removed=ids, gone=gone, cancels=cancels)
+        return row, ids, gone
+
+    # ---- with other servers ------------------------------------------------------------------
+
+    def note_change(
+        self,
+        connection: Connection,
+        name: str,
+        now: int,
+        *,
+        removed: Collection[str] = (),
+        gone: Collection[str] = (),
+        cancels: bool = False,
+    ) -> None:
+        """Have other servers know that a name was changed, once the transaction is committed."""
+        if self._is_shared:
+            scope = self._registry.scope
+            change = NameChange(scope, name, frozenset(removed), frozenset(gone), cancels)
+            note_change(connection, change, now)
+
+    # ---- pieces ------------------------------------------------------------------------------
 
     def _resolve(self, connection: Connection, reference: AdapterReference) -> VersionRow:
         if reference.id_prefix is None:
@@ -283,6 +328,7 @@ class AdapterStore:
             if wish.owner:
                 self._registry.lock_owner(connection, wish.owner)
             self._registry.lock(connection, name)
+            self._registry.lock_contents(connection, name, adapter_id)
             current = self._registry.find(connection, name)
             check_ownership(wish, current)
             is_new = current is None or current.adapter_id != adapter_id
@@ -302,6 +348,9 @@ class AdapterStore:
                 verb = ("replace" if current else "create") if is_new else "change"
                 details = {"version": row.version, "source": row.source, "pruned": sorted(gone)}
                 _note(connection, verb, row, wish.actor, now, **details)
+            if is_new or wish.settings or old:
+                removed = {version.adapter_id for version in old}
+                self.note_change(connection, name, now, removed=removed, gone=gone)
         return row, is_new, gone
 
     def _make_current(self, connection: Connection, new: NewVersion, now: int) -> None:
@@ -325,70 +374,13 @@ class AdapterStore:
         return others[self._keep_versions - 1 :]
 
     def _has_expired(self, connection: Connection, name: str, now: int) -> bool:
-        is_used = name in self._holds.names_in_use()
+        is_used = name in self.in_use.names()
         return not is_used and self._registry.is_expired(connection, name, now)
 
-    def _doom(self, adapter_id: str) -> tuple[str | None, list[Drain], int]:
-        """No version refers to the adapter any more."""
-        if not self._holds.doom(adapter_id):
-            return self._ending(adapter_id)
-        freed = self._delete_file(adapter_id)
-        return adapter_id, self._holds.take_drained(adapter_id, is_gone=True), freed
-
-    def _ending(self, adapter_id: str) -> tuple[None, list[Drain], int]:
-        return None, self._holds.take_drained(adapter_id, is_gone=False), 0
-
-    def _doom_unless_named(self, adapter_id: str) -> None:
+    def _settle(self, adapter_id: str) -> None:
         with self.database.connect() as connection:
             is_named = is_stored(connection, adapter_id)
-        if is_named:
-            self._holds.spare(adapter_id)
-        else:
-            self._holds.doom(adapter_id)
-
-    def _delete_file(self, adapter_id: str) -> int:
-        """Return the bytes freed. Under the lock: nobody begins to use the file meanwhile.
-
-        A failure costs only disk space, until the sweep at the next start: no reason to fail the
-        delete, or the request that happened to end last.
-        """
-        try:
-            if self._is_shared:
-                self._blobs.forget(adapter_id)
-                return 0
-            freed = self._blobs.delete(adapter_id)
-        except OSError as error:
-            _log.warning("adapter file %s was not deleted: %s", adapter_id, error)
-            return 0
-        self._at_stage("file deleted")
-        return freed
-
-    # ---- outside the lock ------------------------------------------------------------------
-
-    def _tell(self, discarded: str | None, drained: list[Drain], freed: int) -> None:
-        """Say that an adapter is gone, then that nobody needs to wait for it."""
-        if discarded is not None:
-            self._on_discard(discarded)
-        for drain in drained:
-            # Whoever waited may have been cancelled, such as when the server stops.
-            if drain.freed.set_running_or_notify_cancel():
-                drain.freed.set_result(freed)
-
-    def local_path(self, row: VersionRow) -> Path:
-        """Return the adapter's file on a local disk; the caller holds it.
-
-        Raises:
-            StorageFailed
-        """
-        try:
-            with storage_errors("open the adapter's file"):
-                return self._blobs.local_path(row.adapter_id)
-        except StorageFailed as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise StorageFailed(
-                    f"the weights of {row.name!r} are gone from the data folder; upload it again"
-                ) from error
-            raise
+        self.in_use.settle(adapter_id, is_named=is_named)
 
 
 def _note(

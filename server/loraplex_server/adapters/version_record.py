@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraplex_memory.layout import PROJECTIONS
 from loraplex_server.adapters.record import AdapterRecord
-from loraplex_server.adapters.registry import VersionRow
+from loraplex_server.adapters.version_row import VersionRow
 
 
 def make_record(row: VersionRow, num_pages: int, unwritten_use: int | None) -> AdapterRecord:

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.adapters.registry_database import open_database, sqlite_url
+from loraplex_server.adapters.registry_database import (
+    open_database,
+    opening_registry,
+    sqlite_url,
+)
 from loraplex_server.adapters.registry_migrations import UpgradedBlob
 from loraplex_server.config import Config
 from loraplex_server.tenants.key_store import KeyStore
@@ -29,7 +33,7 @@ def open_key_store(config: Config) -> Iterator[KeyStore]:
     with storage_errors("open the data folder"):
         config.data_dir.mkdir(parents=True, exist_ok=True)
     url = config.registry_url or sqlite_url(config.data_dir / _DATABASE)
-    with storage_errors("open the registry"):
+    with storage_errors(opening_registry(is_shared=config.registry_url is not None)):
         database = open_database(url, _refuse_upgrade)
     try:
         yield KeyStore(database)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
+import httpx
 import pytest
 
 from loraplex_server.adapters.blobs import BlobStore
+from tests.support.object_store import running_object_store, why_no_object_store
 
 ID, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
@@ -38,6 +42,30 @@ def test_putting_again_replaces(open_store, tmp_path: Path):
     store.put(ID, make_file(tmp_path, b"damaged"))
     store.put(ID, make_file(tmp_path))
     assert store.local_path(ID).read_bytes() == b"weights"
+
+
+def test_a_place_is_of_the_first_who_claims_it(open_store):
+    assert open_store().claim("first") is None
+    assert open_store().claim("first") is None
+    assert str(open_store().claim("second")).endswith("blobs/registry-id")
+    assert open_store().sweep(lambda: ()) == []
+    assert open_store().claim("second") is not None
+
+
+def test_a_bucket_that_is_not_there_or_not_ours_says_what_to_do(tmp_path, monkeypatch):
+    if (reason := why_no_object_store()) is not None:
+        pytest.skip(reason)
+    with running_object_store(tmp_path) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(OSError, match="names no bucket that is there"):
+            BlobStore("s3://misspelt/files", cache_dir=tmp_path / "cache").claim("first")
+        assert "misspelt" not in httpx.get(server.endpoint, timeout=30).text
+        # From now on the server lets nobody in whom it does not know.
+        httpx.post(f"{server.endpoint}/moto-api/reset-auth", content="0", timeout=30)
+        with pytest.raises(OSError, match="rights to list, read, write and delete"):
+            BlobStore(server.url, cache_dir=tmp_path / "cache").claim("first")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it would ask this server for ever
 
 
 def test_absent_content_is_a_missing_file_and_deleting_it_is_fine(open_store):
@@ -86,3 +114,23 @@ def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):
     (tmp_path / "x.safetensors.part").write_text("half")
     assert store.sweep(keep=set) == []
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_shared_is_set_aside_before_it_is_deleted(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "blobs"
+    store = BlobStore(str(folder), cache_dir=tmp_path / "cache")
+    for adapter_id in (ID, OTHER):
+        store.put(adapter_id, make_file(tmp_path))
+        os.utime(store.local_path(adapter_id), (0, 0))
+    assert store.sweep(set, min_age_s=60.0) == [ID, OTHER]
+    assert store.local_copy(ID) is None
+    assert store.sweep(lambda: {ID}, min_age_s=60.0) == []
+    assert store.local_copy(ID) is not None, "what is registered comes back"
+    assert store.local_path(OTHER).read_bytes() == b"weights", "and what somebody asks for"
+    assert store.sweep(lambda: {ID}, min_age_s=60.0) == [OTHER]
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    store.sweep(lambda: {ID}, min_age_s=60.0)
+    assert [path.name for path in folder.iterdir()] == [store.local_path(ID).name]
+    with pytest.raises(FileNotFoundError):
+        store.local_path(OTHER)

@@ -71,11 +71,13 @@ def test_a_start_sweeps_what_a_killed_process_left(tmp_path, folder):
     catalog.close()
 
 
-def test_another_base_in_the_same_folder_sees_none_of_it_and_harms_none(tmp_path, folder):
+def test_another_base_in_the_same_folder_sees_none_of_it_and_harms_none(tmp_path, folder, caplog):
     catalog = make_catalog(tmp_path / "data")
     record, _ = catalog.register(Registration("a"), folder)
     catalog.close()
+    assert "other base models" not in caplog.text
     other = make_catalog(tmp_path / "data", base_name="other-base")
+    assert "the registry has 1 adapters, all of other base models" in caplog.text
     assert other.list() == ()
     other.register(Registration("a", check_base=False), folder)
     other.delete("a")
@@ -181,7 +183,8 @@ def test_a_file_that_cannot_be_deleted_does_not_fail_the_delete(
     catalog, folder, tmp_path, monkeypatch
 ):
     record, _ = catalog.register(Registration("a"), folder)
-    monkeypatch.setattr(catalog._store._blobs, "delete", fail_with(PermissionError(13, "denied")))
+    files = catalog._store.files._blobs
+    monkeypatch.setattr(files, "delete", fail_with(PermissionError(13, "denied")))
     assert catalog.delete("a").record == record
     assert blobs(tmp_path) == {record.id}
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sqlite3
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import sqlalchemy
 
 from loraplex_memory.adapter_file import read_adapter_file
-from loraplex_server.adapters.audit_log import read_audit
-from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.adapter_files import SHARED_GRACE_S
+from loraplex_server.adapters.audit_log import Actor, read_audit
 from loraplex_server.adapters.errors import (
     AdapterNameTaken,
     AdapterNotFound,
@@ -25,10 +25,10 @@ from loraplex_server.adapters.errors import (
     VersionConflict,
 )
 from loraplex_server.adapters.registration import OwnerLimits, Registration
-from loraplex_server.adapters.store import SHARED_GRACE_S
+from loraplex_server.adapters.version_row import NewVersion, StoredAdapter
+from tests.server.adapters.conftest import wait_for_lock
 from tests.support.adapters import make_catalog, make_config, make_folder, make_tensors
 from tests.support.old_registries import write_registry_1, write_registry_2
-from tests.support.postgres import find_programs, running_postgres
 
 
 def test_names_of_the_first_release_keep_their_adapters(tmp_path):
@@ -106,48 +106,34 @@ def test_an_unknown_database_is_refused_with_what_to_do(tmp_path):
             make_catalog(tmp_path / "data", registry_url=url, blob_url=str(tmp_path / "blobs"))
 
 
+def test_a_store_that_cannot_be_read_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    for url, words in (("s4://bucket/x", "not known: s4"), ("gs://bucket/x", "loraplex.gcs")):
+        with pytest.raises(StorageFailed, match=words):
+            make_catalog(tmp_path / "data", blob_url=url)
+
+
+def test_files_of_another_registry_are_refused_and_not_swept(tmp_path):
+    """As where LORAPLEX_REGISTRY_URL is forgotten, or is another fleet's."""
+    files = {"blob_url": str(tmp_path / "files")}
+    shared = {"registry_url": f"sqlite:///{tmp_path / 'registry'}", **files}
+    first = make_catalog(tmp_path / "a", **shared)
+    first.register(Registration("n"), make_folder(tmp_path / "f"))
+    kept = set((tmp_path / "files").iterdir())
+    for wrong in (files, {"registry_url": f"sqlite:///{tmp_path / 'other'}", **files}):
+        with pytest.raises(StorageFailed, match="LORAPLEX_REGISTRY_URL") as refusal:
+            make_catalog(tmp_path / "b", **wrong)
+    assert set((tmp_path / "files").iterdir()) == kept
+    make_catalog(tmp_path / "b", **shared).close()
+    first.close()
+    owner = tmp_path / "files" / "registry-id"
+    assert str(owner) in str(refusal.value)
+    owner.unlink()
+    make_catalog(tmp_path / "b", **files).close()
+    assert set((tmp_path / "files").iterdir()) == {owner}
+
+
 # ---- PostgreSQL ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory) -> Iterator[str]:
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL: neither `initdb` in PATH nor in /usr/lib/postgresql/*/bin")
-    if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("no driver for PostgreSQL: psycopg is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
-    for parent in (folder, *list(folder.parents)[:2]):
-        parent.chmod(0o755)  # for whoever the server runs as
-    with running_postgres(programs, folder) as url:
-        yield url
-
-
-@pytest.fixture
-def open_replica(postgres, tmp_path) -> Iterator[Callable[[str], AdapterCatalog]]:
-    """Return a function that opens another server's catalogue over the same registry and files."""
-    opened = []
-
-    def open_one(name: str, **settings) -> AdapterCatalog:
-        catalog = make_catalog(
-            tmp_path / name, registry_url=postgres, blob_url=str(tmp_path / "blobs"), **settings
-        )
-        opened.append(catalog)
-        return catalog
-
-    yield open_one
-    for catalog in opened:
-        catalog.close()
-    engine = sqlalchemy.create_engine(postgres.replace("postgresql", "postgresql+psycopg"))
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-        connection.exec_driver_sql("CREATE SCHEMA public")
-    engine.dispose()
-
-
-@pytest.fixture
-def folders(tmp_path) -> list[Path]:
-    return [make_folder(tmp_path / f"f{seed}", seed=seed) for seed in range(3)]
 
 
 def test_what_one_server_registers_another_serves(open_replica, folders):
@@ -208,6 +194,52 @@ def test_of_two_servers_that_register_a_name_at_once_one_wins(open_replica, fold
         assert {catalog.get(name).id for catalog in catalogs} == {winner}
 
 
+def test_content_that_another_server_names_at_this_moment_is_not_dropped(open_replica, folders):
+    first, second = open_replica("a"), open_replica("b")
+    record, _ = first.register(Registration("n"), folders[0])
+    registry = second._store._registry
+    row = second.get("n")
+    stored = StoredAdapter(row.id, row.spec, row.size_bytes, row.native_bytes, None)
+    new = NewVersion("m", stored, row.base_model, row.created, "upload", "[]")
+    with ThreadPoolExecutor(1) as threads:
+        with second.database.begin() as connection:  # as registering does, half-way
+            registry.lock(connection, "m")
+            registry.add_version(connection, new)
+            deleting = threads.submit(first.delete, "n")
+            wait_for_lock(first)
+        deleting.result(60)
+    assert second.get("m").id == record.id
+    with pytest.raises(AdapterNotFound):
+        second.get("n")
+
+
+def test_servers_that_swap_contents_of_names_at_once_all_succeed(open_replica, folders):
+    catalogs = [open_replica(name, keep_versions=1) for name in "ab"]
+
+    def swap(index: int) -> None:
+        for step in range(12):
+            wish = Registration("nm"[index], replace=True)
+            catalogs[index].register(wish, folders[(index + step) % 2])
+
+    with ThreadPoolExecutor(2) as threads:
+        for swapping in [threads.submit(swap, index) for index in range(2)]:
+            swapping.result(120)
+    with catalogs[0].acquire("n") as one, catalogs[0].acquire("m") as other:
+        assert one.record.id != other.record.id
+
+
+def test_a_version_that_was_deleted_and_given_anew_is_not_rolled_back_to(open_replica, folders):
+    first, second = open_replica("a"), open_replica("b")
+    first.register(Registration("n"), folders[0])
+    found = second._store.version("n", 1)
+    first.delete("n")
+    for folder in folders[1:]:
+        first.register(Registration("n", replace=True), folder)
+    with pytest.raises(AdapterNotFound):
+        second._store.set_current("n", found, 1_700_000_000, Actor())
+    assert second.get("n").version == 2
+
+
 def test_owners_readers_and_limits_hold_on_all_servers(open_replica, folders):
     first, second = open_replica("a"), open_replica("b")
     limits = OwnerLimits(max_adapters=2)
@@ -243,6 +275,42 @@ def test_owners_readers_and_limits_hold_on_all_servers(open_replica, folders):
     assert actions == ["create", "change", "create"]
 
 
+def test_a_registry_of_schema_3_is_brought_to_today_with_its_names(open_replica, folders):
+    old = open_replica("a")
+    record, _ = old.register(Registration("acme/a", settings={"ttl_s": 60}), folders[0])
+    undo = """
+        DROP TABLE api_keys, key_changes, usage, usage_writers, audit, name_changes;
+        DROP FUNCTION loraplex_refuse_audit_change;
+        DROP INDEX names_owned;
+        ALTER TABLE names DROP COLUMN owner, DROP COLUMN readers;
+        UPDATE schema_version SET version = 3;
+    """
+    with old.database.begin() as connection:
+        connection.exec_driver_sql(undo)
+    new = open_replica("b")
+    found = new.get("acme/a")
+    assert (found.id, found.version, found.settings.ttl_s) == (record.id, 1, 60)
+    assert (found.owner, found.readers) == ("", ("*",))
+    assert new.register(Registration("acme/a"), folders[0])[1] is False
+    assert new.change("acme/a", {"readers": ("x",)}).readers == ("x",)
+    with new.database.connect() as connection:
+        assert [entry.action for entry in read_audit(connection, limit=9)] == ["adapter.change"]
+    with pytest.raises(sqlalchemy.exc.DBAPIError, match="append-only"), new.database.begin() as c:
+        c.exec_driver_sql("DELETE FROM audit")
+    open_replica("c")  # which finds it as it is to be
+
+
+def test_a_registry_of_schema_4_goes_on_and_its_changes_are_followed(open_replica, folders):
+    old = open_replica("a")
+    old.register(Registration("a"), folders[0])
+    with old.database.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE name_changes; UPDATE schema_version SET version = 4")
+    first, second = open_replica("b"), open_replica("c")
+    second.changes.catch_up()
+    first.delete("a")
+    assert [change.name for change in second.changes.catch_up()] == ["a"]
+
+
 def test_files_outlast_their_names_for_whoever_still_reads_them(open_replica, folders, tmp_path):
     first, second = open_replica("a"), open_replica("b")
     record, _ = first.register(Registration("a"), folders[0])
@@ -250,13 +318,29 @@ def test_files_outlast_their_names_for_whoever_still_reads_them(open_replica, fo
     with second.acquire("a") as lease:
         first.delete("a")
         assert Path(lease.manifest.path).exists()
-    second.sweep_files()
+    second.sweep()
     assert file.exists()
     age(file, SHARED_GRACE_S + 60)
-    second.sweep_files()
+    second.sweep()
     assert not file.exists()
 
 
 def age(file: Path, seconds: float) -> None:
     then = file.stat().st_mtime - seconds
     os.utime(file, (then, then))
+
+
+def test_a_database_that_isolates_more_by_default_is_asked_for_less(postgres, open_replica):
+    """Two servers that register at once would fail by turns: ids of changes follow the commits."""
+    engine = sqlalchemy.create_engine(postgres, isolation_level="AUTOCOMMIT")
+    setting = f'ALTER DATABASE "{engine.url.database}" {{}} default_transaction_isolation {{}}'
+    with engine.connect() as connection:
+        connection.exec_driver_sql(setting.format("SET", "= 'repeatable read'"))
+    try:
+        with open_replica("a").database.connect() as connection:
+            found = connection.exec_driver_sql("SHOW transaction_isolation").scalar_one()
+    finally:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(setting.format("RESET", ""))
+        engine.dispose()
+    assert found == "read committed"

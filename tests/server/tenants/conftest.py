@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,21 +9,6 @@ import sqlalchemy
 from sqlalchemy import Engine
 
 from loraplex_server.adapters.registry_database import open_database, sqlite_url
-from tests.support.postgres import find_programs, running_postgres
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory) -> Iterator[str]:
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL: neither `initdb` in PATH nor in /usr/lib/postgresql/*/bin")
-    if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("no driver for PostgreSQL: psycopg is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
-    for parent in (folder, *list(folder.parents)[:2]):
-        parent.chmod(0o755)  # for whoever the server runs as
-    with running_postgres(programs, folder) as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,7 +11,7 @@ import pytest
 
 from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.tenants.api_key import KeyWish
+from loraplex_server.tenants.api_key import KeyWish, digest_of
 from loraplex_server.tenants.key_ring import STALE_S, KeyRing
 from loraplex_server.tenants.key_store import KeyStore
 from loraplex_server.tenants.principal import SETTING_KEY_ID, Role
@@ -84,6 +84,93 @@ def test_what_is_too_old_decides_nothing_when_the_database_is_gone(tmp_path, ope
             with engine.begin() as connection:
                 connection.exec_driver_sql("ALTER TABLE key_changes_gone RENAME TO key_changes")
         assert await ring.find(secret)
+
+    asyncio.run(run())
+
+
+def test_in_an_outage_known_keys_go_on_for_as_long_as_is_allowed(open_one):
+    engine = open_one()
+    store = KeyStore(engine)
+
+    async def run() -> None:
+        ring = KeyRing(store, outage_s=60)
+        _, secret = await asyncio.to_thread(store.create, ADMIN, Actor())
+        assert await ring.find(secret)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE key_changes RENAME TO key_changes_gone")
+        try:
+            ring._read_s -= STALE_S
+            assert await ring.find(secret)
+            assert await ring.find("unknown") is None
+            ring._read_s -= 60
+            with pytest.raises(StorageFailed):
+                await ring.find(secret)
+            with pytest.raises(StorageFailed):  # nothing is known that could go on
+                await KeyRing(store, outage_s=60).find(secret)
+        finally:
+            with engine.begin() as connection:
+                connection.exec_driver_sql("ALTER TABLE key_changes_gone RENAME TO key_changes")
+        assert await ring.find(secret)
+
+    asyncio.run(run())
+
+
+class FrozenStore(KeyStore):
+    """Reads once; then it answers nothing before it is told to."""
+
+    def __init__(self, engine) -> None:
+        super().__init__(engine)
+        self.may_read = threading.Event()
+        self.may_read.set()
+
+    def num_changes(self) -> int:
+        assert self.may_read.wait(60)
+        return super().num_changes()
+
+
+def test_keys_go_on_where_the_database_is_frozen(open_one):
+    store = FrozenStore(open_one())
+    _, secret = store.create(ADMIN, Actor())
+
+    async def run() -> None:
+        ring = KeyRing(store, outage_s=60)
+        assert await ring.find(secret)
+        store.may_read.clear()
+        ring._read_s -= STALE_S
+        try:
+            async with asyncio.timeout(30):
+                assert await ring.find(secret)
+        finally:
+            store.may_read.set()
+        await ring.refresh()
+        assert await ring.find(secret)
+
+    asyncio.run(run())
+
+
+def test_after_an_outage_keys_of_a_restored_database_are_read_whatever_their_count(open_one):
+    engine = open_one()
+    store = KeyStore(engine)
+
+    async def run() -> None:
+        ring = KeyRing(store, outage_s=60)
+        _, old = await asyncio.to_thread(store.create, ADMIN, Actor())
+        _, lost = await asyncio.to_thread(store.create, ADMIN, Actor())
+        assert await ring.find(lost)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE key_changes RENAME TO key_changes_gone")
+        with pytest.raises(StorageFailed):
+            await ring.refresh()
+        with engine.begin() as connection:  # of before the second key, and another was made since
+            connection.exec_driver_sql("ALTER TABLE key_changes_gone RENAME TO key_changes")
+            connection.exec_driver_sql("UPDATE key_changes SET count = 1")
+            connection.exec_driver_sql(
+                f"DELETE FROM api_keys WHERE secret_sha256 = '{digest_of(lost)}'"
+            )
+        _, new = await asyncio.to_thread(store.create, ADMIN, Actor())
+        await ring.refresh()
+        found = [await ring.find(secret) is not None for secret in (old, lost, new)]
+        assert found == [True, False, True]
 
     asyncio.run(run())
 

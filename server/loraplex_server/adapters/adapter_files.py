@@ -1,0 +1,62 @@
+"""The files of registered adapters: found on a local disk, and swept when no row refers to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Engine
+
+from loraplex_server.adapters.blobs import BlobStore
+from loraplex_server.adapters.data_dir import storage_errors
+from loraplex_server.adapters.errors import StorageFailed
+from loraplex_server.adapters.registry import stored_ids
+from loraplex_server.adapters.version_row import VersionRow
+
+#: Of a registry that other servers use too: whoever stores a file has so long to register it, and
+#: whoever runs on a deleted one elsewhere so long to have read it.
+SHARED_GRACE_S: Final = 3600.0
+
+
+class AdapterFiles:
+    """Owned by the store; every method may be called from any thread, and raises StorageFailed.
+
+    Args:
+        is_shared: other servers put and read files too: none goes that is younger than
+            `SHARED_GRACE_S`.
+    """
+
+    def __init__(self, blobs: BlobStore, database: Engine, *, is_shared: bool) -> None:
+        self._blobs = blobs
+        self._database = database
+        self._min_age_s = SHARED_GRACE_S if is_shared else 0.0
+
+    def sweep(self) -> None:
+        """Delete files that no row refers to; at any time where the registry is shared."""
+        with storage_errors("sweep the adapters' files"):
+            self._blobs.sweep(self._stored, min_age_s=self._min_age_s)
+
+    def sweep_copies(self) -> None:
+        """Delete this machine's copies of what no row refers to; nobody may be reading any."""
+        with storage_errors("sweep copies of adapters' files"):
+            self._blobs.sweep_copies(self._stored())
+
+    def local_copy(self, row: VersionRow) -> Path | None:
+        """Return the adapter's file if it is on a local disk already; does not block for long."""
+        return self._blobs.local_copy(row.adapter_id)
+
+    def local_path(self, row: VersionRow) -> Path:
+        """Return the adapter's file on a local disk; the caller holds it."""
+        try:
+            with storage_errors("open the adapter's file"):
+                return self._blobs.local_path(row.adapter_id)
+        except StorageFailed as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise StorageFailed(
+                    f"the weights of {row.name!r} are gone from the data folder; upload it again"
+                ) from error
+            raise
+
+    def _stored(self) -> set[str]:
+        with self._database.connect() as connection:
+            return stored_ids(connection)

@@ -1,0 +1,33 @@
+"""Whose the adapters' files are: the registry's that came first, and no other's.
+
+A server deletes files that its registry does not know. Were it led to those of another registry, as
+by a forgotten LORAPLEX_REGISTRY_URL, that would be all of them.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Engine
+
+from loraplex_server.adapters.blobs import BlobStore
+from loraplex_server.adapters.data_dir import storage_errors
+from loraplex_server.adapters.errors import StorageFailed
+from loraplex_server.adapters.registry_database import read_identity
+
+
+def claim_files(database: Engine, blobs: BlobStore) -> None:
+    """Make sure that the files are this registry's, before any is swept.
+
+    Raises:
+        StorageFailed: they are another one's, or cannot be asked.
+    """
+    with storage_errors("open the adapters' files"):
+        with database.connect() as connection:
+            identity = read_identity(connection)
+        foreign = blobs.claim(identity)
+    if foreign is not None:
+        raise StorageFailed(
+            "the files at blob_url belong to another registry, and this server would delete them, "
+            "as its own does not know them: set LORAPLEX_REGISTRY_URL to that registry, or "
+            "blob_url to another folder. If that registry is gone for good, delete "
+            f"{foreign} to give its files up"
+        )
