@@ -255,6 +255,14 @@ OVERVIEW: Final = Dashboard(
                     ),
                     (0.7, 0.9),
                 ),
+                Panel(
+                    "Age of the registry's news",
+                    "Of servers that share a registry: since each last followed what others "
+                    "changed. Above registry_outage_s, names and keys count no more.",
+                    "s",
+                    one(f"loraplex_registry_age_seconds{{{OF_INSTANCE}}}", "{{instance}}"),
+                    (2, 30),
+                ),
             ),
         ),
     ),

@@ -57,8 +57,12 @@ def server(tmp_path_factory, collector):
         "--otlp-endpoint": collector.url,
         "--log-format": "json",
         "--access-log": "on",
+        "--blob-url": str(folder / "files"),
     }
-    server = ServerProcess(folder / "server", *[text for pair in flags.items() for text in pair])
+    # As if other servers had the registry too: a panel shows how well they are followed.
+    env = {"LORAPLEX_REGISTRY_URL": f"sqlite:///{folder / 'registry.sqlite3'}"}
+    arguments = [text for pair in flags.items() for text in pair]
+    server = ServerProcess(folder / "server", *arguments, env=env)
     try:
         server.wait_until_ready()
         for number in range(NUM_ADAPTERS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from loraplex_server.api.ops import ops_router
+from loraplex_server.api.series import SERIES
 from loraplex_server.config_sources import load_config
 
 helm = pytest.importorskip("helm_python", reason="Helm, as a library")
@@ -20,7 +22,10 @@ DOCKER = Path(__file__).resolve().parents[2] / "docker"
 CHART = DOCKER / "helm" / "loraplex"
 
 #: What Kubernetes itself knows; the rest is of operators.
-CORE = ("v1", "apps/v1", "policy/v1", "autoscaling/v2", "networking.k8s.io/v1")
+CORE = (
+    *("v1", "apps/v1", "policy/v1", "autoscaling/v2", "networking.k8s.io/v1"),
+    "rbac.authorization.k8s.io/v1",
+)
 KUBERNETES = ("1.29", "1.33")
 
 SHARED = {"registrySecret": "postgres", "blobUrl": "s3://adapters/loraplex"}
@@ -53,7 +58,9 @@ EVERYTHING: dict[str, Any] = {
     "dashboards": {"enabled": True},
     "inference": {
         "enabled": True,
-        "httpRoute": {"gatewayNamespace": "gateways", "hostnames": ["llm.example.com"]},
+        "gateway": {"create": True, "className": "istio"},
+        "endpointPicker": {"replicas": 2, "flags": {"v": 2}},
+        "httpRoute": {"hostnames": ["llm.example.com"]},
         "objectives": {"interactive": 10, "batch": -10},
     },
 }
@@ -62,7 +69,18 @@ SMALLEST: dict[str, Any] = {
     "podDisruptionBudget": {"enabled": False},
     "auth": {"existingSecret": "mine"},
 }
-VALUES = {"default": {}, "smallest": SMALLEST, "everything": EVERYTHING}
+KEDA: dict[str, Any] = {
+    **EVERYTHING,
+    "affinity": {},
+    "antiAffinity": "hard",
+    "autoscaling": {"enabled": True, "kind": "keda", "prometheusUrl": "http://prometheus:9090"},
+    "inference": {
+        "enabled": True,
+        "endpointPicker": {"deploy": False},
+        "httpRoute": {"gatewayNamespace": "gateways"},
+    },
+}
+VALUES = {"default": {}, "smallest": SMALLEST, "everything": EVERYTHING, "keda": KEDA}
 
 
 def render(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -101,8 +119,10 @@ def test_values_of_a_kind_each_are_rendered():
     assert kinds == {
         *("StatefulSet", "Service", "ServiceAccount", "Secret", "PodDisruptionBudget"),
         *("HorizontalPodAutoscaler", "NetworkPolicy", "ServiceMonitor", "PrometheusRule"),
-        *("ConfigMap", "InferencePool", "InferenceObjective", "HTTPRoute"),
+        *("ConfigMap", "InferencePool", "InferenceObjective", "HTTPRoute", "Gateway"),
+        *("Deployment", "Role", "RoleBinding"),
     }
+    assert "ScaledObject/test" in render(KEDA)
     assert set(render({})) == {
         *("StatefulSet/test", "Service/test", "Service/test-replicas", "ServiceAccount/test"),
         "PodDisruptionBudget/test",
@@ -192,7 +212,8 @@ def test_selectors_find_the_pods_and_ports_by_their_names():
 
 def test_objects_that_name_each_other_agree():
     found = render(EVERYTHING)
-    route = found["HTTPRoute/test"]["spec"]["rules"][0]["backendRefs"][0]
+    rules = found["HTTPRoute/test"]["spec"]["rules"]
+    route = rules[0]["backendRefs"][0]
     pool = found["InferencePool/test"]
     assert (route["kind"], route["name"]) == ("InferencePool", pool["metadata"]["name"])
     assert pool["apiVersion"].startswith(f"{route['group']}/")
@@ -203,6 +224,44 @@ def test_objects_that_name_each_other_agree():
     assert "replicas" not in found["StatefulSet/test"]["spec"], "the autoscaler's to say"
 
 
+def test_keda_asks_for_the_series_that_the_server_has():
+    (trigger,) = render(KEDA)["ScaledObject/test"]["spec"]["triggers"]
+    (series,) = re.findall(r"vllm:\w+", trigger["metadata"]["query"])
+    assert series in SERIES
+    assert "HorizontalPodAutoscaler/test" not in render(KEDA)
+    assert "replicas" not in render(KEDA)["StatefulSet/test"]["spec"]
+    with pytest.raises(helm.HelmError, match="prometheusUrl"):
+        render({**KEDA, "autoscaling": {"enabled": True, "kind": "keda"}})
+
+
+def test_a_pod_has_a_gpu_for_each_rank_and_shared_memory_for_them():
+    pod, container = container_of({"tensorParallel": 4, "gpus": 1, "shmSize": "8Gi"})
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    variables = {e["name"]: e.get("value") for e in container["env"]}
+    assert variables["LORAPLEX_TENSOR_PARALLEL"] == "4"
+    assert load_config([], variables).tensor_parallel == 4
+    (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/dev/shm")
+    (volume,) = (v for v in pod["volumes"] if v["name"] == mount["name"])
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+    _, on_cpus = container_of({"tensorParallel": 2})
+    assert "nvidia.com/gpu" not in on_cpus["resources"]["limits"]
+    _, alone = container_of({"gpus": 1})
+    assert alone["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "LORAPLEX_TENSOR_PARALLEL" not in {e["name"] for e in alone["env"]}
+
+
+def test_replicas_keep_off_one_anothers_nodes_unless_told_otherwise():
+    fleet = {"replicas": 3, "sharedStorage": SHARED, "auth": {"existingSecret": "key"}}
+    labels = render(fleet)["StatefulSet/test"]["spec"]["template"]["metadata"]["labels"]
+    pod, _ = container_of(fleet)
+    soft = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    pod, _ = container_of({**fleet, "antiAffinity": "hard"})
+    hard = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert [term["podAffinityTerm"] for term in soft] == hard
+    assert hard[0]["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert "affinity" not in container_of({**fleet, "antiAffinity": "none"})[0]
+
+
 def test_rules_and_dashboards_are_those_that_compose_uses():
     found = render(EVERYTHING)
     groups = found["PrometheusRule/test"]["spec"]["groups"]
@@ -211,7 +270,7 @@ def test_rules_and_dashboards_are_those_that_compose_uses():
     assert expected
     assert groups == expected
     boards = {path.name: path for path in (DOCKER / "grafana" / "dashboards").glob("*.json")}
-    shipped = [o["data"] for name, o in found.items() if name.startswith("ConfigMap/")]
+    shipped = [o["data"] for name, o in found.items() if name.startswith("ConfigMap/test-dash")]
     assert boards
     assert {name for data in shipped for name in data} == boards.keys()
     for data in shipped:
@@ -227,6 +286,7 @@ def test_rules_and_dashboards_are_those_that_compose_uses():
         ({"replicas": 2, "sharedStorage": SHARED}, "one key"),
         ({"sharedStorage": {"blobUrl": "s3://b"}}, "both"),
         ({"auth": {"existingSecret": "a", "apiKey": "b"}}, "not both"),
+        ({"inference": {"enabled": True, "gateway": {"create": True}}}, "className"),
     ],
 )
 def test_what_would_not_work_is_refused_with_advice(values, advice):
@@ -242,6 +302,9 @@ def test_what_would_not_work_is_refused_with_advice(values, advice):
         {"settings": {"drain_delay_s": 3}},
         {"settings": {"prefix_cache": True}},
         {"gpus": 2},
+        {"settings": {"tensor_parallel": 2}},
+        {"tensorParallel": 0},
+        {"antiAffinity": "strict"},
     ],
 )
 def test_the_schema_refuses_values_that_mean_nothing(values):

@@ -14,6 +14,18 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
+{{/* The endpoint picker is none of the replicas: it has a name of its own. */}}
+{{- define "loraplex.pickerSelector" -}}
+app.kubernetes.io/name: loraplex-endpoint-picker
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "loraplex.pickerLabels" -}}
+{{ include "loraplex.pickerSelector" . }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
 {{- define "loraplex.keySecret" -}}
 {{- .Values.auth.existingSecret | default (ternary (printf "%s-key" (include "loraplex.name" .)) "" (ne .Values.auth.apiKey "")) -}}
 {{- end -}}
@@ -22,6 +34,38 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
      write large ones with an exponent. */}}
 {{- define "loraplex.setting" -}}
 {{- if and (kindIs "float64" .) (eq (floor .) .) -}}{{ int64 . }}{{- else -}}{{ . }}{{- end -}}
+{{- end -}}
+
+{{/* Where replicas may be: as the user says, or off one another's nodes. */}}
+{{- define "loraplex.affinity" -}}
+{{- if .Values.affinity -}}
+{{- toYaml .Values.affinity -}}
+{{- else if ne .Values.antiAffinity "none" -}}
+{{- $match := dict "matchLabels" (include "loraplex.selector" . | fromYaml) -}}
+{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" $match -}}
+{{- if eq .Values.antiAffinity "hard" -}}
+{{- toYaml (dict "podAntiAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (list $term))) -}}
+{{- else -}}
+{{- $soft := dict "weight" 100 "podAffinityTerm" $term -}}
+{{- toYaml (dict "podAntiAffinity" (dict "preferredDuringSchedulingIgnoredDuringExecution" (list $soft))) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A new replica has to load a model: early up, late down, one at a time. */}}
+{{- define "loraplex.scaling" -}}
+scaleUp:
+  stabilizationWindowSeconds: 0
+scaleDown:
+  stabilizationWindowSeconds: {{ .Values.autoscaling.scaleDownStabilizationSeconds }}
+  policies:
+    - {type: Pods, value: 1, periodSeconds: 60}
+{{- end -}}
+
+{{/* How long a route waits for the end of an answer: longer than the server. */}}
+{{- define "loraplex.requestTimeout" -}}
+{{- $server := int (.Values.settings.request_timeout_s | default 600) -}}
+{{- .Values.inference.httpRoute.requestTimeout | default (printf "%ds" (add $server 20)) -}}
 {{- end -}}
 
 {{/* Refuses what could be installed but would not work. */}}
@@ -39,5 +83,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if and .Values.auth.existingSecret .Values.auth.apiKey -}}
 {{- fail "set auth.existingSecret or auth.apiKey, not both" -}}
+{{- end -}}
+{{- if and .Values.autoscaling.enabled (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheusUrl) -}}
+{{- fail "autoscaling.kind keda asks Prometheus: set autoscaling.prometheusUrl" -}}
+{{- end -}}
+{{- if and .Values.inference.enabled .Values.inference.gateway.create -}}
+{{- if not .Values.inference.gateway.className -}}
+{{- fail "inference.gateway.create needs inference.gateway.className: kubectl get gatewayclass lists what your cluster has" -}}
+{{- end -}}
+{{- if .Values.inference.httpRoute.gatewayNamespace -}}
+{{- fail "inference.gateway.create makes the Gateway in the release's namespace: leave inference.httpRoute.gatewayNamespace empty" -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
