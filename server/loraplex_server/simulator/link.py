@@ -20,6 +20,7 @@ class AdapterLink:
     """Owned by one replica, whose time it follows.
 
     Attributes:
+        host: the adapters in host memory.
         under_way: loads in the order of their ends.
     """
 
@@ -27,32 +28,38 @@ class AdapterLink:
         self, host: HostTier, *, copy_page_s: float, disk_page_s: float, start_s: float = 0.0
     ) -> None:
         """`copy_page_s`, `disk_page_s`: seconds a page takes over the bus, and from the disk."""
-        self._host = host
+        self.host = host
         self._copy_page_s = copy_page_s
         self._disk_page_s = disk_page_s
         self._free_s = start_s
         self.under_way: deque[Arrival] = deque()
         self.num_loads = 0
+        self.num_loaded_pages = 0
         self.num_host_hits = 0
 
     def load(self, adapter_id: str, num_pages: int, now: float) -> Arrival:
         """Start a load into the pool, behind those that were started before."""
         took_s = num_pages * self._copy_page_s
         self.num_loads += 1
-        if self._host.lookup(adapter_id, now) is not None:
+        self.num_loaded_pages += num_pages
+        if self.host.lookup(adapter_id, now) is not None:
             self.num_host_hits += 1
         else:
-            self._host.reserve(adapter_id, num_pages, now)
+            self.host.reserve(adapter_id, num_pages, now)
             took_s += num_pages * self._disk_page_s
         self._free_s = max(self._free_s, now) + took_s
         arrival = Arrival(self._free_s, adapter_id, took_s)
         self.under_way.append(arrival)
         return arrival
 
+    def has_in_host(self, adapter_id: str) -> bool:
+        """Whether host memory has the adapter, or is being filled with it."""
+        return adapter_id in self.host
+
     def prefetch(self, adapter_id: str, num_pages: int, now: float) -> bool:
         """Bring an adapter into host memory if the loader is idle; False if it is not."""
         if self._free_s > now:
             return False
-        if adapter_id not in self._host and self._host.reserve(adapter_id, num_pages, now):
+        if adapter_id not in self.host and self.host.reserve(adapter_id, num_pages, now):
             self._free_s = now + num_pages * self._disk_page_s
         return True

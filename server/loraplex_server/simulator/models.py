@@ -119,6 +119,7 @@ SETTINGS: Final = {
         _setting("S5", "llama-30b", 32),
         _setting("S6", "llama-70b", 64),
         _setting("8B", "llama-3-8b", 16),
+        _setting("8B mixed", "llama-3-8b", 8, 16, 32, 64),
     )
 }
 

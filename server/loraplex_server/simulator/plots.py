@@ -75,6 +75,27 @@ def panels_figure(
     return draw
 
 
+def bars_figure(
+    panels: Sequence[tuple[str, str, Mapping[str, float]]],
+) -> Callable[[], Figure]:
+    """Return what draws one panel of bars per (title, x label, value by name), in one row."""
+
+    def draw() -> Figure:
+        figure, axes = _subplots(len(panels))
+        for axis, (panel_title, x_label, values) in zip(axes, panels, strict=True):
+            names = list(values)
+            colors = [_color(index) for index in range(len(names))]
+            axis.barh(names, list(values.values()), color=colors)
+            axis.invert_yaxis()
+            axis.set(title=panel_title, xlabel=x_label)
+            axis.grid(visible=True, axis="x", alpha=0.3)
+            if axis is not axes[0]:
+                axis.set_yticklabels([])
+        return figure
+
+    return draw
+
+
 def gap_figure(title: str, gaps: Mapping[str, ServiceGap]) -> Callable[[], Figure]:
     """Return what draws each tenant's service over time, one panel per order of service."""
 

@@ -16,13 +16,16 @@ from typing import Protocol
 from loraplex_memory.accounts import PoolAccounts
 from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_spec import AdapterRanks, AdapterSpec
+from loraplex_memory.allocator import PageUse
 from loraplex_scheduler.fit import AdapterLayouts
 from loraplex_scheduler.plan import Event, Plan, SampledToken, StepResult, TokenEvent
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.simulator.link import AdapterLink
+from loraplex_server.simulator.object_store import ObjectStore
 from loraplex_server.simulator.requests import RequestBook
-from loraplex_server.simulator.results import Counters, Record
+from loraplex_server.simulator.results import Counters, Found, Record
 from loraplex_server.simulator.roofline import Roofline, StepWork
+from loraplex_server.simulator.routing.router import ReplicaReport
 
 
 class BlockingLoads(Protocol):
@@ -43,6 +46,9 @@ class EngineParts:
         blocking: set in an engine that computes nothing while a needed adapter is loaded.
         reads_adapters_per_row: decode rows each read their adapter from memory, whoever else reads
             the same one (S-LoRA's kernel).
+        store: where adapter files come from that are not in host memory; None where the disk of
+            the link holds them all.
+        page_bytes: of one page of the pool, all layers.
     """
 
     scheduler: Scheduler
@@ -51,6 +57,8 @@ class EngineParts:
     roofline: Roofline
     blocking: BlockingLoads | None = None
     reads_adapters_per_row: bool = False
+    store: ObjectStore | None = None
+    page_bytes: float = 0.0
 
     def pages_of(self, ranks: AdapterRanks) -> int:
         """Return how many pages an adapter of these ranks takes."""
@@ -80,6 +88,7 @@ class Replica:
         self._record = record
         self._on_end = on_end
         self._incoming: list[tuple[float, int]] = []
+        self._fetching: list[tuple[float, int]] = []
         self._tokens: dict[str, SampledToken] = {}
         self._begun: set[str] = set()
         self.now = 0.0
@@ -94,14 +103,19 @@ class Replica:
     @property
     def is_idle(self) -> bool:
         """Nothing to do now or later, unless a request arrives."""
-        return not self._incoming and not self.parts.link.under_way and not self._has_work
+        is_quiet = not self._incoming and not self._fetching and not self.parts.link.under_way
+        return is_quiet and not self._has_work
 
     @property
     def _has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def submit(self, index: int, at_s: float) -> None:
-        """Let a request arrive at a time; before `now`, it is seen with the next step."""
+    def submit(self, index: int, at_s: float, *, since_s: float | None = None) -> None:
+        """Let a request arrive at a time; before `now`, it is seen with the next step.
+
+        `since_s`: when its client began to wait, if that was before, at a replica that died.
+        """
+        self._record.arrival_s[index] = at_s if since_s is None else since_s
         heapq.heappush(self._incoming, (at_s, index))
 
     def run(self, until: float) -> None:
@@ -118,9 +132,23 @@ class Replica:
                 return
             self.now = max(self.now, following)
 
+    def report(self) -> ReplicaReport:
+        """Return what its metrics would say now."""
+        ready = self.parts.accounts.residency.resident_ids()
+        allocator = self.parts.accounts.allocator
+        num_pages = allocator.num_held(PageUse.ADAPTER)
+        mean_pages = num_pages / len(ready) if ready else 1.0
+        return ReplicaReport(
+            num_waiting=self._scheduler.num_waiting,
+            ready=frozenset(ready),
+            waited_for=self._scheduler.waiting_adapters(),
+            max_adapters=int(allocator.num_pages / max(1.0, mean_pages)),
+        )
+
     def counters(self) -> Counters:
         """Return what was counted so far."""
         scheduler, accounts, link = self._scheduler, self.parts.accounts, self.parts.link
+        store = self.parts.store
         return Counters(
             num_steps=self._num_steps,
             busy_s=self._busy_s,
@@ -133,6 +161,9 @@ class Replica:
             prefix_hits=scheduler.num_prefix_hits,
             adapter_queries=self._num_queries,
             adapter_hits=self._num_hits,
+            num_loaded_pages=link.num_loaded_pages,
+            num_fetches=store.num_fetches if store else 0,
+            fetched_bytes=store.fetched_bytes if store else 0.0,
         )
 
     # ---- one turn of the loop ------------------------------------------------------------------
@@ -146,15 +177,33 @@ class Replica:
         while self._incoming and self._incoming[0][0] <= self.now:
             at_s, index = heapq.heappop(self._incoming)
             self._arrive(index, at_s)
+        while self._fetching and self._fetching[0][0] <= self.now:
+            self._queue(heapq.heappop(self._fetching)[1])
         self._book_events(scheduler.drop_hopeless(self.now))
 
     def _arrive(self, index: int, at_s: float) -> None:
-        request = self._book.make(index, at_s)
-        self._record.arrival_s[index] = at_s
-        self._tokens[request.request_id] = self._book.answer(index)
-        if request.adapter is not None:
+        """Let a request in; one whose adapter's file is elsewhere waits for the file first."""
+        manifest = self._book.manifest(int(self._book.trace.adapter[index]))
+        if manifest is not None:
+            found = self._find(manifest.adapter_id)
+            self._record.found[index] = found
             self._num_queries += 1
-            self._num_hits += self._scheduler.is_resident(request.adapter.adapter_id)
+            self._num_hits += found == Found.POOL
+            if found == Found.COLD and self.parts.store is not None:
+                num_bytes = self._sizes.of(manifest).num_pages * self.parts.page_bytes
+                done_s = self.parts.store.fetch(manifest.adapter_id, num_bytes, at_s)
+                heapq.heappush(self._fetching, (done_s, index))
+                return
+        self._queue(index)
+
+    def _find(self, adapter_id: str) -> Found:
+        if self._scheduler.is_resident(adapter_id):
+            return Found.POOL
+        return Found.HOST if self.parts.link.has_in_host(adapter_id) else Found.COLD
+
+    def _queue(self, index: int) -> None:
+        request = self._book.make(index, self._record.arrival_s[index])
+        self._tokens[request.request_id] = self._book.answer(index)
         self._book_events(self._scheduler.add(request))
 
     def _next_event(self) -> float | None:
@@ -162,6 +211,7 @@ class Replica:
         under_way = self.parts.link.under_way
         times = [self._incoming[0][0]] if self._incoming else []
         times += [under_way[0].done_s] if under_way else []
+        times += [self._fetching[0][0]] if self._fetching else []
         return min(times, default=None)
 
     def _step(self) -> bool:

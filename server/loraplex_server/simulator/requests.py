@@ -32,6 +32,7 @@ class RequestBook:
     ) -> None:
         """`promise_s`: every request asks for its first token within so many seconds."""
         self.trace = trace
+        self.adapters = adapters
         self._ranks = [adapters.layer_ranks(i, num_layers) for i in range(len(adapters.ranks))]
         self._promise_s = promise_s
         self._prompt_len: list[int] = trace.prompt_len.tolist()
@@ -70,7 +71,7 @@ class RequestBook:
         if manifest is None:
             ranks = self._ranks[adapter % len(self._ranks)]
             manifest = AdapterManifest(
-                adapter_id=f"adapter-{adapter}", path="", spec=AdapterSpec(ranks)
+                adapter_id=adapter_id(adapter), path="", spec=AdapterSpec(ranks)
             )
             self._manifests[adapter] = manifest
         return manifest
@@ -96,6 +97,11 @@ class RequestBook:
             sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
             self._sampling[output_len] = sampling
         return sampling
+
+
+def adapter_id(adapter: int) -> str:
+    """Return the id of the adapter with this index."""
+    return f"adapter-{adapter}"
 
 
 def _answer_id(index: int) -> int:

@@ -14,12 +14,13 @@ Definitions are S-LoRA's (section 2.4 of its evaluation and its scripts) where i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
 
-from loraplex_server.simulator.trace import Floats, Trace
+from loraplex_server.simulator.trace import NOBODY, Floats, Ints, Trace
 
 SLORA_SLO_S: Final = 6.0
 
@@ -39,10 +40,22 @@ class Counters:
     prefix_hits: int = 0
     adapter_queries: int = 0
     adapter_hits: int = 0
+    num_loaded_pages: int = 0
+    num_fetches: int = 0
+    fetched_bytes: float = 0.0
 
     def __add__(self, other: Counters) -> Counters:
         mine, theirs = asdict(self), asdict(other)
         return Counters(**{name: mine[name] + theirs[name] for name in mine})
+
+
+class Found(IntEnum):
+    """Where a request's adapter was when it reached its replica."""
+
+    POOL = 0
+    HOST = 1
+    COLD = 2
+    NOT_ASKED = 3
 
 
 class Record:
@@ -56,6 +69,8 @@ class Record:
         self.end_s = [never] * num
         self.num_cached = [0] * num
         self.num_ends = [0] * num
+        self.found = [Found.NOT_ASKED] * num
+        self.replica = [NOBODY] * num
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Outcome:
 
     Attributes:
         end_s: when the last token came; NaN for requests that were turned away or dropped.
+        found: where each request's adapter was, a `Found`.
+        replica: which replica each request was sent to last.
         wall_s: real time that the simulation took.
     """
 
@@ -75,6 +92,8 @@ class Outcome:
     counters: Counters
     num_rejected: int
     wall_s: float
+    found: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    replica: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def ttft_s(self) -> Floats:

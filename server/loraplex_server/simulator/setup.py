@@ -17,14 +17,16 @@ from loraplex_scheduler.policies import (
 )
 from loraplex_scheduler.scheduler import Scheduler
 from loraplex_server.simulator.errors import SimulationError
-from loraplex_server.simulator.fleet import Fleet, Router
+from loraplex_server.simulator.fleet import Fleet
 from loraplex_server.simulator.hardware import Hardware
 from loraplex_server.simulator.link import AdapterLink
 from loraplex_server.simulator.models import ELEM_BYTES, AdapterSet, Setting, SimulatedModel
+from loraplex_server.simulator.object_store import ObjectStore, StoreSpeed
 from loraplex_server.simulator.replica import EngineParts
 from loraplex_server.simulator.requests import RequestBook
 from loraplex_server.simulator.results import Outcome
 from loraplex_server.simulator.roofline import Inefficiency, Roofline
+from loraplex_server.simulator.routing.router import Router
 from loraplex_server.simulator.slora import GATE_STEPS, EarlyAbort, Gate
 from loraplex_server.simulator.trace import Trace
 
@@ -57,6 +59,7 @@ class EngineSetup:
         aborts_early: with S-LoRA's early abort, for a TTFT SLO of so many seconds.
         promise_s: every request asks for its first token within so many seconds.
         host_bytes: host memory for adapters.
+        store: what adapter files come from that are not in host memory; None: all are on the disk.
         reads_adapters_per_row: None for what the engine does by itself.
     """
 
@@ -75,6 +78,7 @@ class EngineSetup:
     gate_steps: int = GATE_STEPS
     aborts_early: float | None = None
     promise_s: float | None = None
+    store: StoreSpeed | None = None
     reads_adapters_per_row: bool | None = None
 
     @property
@@ -166,6 +170,8 @@ def make_parts(setup: EngineSetup) -> EngineParts:
         roofline=roofline,
         blocking=gate,
         reads_adapters_per_row=setup.is_slora if per_row is None else per_row,
+        store=ObjectStore(setup.store) if setup.store else None,
+        page_bytes=page_bytes,
     )
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from loraplex_scheduler.policies import PolicyChoice
-from loraplex_server.simulator.fleet import AdapterAffine, Fleet, RoundRobin
+from loraplex_server.simulator.fleet import Fleet
 from loraplex_server.simulator.hardware import find_hardware
 from loraplex_server.simulator.models import AdapterSet, Setting, llama
+from loraplex_server.simulator.routing.names import make_router
 from loraplex_server.simulator.setup import make_book, make_parts, ours, simulate, slora
 from loraplex_server.simulator.trace import NOBODY, Trace
 from loraplex_server.simulator.workloads import multi_turn_trace, slora_trace, zipf_trace
@@ -121,21 +122,21 @@ def test_without_a_prefix_cache_nothing_is_found():
     assert simulate(SETUPS["no prefix cache"], trace).num_cached.sum() == 0
 
 
-@pytest.mark.parametrize("router", [RoundRobin, lambda: AdapterAffine(3)])
+@pytest.mark.parametrize("name", ["round-robin", "affine"])
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_a_fleet_answers_everything_once(router, is_chat):
+def test_a_fleet_answers_everything_once(name, is_chat):
     trace = short_trace()
     if is_chat:
         trace = multi_turn_trace(rate=60, duration_s=1, num_adapters=9, think_s=0.2)
-    outcome = simulate(SETUPS["ours"], trace, num_replicas=3, router=router())
+    outcome = simulate(SETUPS["ours"], trace, num_replicas=3, router=make_router(name, 3, 1))
     assert not np.isnan(outcome.end_s).any()
-    again = simulate(SETUPS["ours"], trace, num_replicas=3, router=router())
+    again = simulate(SETUPS["ours"], trace, num_replicas=3, router=make_router(name, 3, 1))
     assert outcome.end_s.tolist() == again.end_s.tolist()
 
 
 def test_a_fleet_of_one_behaves_like_a_replica_behind_any_router():
     alone = simulate(SETUPS["ours"], short_trace())
-    routed = simulate(SETUPS["ours"], short_trace(), router=AdapterAffine(1))
+    routed = simulate(SETUPS["ours"], short_trace(), router=make_router("affine", 1, 1))
     assert alone.end_s.tolist() == routed.end_s.tolist()
 
 
@@ -145,17 +146,8 @@ def test_affine_routing_loads_each_adapter_on_fewer_replicas():
     )
     setup = ours(SMALL, A100, pool_tokens=8192)
     spread = simulate(setup, trace, num_replicas=4)
-    affine = simulate(setup, trace, num_replicas=4, router=AdapterAffine(4))
+    affine = simulate(setup, trace, num_replicas=4, router=make_router("affine", 4, 1))
     assert affine.counters.num_loads < 0.7 * spread.counters.num_loads
-
-
-def test_affine_routing_bounds_what_one_replica_is_given():
-    router = AdapterAffine(4, bound=1.25)
-    in_flight = [0] * 4
-    for _ in range(100):
-        in_flight[router.choose(7, in_flight)] += 1
-    assert max(in_flight) <= 1.25 * 25 + 1
-    assert router.choose(7, [0] * 4) == router.choose(7, [5] * 4)
 
 
 def test_promises_are_kept_or_refused():

@@ -16,12 +16,12 @@ from loraplex_scheduler.policies import (
 from loraplex_server.simulator.errors import SimulationError
 from loraplex_server.simulator.experiments.options import Options
 from loraplex_server.simulator.fairness import service_gap
-from loraplex_server.simulator.fleet import AdapterAffine, RoundRobin
 from loraplex_server.simulator.hardware import all_hardware, find_hardware
 from loraplex_server.simulator.lmsys import load_trace, matched_trace
 from loraplex_server.simulator.models import SETTINGS, find_setting
 from loraplex_server.simulator.report import Report, Row, Table
 from loraplex_server.simulator.roofline import Inefficiency
+from loraplex_server.simulator.routing.names import ROUTERS, make_router
 from loraplex_server.simulator.setup import EngineSetup, ours, simulate, slora
 from loraplex_server.simulator.trace import Trace
 from loraplex_server.simulator.workloads import (
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skew", type=_at_least(0.0, float), default=1.0, help="Zipf, or alpha")
     parser.add_argument("--cv", type=_at_least(1e-3, float), default=1.0, help="of the gaps")
     parser.add_argument("--replicas", type=_at_least(1, int), default=1, metavar="N")
-    parser.add_argument("--router", choices=("affine", "round-robin"), default="affine")
+    parser.add_argument("--router", choices=tuple(ROUTERS), default="affine")
     parser.add_argument("--pool-tokens", type=_at_least(1, int), metavar="N")
     parser.add_argument("--host-bytes", type=_at_least(0.0, float), default=256e9, metavar="N")
     parser.add_argument("--step-tokens", type=_at_least(1, int), default=512, metavar="N")
@@ -78,7 +78,7 @@ def run(options: Options, asked: argparse.Namespace) -> Report:
     """Simulate once and report every metric."""
     trace = make_trace(asked, options.seed)
     setup = make_setup(asked)
-    router = AdapterAffine(asked.replicas) if asked.router == "affine" else RoundRobin()
+    router = make_router(asked.router, asked.replicas, options.seed)
     options.tell(f"{trace.name}: {len(trace)} requests")
     outcome = simulate(setup, trace, num_replicas=asked.replicas, router=router)
     slo_s = asked.promise or 6.0

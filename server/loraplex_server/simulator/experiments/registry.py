@@ -7,6 +7,8 @@ from typing import Final
 from loraplex_server.simulator.experiments import (
     chameleon,
     fairness,
+    fleet_death,
+    fleet_size,
     hour,
     multi_turn,
     overload,
@@ -34,6 +36,8 @@ EXPERIMENTS: Final = {
         Experiment(
             "overload", "first tokens in time at 1.5 x capacity, and an oracle", 4, overload.run
         ),
+        Experiment("fleet", "replicas for 100,000 adapters at 1,000 req/s", 3, fleet_size.run),
+        Experiment("fleet-death", "the same, when a replica dies", 1, fleet_death.run),
         Experiment("chameleon", "load at the P99 TTFT SLO on Chameleon's mix", 4, chameleon.run),
         Experiment("multi-turn", "what the prefix cache is worth to chats", 2, multi_turn.run),
         Experiment("thrash", "more adapters in use than the pool holds", 2, thrash.run),

@@ -8,16 +8,18 @@ kernel does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loraplex_server.simulator.experiments.options import Options
 from loraplex_server.simulator.fairness import service_gap
-from loraplex_server.simulator.fleet import AdapterAffine, RoundRobin, Router
 from loraplex_server.simulator.hardware import find_hardware
 from loraplex_server.simulator.models import find_setting
 from loraplex_server.simulator.plots import panels_figure
 from loraplex_server.simulator.report import Report, Row, Table
 from loraplex_server.simulator.results import Outcome
+from loraplex_server.simulator.routing.names import make_router
+from loraplex_server.simulator.routing.router import Router
 from loraplex_server.simulator.setup import (
     A100_STEP_TOKENS,
     S_LORA_INEFFICIENCY,
@@ -86,10 +88,11 @@ def run_replicas(options: Options) -> Report:
     rows: list[Row] = []
     for num_replicas in counts:
         trace = _trace(_FLEET_ADAPTERS, _REPLICA_RATE * num_replicas, duration_s, options.seed)
+        make = partial(make_router, num_replicas=num_replicas, seed=options.seed)
         arms: dict[str, tuple[EngineSetup, Router]] = {
-            "ours, affine": (engines["ours"], AdapterAffine(num_replicas)),
-            "ours, round robin": (engines["ours"], RoundRobin()),
-            "S-LoRA, round robin": (engines["S-LoRA"], RoundRobin()),
+            "ours, affine": (engines["ours"], make("affine")),
+            "ours, round robin": (engines["ours"], make("round-robin")),
+            "S-LoRA, round robin": (engines["S-LoRA"], make("round-robin")),
         }
         for name, (engine, router) in arms.items():
             options.tell(f"{name}: {num_replicas} replicas")
