@@ -5,24 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
-import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.config_sources import load_config
 from loraplex_server.logs import set_up_logging
-
-if TYPE_CHECKING:
-    from loraplex_server.api.services import Services
-    from loraplex_server.engine.handle import EngineHandle
-
-log = logging.getLogger("loraplex_server")
-
 
 #: As uvicorn has it.
 _BACKLOG = 2048
@@ -44,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with bind(config) as listener:
+            _wait_for_registry(config)
             _refuse_if_open(config, listener)
             asyncio.run(_serve(config, listener))
     except StartError as error:
@@ -76,6 +68,23 @@ def bind(config: Config) -> socket.socket:
     except OSError as error:
         raise _cannot_listen(config, error) from error
     return listener
+
+
+def _wait_for_registry(config: Config) -> None:
+    """Let the registry's database come up with the server, as in a cluster that starts."""
+    if config.registry_url is None:
+        return
+    from loraplex_server.adapters.errors import StorageFailed
+    from loraplex_server.adapters.registry_database import wait_for_database
+
+    # As by Ctrl-C: a container's first process ignores what it has no handler for.
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        wait_for_database(config.registry_url, config.registry_wait_s)
+    except StorageFailed as error:
+        raise StartError(str(error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _refuse_if_open(config: Config, listener: socket.socket) -> None:
@@ -120,6 +129,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
     """Build everything, serve until a signal, and take it down in order."""
     from loraplex_server.adapters.errors import AdapterError
     from loraplex_server.api.server import Server
+    from loraplex_server.api.services import start_services
     from loraplex_server.api.traces import TracesUnavailable
     from loraplex_server.build import build_engine_handle
     from loraplex_server.engine.errors import EngineError
@@ -132,7 +142,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         loop.add_signal_handler(number, stopping.cancel)
     engine = build_engine_handle(config)
     try:
-        services = await _start(config, engine)
+        services = await start_services(config, engine)
         _settle()
         try:
             _listen(config, listener)
@@ -155,32 +165,6 @@ def _settle() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-async def _start(config: Config, engine: EngineHandle) -> Services:
-    """Start the engine, and load beside it what the API needs."""
-    from loraplex_server.api.services import Services, build_catalog, build_vocabulary
-    from loraplex_server.build import resolve_facts
-
-    loop = asyncio.get_running_loop()
-
-    def discard(adapter_id: str) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(engine.discard_adapter, adapter_id)
-
-    facts = await asyncio.to_thread(resolve_facts, config)
-    catalog = await asyncio.to_thread(build_catalog, config, facts, discard)
-    log.info("loading %s", facts.base_name)
-    try:
-        vocabulary, _ = await asyncio.gather(
-            asyncio.to_thread(build_vocabulary, facts), engine.start()
-        )
-        if (tokenizer := await asyncio.to_thread(vocabulary.to_json)) is not None:
-            engine.learn_tokens(tokenizer)
-    except BaseException:
-        catalog.close()
-        raise
-    return Services(config, engine, catalog, vocabulary, base_names=(facts.base_name,))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check one folder or archive and return the exit code."""
     asked = _parser().parse_args(argv)
     try:
-        config = load_config(given_flags(asked, _SETTINGS), os.environ)
+        config = load_config(given_flags(asked, _SETTINGS), os.environ, needs_files=False)
         answer = _check(config, asked.path, check_base=not asked.skip_base_check)
     except ConfigError as error:
         return _fail(error, 2)

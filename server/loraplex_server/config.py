@@ -28,6 +28,7 @@ from loraplex_server.setting_values import (
     parse_secret,
     parse_share,
     parse_size,
+    parse_store_url,
     parse_switch,
     parse_text,
     parse_wait,
@@ -93,6 +94,12 @@ class Config:
         or_auto(integer_of(1)), None, "model", "most tokens of prompt and answer; auto: the model's"
     )
     threads: int = _setting(integer_of(0), 0, "model", "CPU threads of the engine; 0: all cores")
+    tensor_parallel: int = _setting(
+        integer_of(1),
+        1,
+        "model",
+        "processes that compute the model together, a GPU each; sizes are those of all together",
+    )
 
     page_tokens: int | None = _setting(
         or_auto(integer_of(1, 1024)),
@@ -211,11 +218,27 @@ class Config:
         "URL",
     )
     blob_url: str | None = _setting(
-        parse_text,
+        parse_store_url,
         None,
         "adapters",
         "where adapter files are kept (s3://bucket/folder); default: in data_dir",
         "URL",
+    )
+
+    registry_outage_s: float = _setting(
+        parse_wait,
+        60.0,
+        "adapters",
+        "while a shared registry does not answer, go on with the names and keys that are known for "
+        "so long; 0: not at all",
+        "S",
+    )
+    registry_wait_s: float = _setting(
+        parse_wait,
+        60.0,
+        "adapters",
+        "how long a server that starts waits for a shared registry that does not answer",
+        "S",
     )
 
     host: str = _setting(parse_text, "127.0.0.1", "service", "address to listen on", "HOST")

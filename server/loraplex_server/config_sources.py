@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 from loraplex_server.config import Config, ConfigError
@@ -37,30 +38,75 @@ _NOT_SHOWN: Final = SECRETS | {"otlp_endpoint"}
 _SETTINGS: Final[Mapping[str, Field[Any]]] = {f.name: f for f in fields(Config)}
 
 
-def load_config(argv: Sequence[str], env: Mapping[str, str]) -> Config:
+def load_config(argv: Sequence[str], env: Mapping[str, str], *, needs_files: bool = True) -> Config:
     """Assemble the settings from flags > environment > the TOML file of --config > defaults.
+
+    Args:
+        needs_files: False for whoever uses the registry and no adapter's file.
 
     Raises:
         ConfigError: a flag, variable or key is unknown or its value impossible.
         SystemExit: `--help` or `--version` was given.
     """
-    flags = _read_flags(argv)
+    config = _assemble("flag", _read_flags(argv), env)
+    if needs_files:
+        _check_files(config)
+    return config
+
+
+def config_of_arguments(
+    arguments: Mapping[str, Any], env: Mapping[str, str], *, elsewhere: Mapping[str, str]
+) -> Config:
+    """Assemble the settings the same way, from arguments by name in the place of flags.
+
+    Args:
+        arguments: values as TOML or flags have them.
+        elsewhere: settings that somebody else decides here, and by which means.
+
+    Raises:
+        ConfigError: as `load_config`; or one of `elsewhere` is given, in whatever way.
+    """
+    for name in arguments:
+        if name in SECRETS:
+            raise ConfigError(f"{name} is a secret; set {_spelling('env', name)} instead")
+        if name not in (*_SETTINGS, "config"):
+            _refuse_unknown("argument", name, _SETTINGS)
+    config = _assemble("argument", dict(arguments), env, elsewhere)
+    _check_files(config)
+    return config
+
+
+def _assemble(
+    kind: str,
+    given: dict[str, Any],
+    env: Mapping[str, str],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Config:
     from_env = _read_env(env)
-    path = flags.pop("config", None) or from_env.pop("config", None)
+    path = given.pop("config", None) or from_env.pop("config", None)
     from_file = _read_toml(Path(path).expanduser()) if path else {}
     values: dict[str, Any] = {}
-    for source, raw_values in (("file", from_file), ("env", from_env), ("flag", flags)):
+    for source, raw_values in (("file", from_file), ("env", from_env), (kind, given)):
         for name, raw in raw_values.items():
-            values[name] = _parse(name, raw, where=_spelling(source, name))
+            where = _spelling(source, name)
+            if name in elsewhere:
+                raise ConfigError(f"{where} has no effect here; use {elsewhere[name]}")
+            values[name] = _parse(name, raw, where=where)
     config = Config(**values)
     _check_together(config)
     return config
 
 
+def _check_files(config: Config) -> None:
+    if config.registry_url is not None and config.blob_url is None:
+        raise ConfigError(
+            "registry_url is shared by several servers, and so needs blob_url: a place for files "
+            "that all of them reach, such as --blob-url s3://bucket/folder"
+        )
+
+
 def _check_together(config: Config) -> None:
     """Refuse settings that others make meaningless."""
-    if config.registry_url is not None and config.blob_url is None:
-        raise ConfigError("registry_url is shared by several servers, and so needs blob_url")
     if config.tenant_weights and config.order != "vtc":
         raise ConfigError(f"tenant_weights means nothing with order {config.order}; use vtc")
 
@@ -78,6 +124,8 @@ def _spelling(source: str, name: str) -> str:
         return flag_of(name)
     if source == "env":
         return ENV_PREFIX + name.upper()
+    if source == "argument":
+        return f"argument {name}"
     return f"key `{name}` of the configuration file"
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(argv)
     run: _Command = asked.run
     try:
-        config = load_config(given_flags(asked, _SETTINGS), os.environ)
+        config = load_config(given_flags(asked, _SETTINGS), os.environ, needs_files=False)
         with open_key_store(config) as store:
             run(store, config, asked)
     except ConfigError as error:

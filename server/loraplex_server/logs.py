@@ -18,7 +18,15 @@ LOG_FORMATS: Final = ("text", "json")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: `time`, `level`, `logger`, `message` and what else there is."""
+    """One JSON object per line: `time`, `level`, `logger`, `message` and what else there is.
+
+    Args:
+        rank: what every line names as its `rank`, if anything.
+    """
+
+    def __init__(self, rank: int | None = None) -> None:
+        super().__init__()
+        self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -28,6 +36,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._rank is not None:
+            written["rank"] = self._rank
         if request_id := REQUEST_ID.get():
             written["request_id"] = request_id
         written |= getattr(record, "fields", {})
@@ -36,15 +46,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(written, ensure_ascii=False, default=str)
 
 
-def set_up_logging(level: str, log_format: str = "text") -> None:
+def set_up_logging(level: str, log_format: str = "text", rank: int | None = None) -> None:
     """Write records of at least `level` (debug, info, warning, error) to standard error.
 
     Args:
         log_format: one of `LOG_FORMATS`.
+        rank: of a process that computes a part of the model for another; every line says it.
     """
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    about = "" if rank is None else f" [rank {rank}]"
+    text = logging.Formatter(f"%(asctime)s %(levelname)-7s %(name)s{about}: %(message)s")
+    handler.setFormatter(JsonFormatter(rank) if log_format == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     # Whoever wishes for access lines gets them, however quiet the rest is.
     logging.getLogger(ACCESS_LOG).setLevel(logging.INFO)

@@ -48,6 +48,17 @@ def parse_folder(raw: Any) -> Path:
     return Path(parse_text(raw)).expanduser().absolute()
 
 
+def parse_store_url(raw: Any) -> str:
+    """Take a URL, or a folder that does not depend on where the server was started.
+
+    So a misspelt URL (`s3:/bucket`) is not taken for a folder of this machine.
+    """
+    text = parse_text(raw)
+    if "://" not in text and not Path(text).expanduser().is_absolute():
+        raise ValueError("a URL such as s3://bucket/folder, or a folder from the root on")
+    return text
+
+
 def parse_header_name(raw: Any) -> str:
     """Take the name of an HTTP header, whose case does not matter."""
     if not isinstance(raw, str) or not _HEADER_NAME.fullmatch(raw):

@@ -1,4 +1,4 @@
-"""What settings, model and machine together decide: device, number formats, steps and pool."""
+"""What settings, model and machine decide together: device, number formats, sizes, policies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from loraplex_memory.adapter_layout import AdapterLayout
 from loraplex_memory.adapter_spec import AdapterSpec
 from loraplex_memory.layout import PROJECTIONS, ModelGeometry, PoolLayout, Projection
 from loraplex_scheduler.limits import SchedulerLimits
+from loraplex_scheduler.policies import PolicyChoice
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError
-from loraplex_server.machine import available_bytes
+from loraplex_server.machine import available_bytes, num_processors
 from loraplex_server.model.linear import Quantization
 from loraplex_server.model.spec import ModelSpec
 
@@ -49,14 +50,17 @@ _OLDEST_GPU: Final = (8, 0)
 _STEP_SIZES: Final = {"cpu": (512, 64), "cuda": (2048, 256)}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, rank: int = 0) -> torch.device:
     """Return where to compute; `auto` is the GPU where there is one that can.
+
+    Args:
+        rank: of several that compute a model together: each has a GPU of its own.
 
     Raises:
         EngineConfigError: a GPU was asked for, and torch sees none or one that is too old.
     """
     has_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability(0) if has_gpu else (0, 0)
+    capability = torch.cuda.get_device_capability(rank) if has_gpu else (0, 0)
     if name == "cuda" and not has_gpu:
         raise EngineConfigError(
             "device is cuda and torch sees no GPU: check `nvidia-smi`, install the CUDA build of "
@@ -70,7 +74,40 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if is_new else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
+
+
+def check_num_ranks(config: Config, device: torch.device, geometry: ModelGeometry) -> None:
+    """Check that so many ranks can compute the model together.
+
+    Raises:
+        EngineConfigError: there are fewer GPUs, the model has fewer heads, or the weights are of
+            a form that cannot be cut.
+    """
+    num_ranks = config.tensor_parallel
+    if num_ranks > geometry.num_heads:
+        raise EngineConfigError(
+            f"tensor_parallel is {num_ranks} and the model has {geometry.num_heads} attention "
+            f"heads, of which each rank needs one: serve with --tensor-parallel "
+            f"{geometry.num_heads} or less"
+        )
+    if num_ranks > 1 and config.quantization != "none":
+        raise EngineConfigError(
+            f"quantization is {config.quantization} and tensor_parallel {num_ranks}: only one rank "
+            "alone reads such weights; serve with --quantization none or --tensor-parallel 1"
+        )
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and num_ranks > num_gpus:
+        raise EngineConfigError(
+            f"tensor_parallel is {num_ranks} and torch sees {num_gpus} GPUs, of which each rank "
+            f"needs one: serve with --tensor-parallel {num_gpus} or less, or see why "
+            "`nvidia-smi -L` or CUDA_VISIBLE_DEVICES has so few"
+        )
+
+
+def choose_num_threads(config: Config) -> int:
+    """Return the threads of one rank: an equal share of those of the replica."""
+    return max(1, (config.threads or num_processors()) // config.tensor_parallel)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -132,19 +169,20 @@ def choose_step_sizes(config: Config, device: torch.device) -> StepSizes:
     return StepSizes(max_step_tokens, max_running)
 
 
-def auto_pool_bytes(device: torch.device, step_bytes: int = 0) -> int:
-    """Return the size of a pool that was not set.
+def auto_pool_bytes(device: torch.device, step_bytes: int = 0, num_ranks: int = 1) -> int:
+    """Return the size of a pool that was not set, the parts of all ranks together.
 
     Args:
         step_bytes: on a GPU, what the largest step needs besides weights and pool.
+        num_ranks: that share a CPU's memory, or have a GPU like this each.
     """
     if device.type == "cpu":
         return min(_CPU_POOL_CAP_BYTES, int(_CPU_POOL_SHARE * available_bytes()))
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int(_GPU_POOL_SHARE * free) - step_bytes)
+    return num_ranks * max(0, int(_GPU_POOL_SHARE * free) - step_bytes)
 
 
-def choose_page_tokens(page_tokens: int | None, geometry: ModelGeometry) -> int:
+def choose_page_tokens(page_tokens: int | None, geometry: ModelGeometry, num_ranks: int = 1) -> int:
     """Return how many tokens fill a page: as set, or the most at which adapters waste little.
 
     An adapter leaves half a page empty on average, which matters where few tokens make a large one:
@@ -152,14 +190,15 @@ def choose_page_tokens(page_tokens: int | None, geometry: ModelGeometry) -> int:
     """
     if page_tokens is not None:
         return page_tokens
-    few = (n for n in _PAGE_TOKENS if _adapter_waste(PoolLayout(geometry, n)) <= _MAX_WASTE)
+    layouts = (PoolLayout(geometry, n, num_ranks) for n in _PAGE_TOKENS)
+    few = (layout.page_tokens for layout in layouts if _adapter_waste(layout) <= _MAX_WASTE)
     return next(few, _PAGE_TOKENS[-1])
 
 
 def _adapter_waste(layout: PoolLayout) -> float:
     """Return the share of the pages of usual adapters without weights, for the worse targets."""
     # All layers are alike, so one tells.
-    one_layer = PoolLayout(replace(layout.geometry, num_layers=1), layout.page_tokens)
+    one_layer = replace(layout, geometry=replace(layout.geometry, num_layers=1))
     shares = []
     for targets in _USUAL_TARGETS:
         rows = [tuple(rank * (p in targets) for p in PROJECTIONS) for rank in _USUAL_RANKS]
@@ -169,17 +208,26 @@ def _adapter_waste(layout: PoolLayout) -> float:
     return max(shares)
 
 
+def replica_page_bytes(layout: PoolLayout, elem_bytes: int) -> int:
+    """Return what one page takes on all ranks together."""
+    return layout.num_ranks * layout.page_bytes(elem_bytes)
+
+
 def choose_num_pages(pool_bytes: int, layout: PoolLayout, elem_bytes: int) -> int:
     """Return how many pages fit into the pool's bytes.
+
+    Args:
+        pool_bytes: of all ranks together.
 
     Raises:
         EngineConfigError: not even one.
     """
-    num_pages = pool_bytes // layout.page_bytes(elem_bytes)
+    page_bytes = replica_page_bytes(layout, elem_bytes)
+    num_pages = pool_bytes // page_bytes
     if num_pages < 1:
         raise EngineConfigError(
             f"pool_bytes is {pool_bytes} and one page of this model takes "
-            f"{layout.page_bytes(elem_bytes)}: give the pool more memory"
+            f"{page_bytes}: give the pool more memory"
         )
     return num_pages
 
@@ -190,13 +238,14 @@ def choose_host_pages(
     """Return how many pages of packed adapters host memory holds.
 
     Args:
-        host_bytes: as set: 0 for none, and None to take a share of the memory that is free now.
+        host_bytes: as set, of all ranks together: 0 for none, and None to take a share of the
+            memory that is free now.
     """
     if host_bytes is None:
         host_bytes = int(_HOST_SHARE[device.type] * available_bytes())
         if device.type == "cpu":
             host_bytes = min(host_bytes, _CPU_HOST_CAP_BYTES)
-    return host_bytes // layout.page_bytes(elem_bytes)
+    return host_bytes // replica_page_bytes(layout, elem_bytes)
 
 
 def choose_limits(
@@ -230,3 +279,15 @@ def _choose_max_model_len(config: Config, spec: ModelSpec, in_pool: int) -> int:
             f"{spec.max_position_embeddings} tokens and the pool holds {in_pool}"
         )
     return config.max_model_len
+
+
+def choose_policies(config: Config) -> PolicyChoice:
+    """Return what the settings say of scheduling and eviction."""
+    return PolicyChoice(
+        order=config.order,
+        admission=config.admission,
+        eviction=config.eviction,
+        has_prefix_cache=config.prefix_cache,
+        cluster_wait_s=config.cluster_wait_s,
+        tenant_weights=config.tenant_weights,
+    )

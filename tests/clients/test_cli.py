@@ -236,6 +236,7 @@ def test_checking_an_adapter_becomes_the_servers_own_check(monkeypatch):
         (403, "source_forbidden", ""),
         (502, "source_failed", ""),
         (504, "adapter_draining", ""),
+        (404, "not_found", ""),  # of a proxy, as it has no request's id
     ],
 )
 def test_advice_is_of_the_error_and_not_of_its_status_alone(status, code, advice):

@@ -86,7 +86,7 @@ def test_a_server_without_the_call_is_told_from_one_without_the_name(tiny_server
     result = CliRunner().invoke(app, ["--base-url", tiny_server.base_url, "adapters", "show", "x"])
     assert "`loraplex models` lists what the server knows" in result.stderr
     error = {"error": {"message": "GET /v1/usage: Not Found", "code": "not_found"}}
-    with serve(lambda received: Reply(error, 404)) as running:
+    with serve(lambda received: Reply(error, 404, {"x-request-id": "r1"})) as running:
         result = CliRunner().invoke(app, ["--base-url", running.url, "usage"])
     assert "the server has no such call; `loraplex doctor`" in result.stderr
 

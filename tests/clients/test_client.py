@@ -133,6 +133,27 @@ async def test_completions_take_token_ids_and_return_the_first_choice_as_text(on
     assert answer.text == "one"
 
 
+@pytest.mark.parametrize(
+    ("options", "header"),
+    [
+        ({"model": "sql"}, "sql"),
+        ({"model": "base", "lora_path": "sql"}, "sql"),
+        ({"model": "base", "adapter_id": "sql"}, "sql"),
+        ({"models": ["sql", "pirate"]}, None),
+        ({"model": "base", "adapters": [{"name": "sql"}]}, None),
+        ({"model": "sql", "extra_body": {"model": None}}, None),
+        ({"model": "señor"}, None),
+        ({"model": " sql"}, None),
+        ({"model": "sql\r\nX-Other: 1"}, None),
+        ({"model": "x" * 300}, None),
+    ],
+)
+async def test_balancers_are_told_the_adapter_where_a_header_can_say_it(options, header, on_client):
+    script = Script(ok(COMPLETION))
+    await on_client(script.handler, lambda c: c.completions.create(prompt="hi", **options))
+    assert script.requests[0].headers.get("x-loraplex-model") == header
+
+
 async def test_models_are_listed_and_retrieved(on_client):
     script = Script(ok(MODELS), ok(MODELS["data"][1]))
     models = await on_client(script.handler, lambda c: c.models.list())

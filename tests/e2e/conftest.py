@@ -19,6 +19,7 @@ from loraplex_server.adapters.registration import Registration
 from loraplex_server.model.loader import load_model
 from loraplex_server.model.source import resolve_model
 from loraplex_server.text.vocabulary import Vocabulary
+from tests.support.fleet import running_fleet, why_no_fleet
 from tests.support.server_process import ServerProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "examples"
@@ -119,3 +120,51 @@ def chat_prompts(vocabulary, heldout):
         ]
         for name, examples in heldout.items()
     }
+
+
+@pytest.fixture(scope="session")
+def cases(chat_prompts):
+    """(id, adapter, prompt): two conversations per model, the base gets one of each kind."""
+    found = [(f"base-{a}", None, chat_prompts[a][0]) for a in ADAPTERS]
+    found += [(f"{a}-{i}", a, chat_prompts[a][i]) for a in ADAPTERS for i in (0, 1)]
+    return found
+
+
+@pytest.fixture
+def judge(reference, cases, capsys, model):
+    """Return a function that judges all outputs and prints how many ties were excused.
+
+    An answer must be whole: all the tokens asked for, or an end token last and nowhere else.
+    """
+    eos = model.spec.eos_token_ids
+
+    def run(outputs, label, *, max_tokens=24, ignore_eos=False):
+        num_tokens = num_excused = 0
+        for case_id, adapter, prompt in cases:
+            if case_id in outputs:
+                tokens = outputs[case_id]
+                if not ignore_eos:
+                    assert not eos.intersection(tokens[:-1]), case_id
+                assert len(tokens) == max_tokens or (not ignore_eos and tokens[-1] in eos), case_id
+                verdict = reference.judge(adapter, prompt, outputs[case_id])
+                assert verdict.wrong_at is None, f"{label}: {case_id} differs: {verdict}"
+                num_tokens += verdict.num_tokens
+                num_excused += verdict.num_excused
+        with capsys.disabled():
+            print(f"\n  {label}: {num_tokens} tokens identical, {num_excused} ties excused")
+        assert num_tokens > 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory):
+    """Three servers over one PostgreSQL and one bucket, without adapters. All modules share them:
+    leave them running, and no adapters or keys behind.
+    """
+    if (reason := why_no_fleet()) is not None:
+        pytest.skip(reason)
+    # As long as proxies take to look at `/ready` twice, and what is under way under any load.
+    flags = ("--drain-delay-s", "2", "--shutdown-grace-s", "60")
+    with running_fleet(tmp_path_factory.mktemp("fleet"), 3, *flags) as fleet:
+        yield fleet

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import zipfile
-from pathlib import Path
 
 import httpx
 import openai
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex import Client, ConflictError, NotFoundError, UnprocessableEntityError
 from tests.e2e.conftest import ADAPTERS, EXAMPLES
+from tests.support.processes import is_alive
 from tests.support.server_process import ServerProcess
 
 pytestmark = pytest.mark.model
@@ -479,7 +479,7 @@ def test_it_stops_cleanly_and_remembers_its_adapters(tmp_path):
     finally:
         code = first.stop()
     assert code == 0, first.log.read_text()
-    assert not Path(f"/proc/{engine_pid}").exists()
+    assert not is_alive(engine_pid)
     again = ServerProcess(tmp_path, "--pool-bytes", "256MiB")
     try:
         again.wait_until_ready()

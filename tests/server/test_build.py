@@ -81,7 +81,7 @@ def test_the_pool_is_sized_by_what_the_weights_leave(make, monkeypatch):
 def test_the_thread_count_follows_the_machine_unless_it_is_set(make, monkeypatch):
     counts = []
     monkeypatch.setattr(build.torch, "set_num_threads", counts.append)
-    monkeypatch.setattr(build, "num_processors", lambda: 3)
+    monkeypatch.setattr(sizing, "num_processors", lambda: 3)
     make()
     assert counts[0] == 3, "what follows is the loader's thread settling its own"
     counts.clear()

@@ -178,6 +178,21 @@ def test_the_data_folder_follows_xdg(monkeypatch, tmp_path):
     assert Config().data_dir == Path.home() / ".loraplex"
 
 
+def test_a_shared_registry_wants_a_shared_place_for_files():
+    env = {"LORAPLEX_REGISTRY_URL": "postgresql://db/x"}
+    with pytest.raises(ConfigError, match="--blob-url s3://"):
+        load_config([], env)
+    assert load_config(["--blob-url", "s3://bucket/folder"], env).registry_url
+
+
+def test_a_misspelt_place_for_files_is_not_taken_for_a_folder(tmp_path):
+    for url in ("s3:/bucket/folder", "bucket/folder"):
+        with pytest.raises(ConfigError, match="--blob-url must be a URL such as s3://"):
+            load_config(["--blob-url", url], {})
+    for url in ("s3://bucket/folder", str(tmp_path), "~/files"):
+        assert load_config(["--blob-url", url], {}).blob_url == url
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

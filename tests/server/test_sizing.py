@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,6 +115,38 @@ def test_a_number_of_tokens_that_is_set_fills_a_page(page_tokens, expected):
 def test_the_fewest_tokens_are_taken_where_adapters_waste_more_with_any_number(monkeypatch):
     monkeypatch.setattr(sizing, "_MAX_WASTE", -1.0)
     assert sizing.choose_page_tokens(None, LLAMA_2) == 4
+
+
+# ---- several ranks -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_has_gpu")
+def test_sizes_are_those_of_all_ranks_together(monkeypatch):
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 8 * GIB)
+    cut = replace(LAYOUT, num_ranks=2)
+    assert sizing.choose_num_pages(GIB, cut, 2) == sizing.choose_num_pages(GIB, LAYOUT, 2)
+    for host_bytes in (None, GIB):
+        pages = [sizing.choose_host_pages(host_bytes, x, 2, CPU) for x in (LAYOUT, cut)]
+        assert pages[0] == pages[1] > 0
+    assert sizing.auto_pool_bytes(CPU, num_ranks=2) == 2 * GIB
+    one = sizing.auto_pool_bytes(CUDA, step_bytes=GIB)
+    assert sizing.auto_pool_bytes(CUDA, step_bytes=GIB, num_ranks=4) == 4 * one
+
+
+@pytest.mark.parametrize(("threads", "num_ranks", "expected"), [(8, 2, 4), (0, 2, 3), (1, 4, 1)])
+def test_ranks_share_the_threads_of_their_replica(monkeypatch, threads, num_ranks, expected):
+    monkeypatch.setattr(sizing, "num_processors", lambda: 6)
+    config = Config(threads=threads, tensor_parallel=num_ranks)
+    assert sizing.choose_num_threads(config) == expected
+
+
+@pytest.mark.usefixtures("_has_gpu")
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sizing.choose_device("cuda", rank=1) == torch.device("cuda", 1)
+    sizing.check_num_ranks(Config(tensor_parallel=2), CUDA, LLAMA_2)
+    with pytest.raises(EngineConfigError, match="tensor_parallel is 3 and torch sees 2 GPUs"):
+        sizing.check_num_ranks(Config(tensor_parallel=3), CUDA, LLAMA_2)
 
 
 # ---- quantization --------------------------------------------------------------------------

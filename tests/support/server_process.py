@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.support.processes import largest_child_of
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -23,15 +25,21 @@ def free_port() -> int:
 class ServerProcess:
     """Started on construction; `stop` ends it and everything it started."""
 
-    def __init__(self, data_dir: Path, *flags: str, env: Mapping[str, str] | None = None) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        data_dir: Path,
+        *flags: str,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+    ) -> None:
+        self.port = port or free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / "server.log"
         data_dir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "loraplex_server", "--port", str(self.port)]
         command += ["--data-dir", str(data_dir / "data"), *flags]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LORAPLEX_")}
-        with self.log.open("wb") as output:
+        with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, env={**inherited, **(env or {})}
             )
@@ -63,10 +71,8 @@ class ServerProcess:
             time.sleep(0.1)
 
     def engine_pid(self) -> int:
-        """Return the id of the engine process: the server's child that holds the most memory."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        pids = [int(pid) for pid in children.read_text().split()]
-        return max(pids, key=_resident_pages)
+        """Return the id of the engine process."""
+        return largest_child_of(self.process.pid)
 
     def stop(self) -> int:
         """Ask it to stop, as a person would; return the exit code."""
@@ -78,7 +84,3 @@ class ServerProcess:
                 self.process.kill()
                 self.process.wait()
         return self.process.returncode
-
-
-def _resident_pages(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])

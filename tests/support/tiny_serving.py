@@ -57,12 +57,16 @@ def save_tiny_adapter(folder: Path, *, seed: int, rank: int = 8) -> Path:
     return make_folder(folder, config=config, tensors=tensors)
 
 
+def tiny_flags(model: Path, *, pool_bytes: str = "4MiB") -> tuple[str, ...]:
+    """Return flags of a server over the tiny model, with few pages, so that they are fought for."""
+    usual = ("--threads", "1", "--host-bytes", "8MiB", "--log-level", "warning")
+    sizes = ("--pool-bytes", pool_bytes, "--max-model-len", "1024", "--dtype", "float32")
+    return ("--model", str(model), "--served-model-name", NAME, *usual, *sizes)
+
+
 class TinyServer(ServerProcess):
-    """`loraplex serve` over the tiny model, with few pages, so that they are fought for."""
+    """`loraplex serve` over the tiny model."""
 
     def __init__(self, folder: Path, *flags: str, pool_bytes: str = "4MiB") -> None:
         model = save_served_model(folder / "model")
-        usual = ("--threads", "1", "--host-bytes", "8MiB", "--log-level", "warning")
-        sizes = ("--pool-bytes", pool_bytes, "--max-model-len", "1024", "--dtype", "float32")
-        named = ("--model", str(model), "--served-model-name", NAME)
-        super().__init__(folder, *named, *usual, *sizes, *flags)
+        super().__init__(folder, *tiny_flags(model, pool_bytes=pool_bytes), *flags)

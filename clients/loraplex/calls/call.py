@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from loraplex.errors import UsageError
@@ -15,6 +15,12 @@ AnswerT = TypeVar("AnswerT", bound=ApiModel)
 ItemT = TypeVar("ItemT", bound=ApiModel)
 
 Params: TypeAlias = Mapping[str, str | int | float]
+
+#: Names the adapter for balancers, which then send its requests to one replica without reading
+#: bodies. Servers take no notice.
+AFFINITY_HEADER: Final = "X-Loraplex-Model"
+#: What is longer is no adapter's name, and for the server to refuse.
+_MAX_KEY_CHARS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,20 @@ class Call(Generic[AnswerT]):
         if self.upload:
             headers["Content-Type"] = self.upload.content_type
             headers["Content-Length"] = str(self.upload.content_length)
+        if (name := affinity_key(self.json or {})) is not None:
+            headers[AFFINITY_HEADER] = name
         return headers
+
+
+def affinity_key(body: Mapping[str, Any]) -> str | None:
+    """Return the name a request asks for, None if it asks several or a header cannot carry it."""
+    if "models" in body or "adapters" in body:
+        return None
+    # An adapter beside the base model's name says more than that.
+    names = (body.get(field) for field in ("adapter_id", "lora_path", "model"))
+    name = next((name for name in names if isinstance(name, str)), "")
+    is_plain = name.isascii() and name.isprintable() and name == name.strip()
+    return name if is_plain and 0 < len(name) <= _MAX_KEY_CHARS else None
 
 
 def list_call(

@@ -61,11 +61,18 @@ def _line(error: LoraplexError, told: str) -> str:
     if isinstance(error, _WAITING) and error.retry_after_s is not None:
         parts.append(f"try again in {math.ceil(error.retry_after_s)} s")
     else:
-        parts.append(_ADVICE_BY_CODE.get(_code(error), _ADVICE.get(type(error), "")))
+        parts.append(_advice(error))
     line = "; ".join(filter(None, parts))
     if isinstance(error, APIStatusError) and error.request_id:
         line += f" (request {error.request_id})"
     return line
+
+
+def _advice(error: LoraplexError) -> str:
+    code = _code(error)
+    if code == "not_found" and isinstance(error, APIStatusError) and not error.request_id:
+        return ""  # no server's: a proxy before a fleet says where to ask instead
+    return _ADVICE_BY_CODE.get(code, _ADVICE.get(type(error), ""))
 
 
 def _code(error: LoraplexError) -> str:

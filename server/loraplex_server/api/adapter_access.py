@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -18,7 +19,7 @@ _SHOWN_CHARS: Final = 256
 
 
 class AdapterAccess:
-    """Stateless; every method blocks and may be called from any thread."""
+    """Stateless; methods may be called from any thread, and block but for `try_acquire`."""
 
     def __init__(self, catalog: AdapterCatalog) -> None:
         self._catalog = catalog
@@ -35,14 +36,31 @@ class AdapterAccess:
     def acquire(self, namespace: Namespace, name: str) -> AdapterLease:
         """The same, and hold it; see `AdapterCatalog.acquire`."""
 
-        def acquire(reading: str) -> AdapterLease:
-            lease = self._catalog.acquire(reading)
-            if not namespace.may_read(lease.record):
-                lease.release()
-                raise AdapterNotFound(name[:_SHOWN_CHARS])
-            return lease
+        def acquire(reading: str, *, is_fresh: bool = False) -> AdapterLease:
+            lease = self._catalog.acquire(reading, is_fresh=is_fresh)
+            return self._checked(namespace, name, lease)
 
-        return self._first(namespace, name, acquire)[1]
+        try:
+            return self._first(namespace, name, acquire)[1]
+        except AdapterNotFound:
+            # It may have been registered since; what is known of that may be a second old.
+            return self._first(namespace, name, functools.partial(acquire, is_fresh=True))[1]
+
+    def try_acquire(self, namespace: Namespace, name: str) -> AdapterLease | None:
+        """The same by what is known; None where something must be asked. Does not block."""
+        for reading in namespace.readings(name):
+            try:
+                lease = self._catalog.try_acquire(reading)
+                return lease and self._checked(namespace, name, lease)
+            except AdapterNotFound:
+                continue
+        return None
+
+    def _checked(self, namespace: Namespace, name: str, lease: AdapterLease) -> AdapterLease:
+        if not namespace.may_read(lease.record):
+            lease.release()
+            raise AdapterNotFound(name[:_SHOWN_CHARS])
+        return lease
 
     def registered_name(self, namespace: Namespace, name: str, *, to_change: bool = False) -> str:
         """Return what the catalogue calls an adapter that may be seen, a version's `@...` included.

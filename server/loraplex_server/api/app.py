@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from typing import Final
 
@@ -34,6 +36,7 @@ from loraplex_server.api.models import models_router
 from loraplex_server.api.observation import Observation
 from loraplex_server.api.openapi import install_openapi
 from loraplex_server.api.ops import ops_router
+from loraplex_server.api.registry_follower import RegistryFollower
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.responses import responses_router
@@ -66,6 +69,7 @@ def create_app(services: Services) -> FastAPI:
         is_shared=services.config.registry_url is not None,
         chores=(desk.keys.write_uses,),
     )
+    follower = RegistryFollower(services.catalog.changes, removals, upkeep, names, desk.keys)
     ops = ops_router(
         engine=services.engine,
         adapter_names=names,
@@ -86,7 +90,25 @@ def create_app(services: Services) -> FastAPI:
     # What the server starts and stops with itself.
     app.state.observation, app.state.drain = observation, drain
     app.state.upkeep, app.state.tenants = upkeep, desk
+    app.state.follower = follower if services.config.registry_url is not None else None
     return app
+
+
+@contextlib.asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[None]:
+    """Do what the application needs beside its requests, and end it in order after the last."""
+    tasks = [asyncio.create_task(app.state.upkeep.run())]
+    if (follower := app.state.follower) is not None:
+        tasks.append(asyncio.create_task(follower.run()))
+    app.state.observation.start()
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await app.state.observation.stop()
+        await app.state.tenants.close()
 
 
 def _guarded_app(

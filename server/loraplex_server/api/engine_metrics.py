@@ -9,7 +9,7 @@ server protocol asks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client.metrics_core import Metric
@@ -133,9 +133,10 @@ class EngineCollector(Collector):
         yield (self._base_name, str(info.page_tokens), str(info.num_pages)), 1
 
     def _lora_requests(self, stats: EngineStats) -> Sample:
-        running = self._joined_names(stats.resident)
-        waiting = self._joined_names({*stats.waiting_adapters, *stats.loading} - {*stats.resident})
-        return (str(adapter_room(stats)), running, waiting), time.time()
+        wanted = {*stats.waiting_adapters, *stats.loading} - {*stats.resident}
+        running, waiting = self._joined_names(stats.resident), self._joined_names(wanted)
+        max_lora = takeable_adapters(stats, self._names.pinned)
+        return (str(max_lora), running, waiting), time.time()
 
     def _loaded(self, stats: EngineStats) -> Iterator[Sample]:
         pinned = self._names.pinned
@@ -149,7 +150,8 @@ class EngineCollector(Collector):
             yield labels, 1
 
     def _joined_names(self, adapter_ids: Iterable[str]) -> str:
-        return ",".join(sorted({name for i in adapter_ids for name in self._names.of(i)}))
+        # A name whose new version is on its way is not ready because its old one is there.
+        return ",".join(sorted(name for i in adapter_ids for name in self._names.current_of(i)))
 
 
 def _histograms(stats: EngineStats, base_name: str) -> Iterator[Metric]:
@@ -190,6 +192,23 @@ def adapter_room(stats: EngineStats) -> int:
 
     Without ending anybody: prefixes that nobody refers to make room.
     """
-    num_resident = len(stats.resident)
-    mean_pages = max(1, sum(stats.resident.values()) // num_resident) if num_resident else 1
-    return num_resident + (stats.pages_free + stats.pages_prefix_idle) // mean_pages
+    free_pages = stats.pages_free + stats.pages_prefix_idle
+    return len(stats.resident) + free_pages // mean_adapter_pages(stats)
+
+
+def mean_adapter_pages(stats: EngineStats) -> int:
+    """Return the mean pages of an adapter in the pool, rounded down; 1 where there is none."""
+    return max(1, sum(stats.resident.values()) // max(1, len(stats.resident)))
+
+
+def takeable_adapters(stats: EngineStats, pinned: Collection[str]) -> int:
+    """Return the adapters in the pool plus how many more could come without waiting for anybody.
+
+    A router takes a replica for full once as many are running and waiting. A pool that has served
+    for a while is full of adapters that nobody uses, and one of them gives way at once: it counts
+    as room, unless it is pinned. So this can be more than `adapter_room`, which is what fits.
+    """
+    needed = {*stats.running_adapters, *stats.waiting_adapters, *pinned}
+    idle_pages = sum(pages for i, pages in stats.resident.items() if i not in needed)
+    room = stats.pages_free + stats.pages_prefix_idle + idle_pages
+    return len(stats.resident) + room // mean_adapter_pages(stats)

@@ -48,7 +48,7 @@ from loraplex_server.api.errors import (
 )
 from loraplex_server.api.foreign_errors import foreign_error
 from loraplex_server.api.json_text import compact
-from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable
+from loraplex_server.engine.errors import EngineConfigError, EngineUnavailable, RankLost
 from loraplex_server.model.errors import ModelError
 from loraplex_server.tenants import errors as tenants
 from loraplex_server.text import errors as text
@@ -115,6 +115,7 @@ ERROR_TABLE: Final[Mapping[type[Exception], ErrorShape]] = {
     RequestRefused: ErrorShape(400, _INVALID, "request_refused"),
     EngineUnavailable: ErrorShape(503, _SERVER, "engine_unavailable"),
     EngineConfigError: _INTERNAL,
+    RankLost: _INTERNAL,
     adapters.AdapterNotFound: ErrorShape(404, _INVALID, "adapter_not_found"),
     adapters.AdapterNameTaken: ErrorShape(409, _INVALID, "adapter_name_taken", is_final=True),
     adapters.VersionConflict: ErrorShape(409, _INVALID, "version_conflict", is_final=True),

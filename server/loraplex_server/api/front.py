@@ -7,7 +7,10 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
+import anyio
+import anyio.to_thread
 from starlette.requests import HTTPConnection
 
 from loraplex_scheduler.plan import Pooling
@@ -29,9 +32,13 @@ from loraplex_server.api.timings import Headers
 from loraplex_server.api.usage import Usage
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.engine.messages import EngineState
+from loraplex_server.tenants.namespace import Namespace
 from loraplex_server.text.vocabulary import Vocabulary
 
 __all__ = ["Demands", "Front", "Wish", "new_id", "unix_time"]
+
+#: Requests that wait for the registry or for a file at once; the next ones wait for a place.
+_MAX_ACQUIRING: Final = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Front:
 
     Attributes:
         isolates_prefixes: tenants find only what they computed themselves.
+        acquiring: threads in which names are resolved that take asking.
     """
 
     engine: EngineHandle
@@ -51,6 +59,10 @@ class Front:
     tenant_header: TenantHeader
     isolates_prefixes: bool = False
     grammars: GrammarWriter = field(default_factory=GrammarWriter)
+    # Their own: where registry or files hang, those that all share must not hang with them.
+    acquiring: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_MAX_ACQUIRING)
+    )
 
     async def answer(
         self,
@@ -169,19 +181,27 @@ class Front:
         """Resolve who answers, once for the whole request."""
         if (base := self.model_names.base(wish)) is not None:
             return base
+        namespace = namespace_of(request)
+        answerer = self.model_names.try_acquire(wish, namespace)
+        if answerer is None:
+            answerer = await self._acquire_in_thread(wish, namespace)
+        for adapter in answerer.adapters:
+            record = adapter.lease.record
+            self.adapter_names.remember(record)
+        return answerer
+
+    async def _acquire_in_thread(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         acquiring = asyncio.ensure_future(
-            asyncio.to_thread(self.model_names.acquire, wish, namespace_of(request))
+            anyio.to_thread.run_sync(
+                self.model_names.acquire, wish, namespace, limiter=self.acquiring
+            )
         )
         try:
-            answerer = await asyncio.shield(acquiring)
+            return await asyncio.shield(acquiring)
         except asyncio.CancelledError:
             # The thread goes on and takes the lease; nobody else will give it back.
             acquiring.add_done_callback(_release)
             raise
-        for adapter in answerer.adapters:
-            record = adapter.lease.record
-            self.adapter_names.remember(record.id, record.name, record.rank_max)
-        return answerer
 
 
 def _prefix_salt(tenant: str, cache_salt: str | None) -> str:

@@ -97,6 +97,18 @@ class ModelNames:
             )
         return Answerer((), self._base_name(wish))
 
+    def try_acquire(self, wish: ModelWish, namespace: Namespace) -> Answerer | None:
+        """Return who shall answer if that is one adapter that is known here; does not block.
+
+        Returns:
+            None where `acquire` must be asked.
+        """
+        telling = self._telling(wish)
+        if wish.mixture or wish.scale is not None or len(telling) != 1:
+            return None
+        lease = self._access.try_acquire(namespace, telling[0].name)
+        return Answerer((WeightedAdapter(lease),), telling[0].name) if lease else None
+
     def acquire(self, wish: ModelWish, namespace: Namespace) -> Answerer:
         """Return who shall answer; blocks (SQL, a remote store).
 

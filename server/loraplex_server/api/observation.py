@@ -13,6 +13,7 @@ from loraplex_server.api.engine_metrics import EngineCollector
 from loraplex_server.api.exchange import Observer
 from loraplex_server.api.http_metrics import HttpMetrics
 from loraplex_server.api.load_report import LoadReport
+from loraplex_server.api.registry_metrics import RegistryMetrics
 from loraplex_server.api.request_metrics import RequestMetrics
 from loraplex_server.api.services import Services
 from loraplex_server.api.traces import Traces, open_traces
@@ -43,6 +44,8 @@ class Observation:
         self.registry.register(EngineCollector(services.engine, names, base_name, is_shown))
         self.registry.register(self.requests)
         self.registry.register(self._http)
+        is_shared = config.registry_url is not None
+        self.registry.register(RegistryMetrics(services.catalog.changes if is_shared else None))
         ProcessCollector(registry=self.registry)
 
     def install(self, app: FastAPI) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from loraplex_server.adapters.audit_log import Actor
 from loraplex_server.adapters.catalog import AdapterCatalog
+from loraplex_server.adapters.errors import AdapterNotFound, StorageFailed
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.record import AdapterRecord
 from loraplex_server.adapters.removal import Removal
@@ -55,7 +58,7 @@ class AdapterRemovals:
         self._catalog = catalog
         self._generations = generations
         self._names = adapter_names
-        self._tasks: set[asyncio.Task[FreedBytes]] = set()
+        self._tasks: set[asyncio.Task[FreedBytes] | asyncio.Task[None]] = set()
 
     async def remove(
         self, name: str, mode: RemovalMode, timeout_s: float, actor: Actor
@@ -72,9 +75,10 @@ class AdapterRemovals:
                 and its memory is freed when they end.
             AdapterError: see `AdapterCatalog.delete`; nothing has changed.
         """
-        removal = await asyncio.to_thread(self._catalog.delete, name, actor=actor)
+        cancels = mode is RemovalMode.CANCEL
+        removal = await asyncio.to_thread(self._catalog.delete, name, actor=actor, cancels=cancels)
         task = self.follow(removal)
-        if mode is RemovalMode.CANCEL:
+        if cancels:
             await self._cancel_users(removal, task, timeout_s)
         else:
             await asyncio.wait([task], timeout=timeout_s)
@@ -91,6 +95,33 @@ class AdapterRemovals:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def cancel_users(self, name: str, ids: Collection[str]) -> None:
+        """End whatever runs on these adapters by this name: another server took it away."""
+        task = asyncio.create_task(self._cancel_all(name, ids))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _cancel_all(self, name: str, ids: Collection[str]) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        while time.monotonic() < deadline:
+            gone = await asyncio.to_thread(self._gone, name, ids)
+            self._generations.cancel_users(name, gone or ())
+            await asyncio.sleep(_CANCEL_EVERY_S)
+            if gone is not None and not any(self._catalog.num_held_by(i, name) for i in gone):
+                return
+
+    def _gone(self, name: str, ids: Collection[str]) -> frozenset[str] | None:
+        """Return which of these are no versions of the name; None while nobody can say.
+
+        What has been registered again has users of its own, and may be so at any time.
+        """
+        try:
+            return frozenset(ids) - {record.id for record in self._catalog.versions(name)}
+        except AdapterNotFound:
+            return frozenset(ids)
+        except StorageFailed:
+            return None
 
     async def _cancel_users(
         self, removal: Removal, task: asyncio.Task[FreedBytes], timeout_s: float

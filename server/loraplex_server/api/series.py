@@ -204,6 +204,13 @@ SERVICE: Final = (
         "seconds",
         LAG_S,
     ),
+    Series(
+        "loraplex_registry_age_seconds",
+        _G,
+        "How old what the server knows of a shared registry is at most.",
+        (),
+        "seconds",
+    ),
     # Of the API process; by prometheus_client, whose words these are.
     Series("process_virtual_memory_bytes", _G, "Virtual memory size in bytes.", (), "bytes"),
     Series("process_resident_memory_bytes", _G, "Resident memory size in bytes.", (), "bytes"),

@@ -20,7 +20,7 @@ from typing import Final
 
 import uvicorn
 
-from loraplex_server.api.app import create_app
+from loraplex_server.api.app import create_app, running
 from loraplex_server.api.connection_limits import ConnectionLimits
 from loraplex_server.api.drain import Drain
 from loraplex_server.api.http_protocol import HttpProtocol
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         self._app = create_app(services)
         # Now, as it takes a third of a second, which running streams would have to wait for.
         self._app.openapi()
-        self._upkeep: asyncio.Task[None] | None = None
+        self._beside = contextlib.AsyncExitStack()
         self._stopping: asyncio.Task[None] | None = None
         self._drain: Drain = self._app.state.drain
         config = services.config
@@ -69,11 +69,7 @@ class Server(uvicorn.Server):
         try:
             await self.serve(sockets=[listener])
         finally:
-            if self._upkeep is not None:
-                self._upkeep.cancel()
-                await asyncio.wait([self._upkeep])
-            await self._app.state.observation.stop()
-            await self._app.state.tenants.close()
+            await self._beside.aclose()
             if self._stopping is not None:
                 self._stopping.cancel()
                 await asyncio.wait([self._stopping])
@@ -90,8 +86,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then say so."""
         await super().startup(sockets)
-        self._upkeep = asyncio.create_task(self._app.state.upkeep.run())
-        self._app.state.observation.start()
+        await self._beside.enter_async_context(running(self._app))
         if self.started and sockets:
             needs_key = await self._app.state.tenants.keys.is_on()
             sys.stdout.write(greeting(self._services, sockets[0], needs_key=needs_key))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from loraplex_server.text.vocabulary import Vocabulary
 if TYPE_CHECKING:  # or whoever imports the API would import the model too
     from loraplex_server.build import ModelFacts
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Services:
@@ -37,6 +41,39 @@ class Services:
     vocabulary: Vocabulary
     base_names: tuple[str, ...]
     clock: Callable[[], float] = time.monotonic
+
+
+async def start_services(config: Config, engine: EngineHandle) -> Services:
+    """Start the engine, and load beside it what the API needs.
+
+    The engine is the caller's to stop, the catalogue to close.
+
+    Raises:
+        AdapterError, EngineError, ModelError: something cannot be had; nothing is left open.
+    """
+    from loraplex_server.build import resolve_facts
+
+    loop = asyncio.get_running_loop()
+
+    def discard(adapter_id: str) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(engine.discard_adapter, adapter_id)
+
+    facts = await asyncio.to_thread(resolve_facts, config)
+    if config.blob_url is not None:  # whose library may wait for minutes
+        log.info("opening the registry, and the adapters' files at %s", config.blob_url)
+    catalog = await asyncio.to_thread(build_catalog, config, facts, discard)
+    log.info("loading %s", facts.base_name)
+    try:
+        vocabulary, _ = await asyncio.gather(
+            asyncio.to_thread(build_vocabulary, facts), engine.start()
+        )
+        if (tokenizer := await asyncio.to_thread(vocabulary.to_json)) is not None:
+            engine.learn_tokens(tokenizer)
+    except BaseException:
+        catalog.close()
+        raise
+    return Services(config, engine, catalog, vocabulary, base_names=(facts.base_name,))
 
 
 def build_catalog(
@@ -65,6 +102,7 @@ def build_catalog(
         ),
         registry_url=config.registry_url,
         blob_url=config.blob_url,
+        outage_s=config.registry_outage_s,
         keep_versions=config.keep_versions,
         limits=limits,
         on_discard=on_discard,

@@ -29,8 +29,9 @@ class TenantDesk:
 
     def __init__(self, services: Services) -> None:
         config, database = services.config, services.catalog.database
+        outage_s = config.registry_outage_s if config.registry_url is not None else 0.0
         self.key_store = KeyStore(database)
-        self.keys = KeyRing(self.key_store, config.api_key)
+        self.keys = KeyRing(self.key_store, config.api_key, outage_s=outage_s)
         self.usage = UsageStore(database, services.catalog.scope)
         self.ledger = UsageLedger(self.usage)
         self.header = TenantHeader(config.tenant_header)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from loraplex_server.adapters.adapter_files import SHARED_GRACE_S
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterError
-from loraplex_server.adapters.store import SHARED_GRACE_S
 from loraplex_server.api.adapter_names import AdapterNames
 from loraplex_server.api.removals import AdapterRemovals
 from loraplex_server.engine.errors import EngineUnavailable
@@ -52,6 +52,7 @@ class Upkeep:
         self._sweep_due_s = clock() + _SWEEP_EVERY_S
         self._kept: frozenset[str] = frozenset()
         self._pinning = asyncio.Lock()
+        self._loading: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Tick until cancelled."""
@@ -73,22 +74,31 @@ class Upkeep:
                 await asyncio.to_thread(chore)
             if self._is_shared and self._clock() >= self._sweep_due_s:
                 self._sweep_due_s = self._clock() + _SWEEP_EVERY_S
-                await asyncio.to_thread(self._catalog.sweep_files)
+                await asyncio.to_thread(self._catalog.sweep)
         except AdapterError as error:
             log.warning("upkeep failed, and will be tried again: %s", error)
 
     async def keep_pinned(self) -> None:
-        """Tell the engine what is pinned now, and have it loaded; raises StorageFailed."""
+        """Tell the engine what is pinned now, and have it loaded; raises StorageFailed.
+
+        Nobody waits for the loading: files may have to be fetched, from a store that may hang.
+        """
         async with self._pinning:  # or the engine could be told last what was read first
             pinned = await asyncio.to_thread(self._catalog.pinned)
             kept = frozenset(record.id for record in pinned)
             new, self._kept = kept - self._kept, kept
             self._engine.keep_adapters(kept)
             self._names.pinned = kept
-        for record in pinned:
-            if record.id in new:
-                with contextlib.suppress(AdapterError, EngineUnavailable):
-                    await prefetch(self._engine, self._catalog, self._names, record.name)
+        if new:
+            names = [record.name for record in pinned if record.id in new]
+            loading = asyncio.create_task(self._load(names))
+            self._loading.add(loading)
+            loading.add_done_callback(self._loading.discard)
+
+    async def _load(self, names: Sequence[str]) -> None:
+        for name in names:
+            with contextlib.suppress(AdapterError, EngineUnavailable):
+                await prefetch(self._engine, self._catalog, self._names, name)
 
 
 async def prefetch(
@@ -99,10 +109,10 @@ async def prefetch(
     Raises:
         AdapterNotFound, StorageFailed, EngineUnavailable
     """
-    lease = await asyncio.to_thread(catalog.acquire, name)
+    lease = await asyncio.to_thread(catalog.acquire, name, is_fresh=True)
     try:
         record = lease.record
-        names.remember(record.id, record.name, record.rank_max)
+        names.remember(record)
         engine.prefetch(lease.manifest)
         return record.id
     finally:

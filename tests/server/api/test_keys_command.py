@@ -26,6 +26,32 @@ def run(data_dir, *words: str) -> int:
     return main([*words, "--data-dir", str(data_dir)])
 
 
+def test_a_shared_registry_is_all_that_keys_need(data_dir, capsys, monkeypatch):
+    """Files of adapters, which a server needs too, are no matter of theirs."""
+    monkeypatch.setenv("LORAPLEX_REGISTRY_URL", f"sqlite:///{data_dir.parent / 'registry'}")
+    assert run(data_dir, "create", "--name", "ops", "--role", "admin", "--quiet") == 0
+    config = Config(registry_url=f"sqlite:///{data_dir.parent / 'registry'}")
+    with open_key_store(config) as store:
+        assert [key.name for key in store.list(limit=9)] == ["ops"]
+    capsys.readouterr()
+
+
+def test_a_registry_that_cannot_be_opened_is_one_line_without_its_password(
+    data_dir, capsys, monkeypatch
+):
+    urls = {
+        "postgres://u:s3cret@127.0.0.1:1/x": "the registry does not answer",
+        "postgresql://u:s3cret@127.0.0.1:s3cret/x": "written as %XX",
+        "postgresql//u:s3cret@h/x": "postgresql://user:password@host/name",
+    }
+    for url, words in urls.items():
+        monkeypatch.setenv("LORAPLEX_REGISTRY_URL", url)
+        assert run(data_dir, "list") == 1
+        told = capsys.readouterr().err
+        assert words in told
+        assert "s3cret" not in told
+
+
 def test_keys_are_made_shown_and_revoked_without_a_server(data_dir, capsys):
     assert not has_keys(Config(data_dir=data_dir))
     assert run(data_dir, "create", "--name", "ops", "--role", "admin") == 0

@@ -212,7 +212,8 @@ def test_pinned_adapters_are_kept_within_a_share_of_the_pool(server, folders):
     pinned = httpx.patch(path_of(server), json={"pinned": True}).json()
     assert pinned["pinned"] is True
     assert server.engine.kept == {record["id"]}
-    assert [m.adapter_id for m in server.engine.prefetched] == [record["id"]]
+    # Nobody waits for the loading: its file may have to be fetched.
+    wait_until(lambda: [m.adapter_id for m in server.engine.prefetched] == [record["id"]])
     second = server.upload(NAME, folders[1], replace="true").json()
     assert server.engine.kept == {second["id"]}
     big = make_adapter(folders[0].parent / "big", rank=256)

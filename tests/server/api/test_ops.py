@@ -5,7 +5,7 @@ import time
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex_server.api.engine_metrics import adapter_room, kv_usage
+from loraplex_server.api.engine_metrics import adapter_room, kv_usage, takeable_adapters
 from loraplex_server.engine.messages import EngineStats
 from tests.server.api.conftest import BASE, make_adapter
 
@@ -174,6 +174,34 @@ def test_free_pages_make_room_for_adapters():
     idle = EngineStats(pages_kv=10, pages_free=10, resident={"a": 20})
     assert adapter_room(idle) == 1
     assert adapter_room(EngineStats(pages_free=7)) == 7
+
+
+def test_a_pool_full_of_adapters_that_nobody_uses_can_take_others():
+    full = EngineStats(resident={"a": 4, "b": 4, "c": 4})
+    assert adapter_room(full) == 3
+    assert takeable_adapters(full, pinned=()) == 6
+    assert takeable_adapters(full, pinned={"a"}) == 5
+    wanted = EngineStats(
+        resident={"a": 4, "b": 4, "c": 4}, running_adapters=("b",), waiting_adapters=("c",)
+    )
+    assert takeable_adapters(wanted, pinned={"a"}) == 3
+
+
+def test_a_name_is_ready_where_its_current_version_is(server, client, tmp_path):
+    def ask():
+        client.completions.create(model="moving", prompt="x")
+
+    old = server.upload("moving", make_adapter(tmp_path / "old", seed=1)).json()["id"]
+    ask()
+    folder = make_adapter(tmp_path / "new", seed=2)
+    new = server.upload("moving", folder, replace="true").json()["id"]
+    ask()
+    server.engine.stats = EngineStats(pages_free=8, resident={old: 4}, waiting_adapters=(new,))
+    labels = labels_of(server, "vllm:lora_requests_info")
+    assert (labels["running_lora_adapters"], labels["waiting_lora_adapters"]) == ("", "moving")
+    client.completions.create(model=f"moving@{old}", prompt="x")
+    server.engine.stats = EngineStats(pages_free=8, resident={old: 4, new: 4})
+    assert labels_of(server, "vllm:lora_requests_info")["running_lora_adapters"] == "moving"
 
 
 def test_version_and_documentation_are_there(server):

@@ -1,0 +1,18 @@
+"""How the processes of the server write their logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from loraplex_server.logs import JsonFormatter
+
+
+@pytest.mark.parametrize(("rank", "named"), [(None, {}), (3, {"rank": 3})])
+def test_a_json_line_names_the_rank_of_a_process_that_has_one(rank, named):
+    record = logging.LogRecord("a.b", logging.INFO, "f.py", 1, "it is %s", ("on",), None)
+    written = json.loads(JsonFormatter(rank).format(record))
+    del written["time"]
+    assert written == {"level": "info", "logger": "a.b", "message": "it is on", **named}
