@@ -6,6 +6,8 @@ The tests run in order: the last ones end replicas, under load, and start them a
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from loraplex import Client, NotFoundError, Stream, StreamError
 from tests.support.churn import Churn
-from tests.support.processes import wait_until_dead
+from tests.support.processes import largest_child_of, wait_until_dead
 from tests.support.proxies import PROXIES, running_proxy, why_no_proxy
 from tests.support.routed_load import HANG_S, REPLICA_HEADER, Outcomes, RoutedLoad
 from tests.support.routed_site import Site
@@ -213,6 +215,14 @@ def kill_while_it_streams(site: Site) -> None:
             assert broken.value.code == "connection_lost"
 
 
+def check_only_streams_of_the_second_broke_off(outcomes: Outcomes) -> None:
+    """What had been read of a stream cannot be unread; all else was asked again, and answered."""
+    others = [f for f in outcomes.failures if not (f.replica in SECOND and f.had_begun)]
+    assert others == []
+    assert outcomes.contradictions == {}
+    assert outcomes.slowest_s < HANG_S
+
+
 def test_a_killed_replica_takes_nothing_but_its_own_streams_along(site, tmp_path):
     before = {proxy: site.homes(proxy) for proxy in site.proxies}
     engine = site.fleet.replicas[1].engine_pid()
@@ -223,11 +233,7 @@ def test_a_killed_replica_takes_nothing_but_its_own_streams_along(site, tmp_path
 
     with churning(site, tmp_path) as churn:
         outcomes = asyncio.run(busy(site, churn, kill))
-        # What had been read of a stream cannot be unread; all else was asked again, and answered.
-        others = [f for f in outcomes.failures if not (f.replica in SECOND and f.had_begun)]
-        assert others == []
-        assert outcomes.contradictions == {}
-        assert outcomes.slowest_s < HANG_S
+        check_only_streams_of_the_second_broke_off(outcomes)
         wait_until_dead(engine)
         check_registry(site, churn, (0, 2))
         for proxy in site.proxies:
@@ -238,6 +244,32 @@ def test_a_killed_replica_takes_nothing_but_its_own_streams_along(site, tmp_path
     for proxy in WATCHFUL:
         site.wait_until_all_take_part(proxy)
     assert {proxy: site.homes(proxy) for proxy in site.proxies} == before
+
+
+def test_a_killed_rank_takes_nothing_but_the_streams_of_its_replica_along(site, tmp_path):
+    second = site.fleet.replicas[1]
+    assert second.stop() == 0, second.log.read_text()
+    site.fleet.restart(1, "--tensor-parallel", "2")
+    second = site.fleet.replicas[1]
+    for proxy in WATCHFUL:
+        site.wait_until_all_take_part(proxy)
+    engine = second.engine_pid()
+
+    def kill_a_rank() -> None:
+        os.kill(largest_child_of(engine), signal.SIGKILL)
+        wait_until_dead(engine)
+        site.wait_for_restart(1)
+
+    async def kill(load: RoutedLoad) -> None:
+        await asyncio.to_thread(kill_a_rank)
+        await load.wait_for(200)
+
+    with churning(site, tmp_path) as churn:
+        outcomes = asyncio.run(busy(site, churn, kill))
+        check_only_streams_of_the_second_broke_off(outcomes)
+        check_registry(site, churn, (0, 1, 2))
+    for proxy in WATCHFUL:
+        site.wait_until_all_take_part(proxy)
 
 
 def test_restarting_all_replicas_one_by_one_loses_no_request(site, tmp_path):

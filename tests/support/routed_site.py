@@ -101,6 +101,16 @@ class Site:
                 assert time.monotonic() < deadline, seen
                 seen.add(plain.get("/version").headers.get(REPLICA_HEADER))
 
+    def wait_for_restart(self, replica: int) -> None:
+        """Wait until an engine that was lost is replaced: once, by one that can compute."""
+        deadline = time.monotonic() + 2 * HANG_S
+        while True:
+            health = httpx.get(f"{self.fleet.urls[replica]}/health", timeout=HANG_S).json()
+            if health["restarts"] == 1 and health["status"] == "ok":
+                return
+            assert time.monotonic() < deadline, health
+            time.sleep(0.1)
+
     def num_cancelled(self) -> float:
         series = "loraplex_requests_finished_total"
         return sum(metrics.value(series, outcome="cancelled") or 0 for metrics in self.metrics())

@@ -71,7 +71,7 @@ _M = TypeVar("_M")
 class RankWorkers:
     """Implements `Seat` for rank 0. Used from the thread that steps the engine, but for `lose`.
 
-    Whoever creates it must `close` it.
+    Whoever creates it must `close` it, from any thread: that ends a `send` that hangs.
 
     Attributes:
         num_ranks: of the replica, this one included.
@@ -113,6 +113,7 @@ class RankWorkers:
         self._inbox: queue.SimpleQueue[tuple[int, FromWorker] | None] = queue.SimpleQueue()
         self._meeting: Meeting | None = None
         self._ends: dict[int, Connection] = {}
+        self._sending = threading.Lock()
         self._processes: dict[int, multiprocessing.process.BaseProcess] = {}
         atexit.register(self._abandon)
         spawned: Future[None] = Future()
@@ -224,10 +225,9 @@ class RankWorkers:
         A full pipe blocks, but not for long: a thread of each rank drains it, unless it hangs.
         """
         pickled = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        with self.due():
+        with self.due(), self._sending:
             for end in self._ends.values():
-                # A TypeError is what is raised when `close` took the end away meanwhile.
-                with contextlib.suppress(OSError, TypeError):
+                with contextlib.suppress(OSError):
                     end.send_bytes(pickled)
 
     @contextlib.contextmanager
@@ -303,9 +303,9 @@ class RankWorkers:
                 process.join(max(0.0, give_up_at - time.monotonic()))
         self._kill()
         self._watcher.join()
-        for end in self._ends.values():
-            end.close()
-        self._ends.clear()
+        with self._sending:  # who hung in a full pipe does no longer: nobody is at its other end
+            for end in self._ends.values():
+                end.close()
         if self._has_joined:
             self._has_joined = False
             if not part(_STOP_S):
