@@ -54,7 +54,7 @@ def tiny_server(tmp_path_factory):
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     save_tiny_model(folder, vocab_size=len(tokenizer), max_position_embeddings=512, **ids)
     tokenizer.save_pretrained(folder)
-    sizes = ("--pool-bytes", "4MiB", "--host-bytes", "4MiB", "--threads", "1")
+    sizes = ("--pool-bytes", "4MiB", "--host-bytes", "4MiB", "--threads", "1", "--dtype", "float32")
     server = ServerProcess(
         tmp_path_factory.mktemp("server"),
         *("--model", str(folder), "--served-model-name", "tiny", *sizes),

@@ -112,10 +112,10 @@ def test_once_against_a_real_server_prints_numbers_for_programs(tiny_server):
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     pool = told["pool"]
     uses = ("kv", "prefix_used", "prefix_idle", "adapters", "free")
-    assert sum(pool[use] for use in uses) == pool["num_pages"] == 2048
+    assert sum(pool[use] for use in uses) == pool["num_pages"] == 1024
     shown = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
     assert shown.exit_code == 0
-    assert "2048 pages" in shown.stdout
+    assert "1024 pages" in shown.stdout
 
 
 def test_a_server_that_goes_away_leaves_the_last_numbers():
