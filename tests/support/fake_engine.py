@@ -77,8 +77,9 @@ class FakeEngine:
         self.is_ending: Callable[[Request], bool] = lambda request: True
         #: Tokens of a prompt that were found in the prefix cache.
         self.num_cached: Callable[[Request], int] = lambda request: 0
-        #: Holds answers back after their first token, until it is set.
+        #: Holds answers back after so many events, until it is set.
         self.gate: threading.Event | None = None
+        self.hold_after = 1
         #: Of each token of answers.
         self.logprob_of: Callable[[Request, int], float] = lambda request, token_id: -0.5
         self.submitted: list[Request] = []
@@ -138,7 +139,7 @@ class FakeEngine:
     async def _answer(self, request: Request, take: Callable[[Event], None]) -> None:
         for num_sent, event in enumerate(self._events(request)):
             await asyncio.sleep(self.step_s)
-            while num_sent and self._is_held(request):  # noqa: ASYNC110 - set by another thread
+            while num_sent >= self.hold_after and self._is_held(request):  # noqa: ASYNC110 - set by another thread
                 await asyncio.sleep(0.005)
             if request.request_id in self.cancelled:
                 event = EndEvent(request.request_id, FinishReason.CANCELLED)

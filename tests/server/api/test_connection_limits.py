@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import select
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from loraplex_server.api.envelope import Envelope
 from loraplex_server.api.http_protocol import HttpProtocol
 from tests.server.api.conftest import BASE, wait_until
 
-LIMITS = ConnectionLimits(max_connections=4, receive_timeout_s=0.5, send_timeout_s=0.5)
+LIMITS = ConnectionLimits(max_connections=4, receive_timeout_s=0.5, send_timeout_s=2.0)
 PIECE = b"x" * (1 << 16)
 _END = 30.0
 
@@ -106,8 +107,9 @@ def read_all(peer: socket.socket) -> tuple[int, dict]:
 def test_headers_that_drip_are_ended_by_the_clock(connect):
     peer = connect()
     peer.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n")
-    for _ in range(4):
-        time.sleep(0.1)
+    deadline = time.monotonic() + _END
+    while not select.select([peer], [], [], LIMITS.receive_timeout_s / 5)[0]:
+        assert time.monotonic() < deadline
         peer.sendall(b"x: y\r\n")  # each of these would keep a limit on silence from ending it
     status, error = read_all(peer)
     assert (status, error["code"]) == (408, "headers_timeout")
@@ -166,24 +168,29 @@ def test_a_reader_that_takes_nothing_is_dropped(connect, application):
 def test_a_slow_reader_is_waited_for(connect, application):
     peer = connect()
     peer.sendall(b"GET /endless HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-    num_bytes = 0
-    while piece := peer.recv(1 << 20):
+    num_bytes, slow_until = 0, time.monotonic() + 1.5 * LIMITS.send_timeout_s
+    while piece := peer.recv(len(PIECE)):
         num_bytes += len(piece)
-        if num_bytes < len(PIECE) * 64:
+        if time.monotonic() < slow_until:
             time.sleep(0.01)
     assert num_bytes > 1024 * len(PIECE)
 
 
 def test_one_connection_too_many_is_told_to_come_back(connect, server):
     kept = [connect() for _ in range(LIMITS.max_connections)]
+    for peer in kept:  # with its headers there, no clock runs for any of them
+        peer.sendall(
+            b"POST /body HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\nconnection: close\r\n\r\n"
+        )
     wait_until(lambda: len(server.server_state.connections) == len(kept))
     surplus = connect()
     surplus.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
     status, error = read_all(surplus)
     assert (status, error["code"]) == (503, "too_many_connections")
     assert error["retry_after_s"] == 1
-    kept[0].sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-    assert kept[0].recv(65536).startswith(b"HTTP/1.1 200 ")
+    for peer in kept:
+        peer.sendall(b"x")
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_the_rest_of_a_body_nobody_reads_is_not_read_for_ever(connect, monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -11,8 +12,9 @@ LONG = {"model": BASE, "prompt": "abc", "max_tokens": 200, "ignore_eos": True}
 
 
 @pytest.fixture(autouse=True)
-def slow_engine(server):
-    server.engine.step_s = 0.01
+def held_engine(server):
+    """No answer comes to its end before its client has left."""
+    server.engine.gate = threading.Event()
 
 
 def wait_for_cancel(server, num: int = 1) -> None:
@@ -41,7 +43,7 @@ def test_the_openai_client_closing_its_stream_cancels(server, client):
 
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_leaving_before_the_answer_begins_cancels(server, stream):
-    server.engine.step_s = 0.3
+    server.engine.hold_after = 0
     raw = (
         f'{{"model": "{BASE}", "prompt": "abc", "max_tokens": 200, "stream": {stream}}}'
     ).encode()
@@ -77,6 +79,7 @@ def test_a_deleted_adapter_finishes_what_runs_on_it(server, adapter):
             assert gone.json()["error"]["running"] == 1
         assert server.post("/v1/completions", body).status_code == 404
         assert server.engine.discarded == []
+        server.engine.gate.set()
         text = "".join(pieces)
     assert '"finish_reason":"length"' in text
     assert text.endswith("data: [DONE]\n\n")

@@ -5,6 +5,7 @@ import base64
 import json
 import math
 import socket
+import threading
 
 import numpy as np
 import openai
@@ -95,7 +96,7 @@ def test_a_bad_field_is_refused_by_name(server, fields, param):
 
 
 def test_leaving_cancels(server):
-    server.engine.step_s = 0.3
+    server.engine.gate, server.engine.hold_after = threading.Event(), 0
     raw = json.dumps({"model": BASE, "input": ["hello"] * 3}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import httpx
 import openai
@@ -158,7 +159,7 @@ def test_a_failure_of_a_dying_engine_asks_to_retry(server):
 
 def test_more_than_the_queue_takes_is_refused_with_429(tmp_path, vocabulary):
     with running_server(tmp_path, vocabulary, max_running=2, max_queued=1) as server:
-        server.engine.step_s = 0.02
+        server.engine.gate = threading.Event()
         body = {"model": BASE, "prompt": "x", "n": 3, "max_tokens": 100, "ignore_eos": True}
         with (
             server.http() as http,

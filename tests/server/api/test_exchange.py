@@ -41,7 +41,7 @@ def test_refusals_of_the_guard_are_counted_too(server):
 
 
 def test_open_streams_are_counted_until_they_end_or_are_left(server):
-    server.engine.step_s = 0.02
+    server.engine.gate = threading.Event()
     body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "ignore_eos": True}
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json={**body, "stream": True}) as response:
@@ -54,12 +54,13 @@ def test_open_streams_are_counted_until_they_end_or_are_left(server):
 
 
 def test_a_complete_answer_is_no_stream(server):
-    server.engine.step_s = 0.05
+    server.engine.gate = threading.Event()
     body = {"model": BASE, "prompt": "hello", "max_tokens": 8, "ignore_eos": True}
     asking = threading.Thread(target=lambda: server.post("/v1/completions", body))
     asking.start()
     wait_until(lambda: server.metric("loraplex_http_requests_open") == 2)
     assert server.metric("loraplex_sse_streams_open") == 0
+    server.engine.gate.set()
     asking.join()
 
 

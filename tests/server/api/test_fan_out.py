@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import httpx
 import openai
@@ -121,7 +122,7 @@ def test_one_that_is_rejected_ends_the_others_and_is_named(server, adapter):
 
 
 def test_leaving_cancels_every_model(server, adapter):
-    server.engine.step_s = 0.01
+    server.engine.gate = threading.Event()
     body = {"models": [BASE, adapter], "prompt": "a", "max_tokens": 200, "ignore_eos": True}
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json={**body, "stream": True}) as answer:

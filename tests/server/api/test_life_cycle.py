@@ -117,7 +117,7 @@ def test_one_old_version_can_be_deleted_but_not_the_current_one(server, folders)
 def test_a_delete_drains_and_says_what_it_freed(server, folders):
     record = server.upload(NAME, folders[0]).json()
     server.engine.freed_memory = FreedMemory(weight_pages=3, prefix_pages=2, host_bytes=77)
-    server.engine.step_s = 0.005
+    server.engine.gate = threading.Event()
     with server.http() as http, http.stream("POST", "/v1/completions", json=LONG) as answer:
         pieces = answer.iter_text()
         next(pieces)
@@ -128,6 +128,7 @@ def test_a_delete_drains_and_says_what_it_freed(server, folders):
         thread.start()
         wait_until(lambda: httpx.get(path_of(server)).status_code == 404)
         assert not deleted
+        server.engine.gate.set()
         text = "".join(pieces)
         thread.join()
     assert '"finish_reason":"length"' in text
@@ -140,7 +141,7 @@ def test_a_delete_drains_and_says_what_it_freed(server, folders):
 
 def test_a_delete_that_cancels_ends_each_request_once(server, folders):
     server.upload(NAME, folders[0])
-    server.engine.step_s = 0.01
+    server.engine.gate = threading.Event()
     bodies = [{**LONG, "stream": False}, {**LONG, "stream": False}]
     answers: list[httpx.Response] = []
     threads = [
@@ -160,7 +161,7 @@ def test_a_delete_that_cancels_ends_each_request_once(server, folders):
 
 def test_a_cancelled_stream_ends_with_an_error_event(server, folders):
     server.upload(NAME, folders[0])
-    server.engine.step_s = 0.01
+    server.engine.gate = threading.Event()
     with server.http() as http, http.stream("POST", "/v1/completions", json=LONG) as answer:
         pieces = answer.iter_text()
         next(pieces)
@@ -173,13 +174,14 @@ def test_a_cancelled_stream_ends_with_an_error_event(server, folders):
 def test_cancelling_leaves_another_name_of_the_same_content_alone(server, folders):
     server.upload(NAME, folders[0])
     server.upload("other", folders[0])
-    server.engine.step_s = 0.005
+    server.engine.gate = threading.Event()
     body = {**LONG, "model": "other"}
     with server.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
         pieces = answer.iter_text()
         next(pieces)
         gone = httpx.delete(path_of(server), params={"mode": "cancel"}, timeout=20).json()
         assert gone["freed"] == {"pool_bytes": 0, "host_bytes": 0, "disk_bytes": 0}
+        server.engine.gate.set()
         text = "".join(pieces)
     assert '"finish_reason":"length"' in text
 
@@ -296,7 +298,7 @@ def test_the_record_tells_where_an_adapter_came_from(server, folders):
 
 def test_expired_names_go_when_nobody_uses_them(server, folders):
     record = server.upload(NAME, folders[0], ttl_s="50").json()
-    server.engine.step_s = 0.01
+    server.engine.gate = threading.Event()
     upkeep = server.app.state.upkeep
 
     def tick():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -71,14 +72,18 @@ def test_one_tenants_full_queue_leaves_room_for_others(tmp_path, vocabulary):
     settings = {"tenant_header": "x-tenant", "max_queued_per_tenant": 2}
     reason = 'loraplex_requests_rejected_total{reason="tenant_queue_full"}'
     with running_server(tmp_path, vocabulary, **settings) as server, ThreadPoolExecutor() as pool:
-        server.engine.step_s = 0.5  # nobody gets a first token sooner
+        # Nobody gets a first token before it is opened.
+        server.engine.gate, server.engine.hold_after = threading.Event(), 0
         waiting = pool.submit(post, server, "busy", BODY | {"n": 2, "max_tokens": 1})
         wait_until(lambda: len(server.engine.submitted) == 2)
         refused = post(server, "busy", BODY)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json()["error"]["code"] == "tenant_queue_full"
         assert server.metric(reason) == 1
-        assert post(server, "other", BODY | {"max_tokens": 1}).status_code == 200
+        other = pool.submit(post, server, "other", BODY | {"max_tokens": 1})
+        wait_until(lambda: len(server.engine.submitted) == 3)
+        server.engine.gate.set()
+        assert other.result().status_code == 200
         assert waiting.result().status_code == 200
         assert post(server, "busy", BODY | {"max_tokens": 1}).status_code == 200
         never = post(server, "busy", BODY | {"n": 3})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import httpx
 
@@ -63,7 +64,7 @@ def test_the_ledger_has_what_the_answers_said(tmp_path, vocabulary):
 def test_a_stream_is_billed_while_it_runs_and_when_its_client_leaves(tmp_path, vocabulary):
     settings = {"tenant_header": "x-tenant"}
     with running_server(tmp_path, vocabulary, **settings) as server, server.http() as http:
-        server.engine.step_s = 0.01
+        server.engine.gate = threading.Event()
         body = {"model": BASE, "prompt": "abc", "max_tokens": 200, "ignore_eos": True}
         with http.stream(
             "POST", "/v1/completions", json={**body, "stream": True}, headers={"x-tenant": "gold"}
