@@ -71,6 +71,19 @@ def eventually(what: Callable[[], object], title: str) -> None:
     print(f"{title}: {time.monotonic() - began_s:.2f} s")
 
 
+def wait_until_followed(clients: list[Client]) -> None:
+    """Wait until all replicas have read what was changed before now."""
+    changed_s = time.monotonic()
+
+    def has_followed(client: Client) -> bool:
+        asked_s = time.monotonic()
+        age_s = client.metrics().value("loraplex_registry_age_seconds")
+        assert age_s is not None
+        return asked_s - age_s > changed_s
+
+    eventually(lambda: all(map(has_followed, clients)), "followed")
+
+
 def state_of(fleet: Fleet, replica: int) -> tuple[int, frozenset[str]]:
     """Return the pages of adapters in a replica's pool, and the names that are resident."""
     key = {"authorization": f"Bearer {fleet.key}"}
@@ -205,7 +218,7 @@ def test_a_server_killed_amid_registrations_leaves_the_others_and_catches_up(
 
 def test_servers_outlast_a_restart_of_postgresql(fleet, clients, folders):
     clients[0].adapters.push(folders[0], name="a")
-    time.sleep(2)  # until all have heard of it: they ask anew then
+    wait_until_followed(clients)  # they ask anew then
     expected = [ask(client, "a") for client in clients]
     fleet.postgres.stop()
     try:

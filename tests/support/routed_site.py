@@ -81,7 +81,9 @@ class Site:
     def working(self) -> list[int]:
         """Return how many requests each replica has under way."""
         headers = {"Authorization": f"Bearer {self.fleet.key}"}
-        answers = [httpx.get(f"{url}/load", headers=headers) for url in self.fleet.urls]
+        answers = [
+            httpx.get(f"{url}/load", headers=headers, timeout=HANG_S) for url in self.fleet.urls
+        ]
         return [answer.json()["server_load"] for answer in answers]
 
     def wait_for_work(self, num: int) -> list[int]:
@@ -94,12 +96,14 @@ class Site:
 
     def wait_until_all_take_part(self, proxy: str) -> None:
         """Wait until the proxy sends requests of the base model to all replicas."""
-        seen: set[str | None] = set()
+        seen: set[str] = set()
         deadline = time.monotonic() + HANG_S
         with self.plain(proxy) as plain:
             while len(seen) < len(self.fleet.urls):
                 assert time.monotonic() < deadline, seen
-                seen.add(plain.get("/version").headers.get(REPLICA_HEADER))
+                answer = plain.get("/version")
+                if answer.status_code == 200:  # what the proxy itself says is of no replica
+                    seen.add(answer.headers[REPLICA_HEADER])
 
     def wait_for_restart(self, replica: int) -> None:
         """Wait until an engine that was lost is replaced: once, by one that can compute."""
