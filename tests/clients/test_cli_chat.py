@@ -233,7 +233,7 @@ class Terminal:
             is_ready = left_s > 0 and select.select([self._fd], [], [], left_s)[0]
             assert is_ready, f"{text!r} is not in {self.shown!r}"
             try:
-                self.shown += os.read(self._fd, 65536).decode()
+                self.shown += os.read(self._fd, 65536).decode(errors="replace")
             except OSError as error:  # the program has ended
                 raise AssertionError(self.shown) from error
         self.shown = self.shown.partition(text)[2]

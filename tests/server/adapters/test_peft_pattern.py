@@ -82,10 +82,10 @@ def test_what_the_dialect_lacks_is_refused(pattern: str):
     "pattern", ["(.+)+x", "((.*)*)*x", "(.|m|o)*y", "(m|m)" * 8 + "(.|.)*" * 8 + "x", "((a+)+)+b"]
 )
 def test_patterns_made_to_backtrack_end_soon(pattern: str):
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread's own, whoever else computes
     compiled = ModulePattern(pattern, StepBudget())
     assert not any(compiled.matches(module) for module in MODULES)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_the_budget_ends_what_would_take_too_long():

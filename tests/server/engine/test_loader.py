@@ -444,6 +444,10 @@ def test_closing_drops_what_is_queued(pool, tmp_path):
     loader.prefetch(make_load(tmp_path, "ahead", 0).adapter)
     closing = threading.Thread(target=loader.close)
     closing.start()
+    deadline = time.monotonic() + 10
+    while not loader._is_closing:  # what is queued would still be done before that
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     writer.gate.set()
     closing.join(10)
     assert not closing.is_alive()

@@ -71,6 +71,12 @@ def test_tokens_are_shown_as_text_or_bytes(vocabulary):
 
 
 def test_other_threads_go_on_while_a_long_text_is_encoded(vocabulary):
+    # Whoever else computes here may hold up this thread once; encoding would each time.
+    assert any(longest_wait_for_encoding(vocabulary) < 0.5 for _ in range(5))
+
+
+def longest_wait_for_encoding(vocabulary) -> float:
+    """Return for what share of the time that a long text takes this thread did not run."""
     text = "hello world, " * 200_000
     took_s: list[float] = []
 
@@ -86,7 +92,7 @@ def test_other_threads_go_on_while_a_long_text_is_encoded(vocabulary):
         time.sleep(0.001)
         now = time.perf_counter()
         longest_s, last = max(longest_s, now - last), now
-    assert longest_s < took_s[0] / 2
+    return longest_s / took_s[0]
 
 
 def test_a_text_has_at_least_the_tokens_that_its_length_allows(vocabulary):
