@@ -42,6 +42,7 @@ from loraplex_server.engine.ranks.messages import (
 )
 from loraplex_server.engine.ranks.seat import RANK_TIMEOUT_S, Meeting, least, part
 from loraplex_server.engine.ranks.worker import BuildRank, run_rank
+from loraplex_server.engine.tether import tethered_process
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -131,15 +132,12 @@ class RankWorkers:
             raise
 
     def _spawn(self, rank: int, build: BuildRank) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         self._ends[rank] = ours
         with contextlib.closing(theirs):
-            process = context.Process(
-                target=run_rank,
-                args=(theirs, build, rank, self.num_ranks),
-                daemon=True,
-                name=f"loraplex-rank-{rank}",
+            name = f"loraplex-rank-{rank}"
+            process = tethered_process(
+                run_rank, theirs, build, rank, self.num_ranks, name=name, daemon=True
             )
             process.start()
             self._processes[rank] = process
