@@ -195,7 +195,7 @@ def aot_cases(model: ModelShape) -> list[AotCase]:
     sizes = model.chunk_elems, model.page_elems
     embedding = LoRAShape(0, (0,), 0, (model.hidden_size,), *sizes, True)
     constants = embedding.gather_constants(is_serial=False)
-    cases = [lora_case("lora gather embedding", gather_kernel, constants, reads_tiles=False)]
+    cases = [lora_case("lora gather embedding", gather_kernel, constants, {}, weights=None)]
     for name, shape, is_serial in site_variants(model):
         constants = shape.shrink_constants(is_serial=is_serial)
         cases.append(
