@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from loraplex_kernels.aot_build import AotResult
@@ -118,6 +118,43 @@ class AotCase:
         unknown = sorted(known.union(self.must_vectorise).difference(self.fn.arg_names))
         if missing or unknown:
             raise ValueError(f"{self.name}: arguments missing {missing}, unknown {unknown}")
+
+    @classmethod
+    def of_launch(
+        cls,
+        name: str,
+        fn: Any,
+        constants: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        types: Mapping[str, str],
+        others: str = "*i32",
+        weights: str | None = None,
+        min_capability: int = 80,
+    ) -> Self:
+        """Return the variant of a launch whose pointers and row strides are multiples of 16.
+
+        Args:
+            options: compile options of the launch, `num_warps` and `num_stages` among them.
+            types: of run-time arguments, by name, as `signature` has them.
+            others: the type of those that `types` does not name.
+            weights: the argument that must be read 16 bytes at a time, if `fn` has it.
+        """
+        arguments = [arg for arg in fn.arg_names if arg not in constants]
+        signature = {arg: types.get(arg, others) for arg in arguments}
+        hinted = [arg for arg, kind in signature.items() if kind[0] == "*" or "stride" in arg]
+        own = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+        return cls(
+            name,
+            fn,
+            signature,
+            constants,
+            attrs={(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in hinted},
+            must_vectorise=(weights,) if weights is not None and weights in arguments else (),
+            options={key: value for key, value in options.items() if key not in own},
+            min_capability=min_capability,
+            **own,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,9 @@ only: neither on its company nor on how its prompt was cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+import functools
+from collections.abc import Sequence
+from typing import Final
 
 import triton
 import triton.language as tl
@@ -17,7 +18,6 @@ import triton.language as tl
 from loraplex_kernels.aot import AotCase, ModelShape
 from loraplex_kernels.arithmetic import STRICT, dot, narrow
 from loraplex_kernels.attention_work import AttentionTiling
-from loraplex_kernels.elementwise_triton import aligned
 
 DECODE_OPTIONS: Final = {"num_warps": 4, "num_stages": 3}
 COMBINE_OPTIONS: Final = {"num_warps": 2}
@@ -356,17 +356,22 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
     }
     if tilings[80] == tilings[90]:
         del tilings[90]
+    case = functools.partial(AotCase.of_launch, types=_TYPES, weights="kv")
     constants = combine_constants(tilings[80], heads, head_dim)
-    cases = [_case("combine_splits", combine_splits_kernel, constants, COMBINE_OPTIONS)]
+    options = {**COMBINE_OPTIONS, **STRICT}
+    cases = [case("combine_splits", combine_splits_kernel, constants, options)]
     for suffix, window in (("", None), (" window", 4096)):
         constants = decode_constants(tilings[80], heads, kv_shape, window)
         name = f"decode_attention{suffix}"
-        cases.append(_case(name, decode_attention_kernel, constants, DECODE_OPTIONS))
+        options = {**DECODE_OPTIONS, **STRICT}
+        cases.append(case(name, decode_attention_kernel, constants, options))
         for capability, tiling in tilings.items():
             constants = prefill_constants(tiling, heads, kv_shape, window)
             name = f"prefill_attention{suffix}"
-            options = {**prefill_options(tiling), "min_capability": capability}
-            cases.append(_case(name, prefill_attention_kernel, constants, options))
+            options = {**prefill_options(tiling), **STRICT}
+            cases.append(
+                case(name, prefill_attention_kernel, constants, options, min_capability=capability)
+            )
     return cases
 
 
@@ -377,17 +382,3 @@ _TYPES: Final = {
     **dict.fromkeys(("query_stride", "out_stride"), "i32"),
     "scale": "fp32",
 }
-
-
-def _case(name: str, fn: Any, constants: Mapping[str, int], options: Mapping[str, Any]) -> AotCase:
-    signature = {arg: _TYPES.get(arg, "*i32") for arg in fn.arg_names if arg not in constants}
-    return AotCase(
-        name,
-        fn,
-        signature,
-        constants,
-        attrs=aligned(fn, signature),
-        must_vectorise=("kv",) if "kv" in signature else (),
-        options=STRICT,
-        **options,
-    )

@@ -6,8 +6,8 @@ rounds. Inputs may be strided by row; their rows are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import functools
+from typing import Final
 
 import torch
 import triton
@@ -346,12 +346,6 @@ def _rotation_constants(
     }
 
 
-def aligned(fn: Any, signature: Mapping[str, str]) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Return the hints of a launch whose pointers and row strides are multiples of 16."""
-    hinted = [arg for arg, kind in signature.items() if kind[0] == "*" or "stride" in arg]
-    return {(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in hinted}
-
-
 def aot_cases(shape: ModelShape) -> list[AotCase]:
     """Return the elementwise kernels that serving a model of this shape in bfloat16 launches."""
     hidden, width = shape.hidden_size, shape.intermediate_size
@@ -360,14 +354,16 @@ def aot_cases(shape: ModelShape) -> list[AotCase]:
     rotation = _rotation_constants(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim, shape.page_tokens
     )
-    turn = rotate_and_store_kernel, _rotation_warps(shape.head_dim), _ROTATION_OPTIONS
+    turn = {"num_warps": _rotation_warps(shape.head_dim), **_ROTATION_OPTIONS}
     silu = {"WIDTH": width, "BLOCK": _SILU_BLOCK}
+    in_norm = {"num_warps": warps, **STRICT}
+    case = functools.partial(AotCase.of_launch, types=_TYPES, others="*bf16")
     return [
-        _case("rms_norm", {**norm, "IS_SUM": False}, rms_norm_kernel, warps),
-        _case("add_rms_norm", {**norm, "IS_SUM": True}, rms_norm_kernel, warps),
-        _case("silu_mul", silu, silu_mul_kernel, 4),
-        _case("rotate_and_store", {**rotation, "HAS_NORM": False}, *turn),
-        _case("norm_rotate_store", {**rotation, "HAS_NORM": True}, *turn),
+        case("rms_norm", rms_norm_kernel, {**norm, "IS_SUM": False}, in_norm),
+        case("add_rms_norm", rms_norm_kernel, {**norm, "IS_SUM": True}, in_norm),
+        case("silu_mul", silu_mul_kernel, silu, {"num_warps": 4, **STRICT}),
+        case("rotate_and_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": False}, turn),
+        case("norm_rotate_store", rotate_and_store_kernel, {**rotation, "HAS_NORM": True}, turn),
     ]
 
 
@@ -379,17 +375,3 @@ _TYPES: Final = {
     **dict.fromkeys(("positions", "slots"), "*i32"),
     "eps": "fp32",
 }
-
-
-def _case(
-    name: str,
-    constants: Mapping[str, Any],
-    fn: Any,
-    num_warps: int,
-    options: Mapping[str, Any] = STRICT,
-) -> AotCase:
-    signature = {arg: _TYPES.get(arg, "*bf16") for arg in fn.arg_names if arg not in constants}
-    attrs = aligned(fn, signature)
-    return AotCase(
-        name, fn, signature, constants, attrs=attrs, num_warps=num_warps, options=options
-    )

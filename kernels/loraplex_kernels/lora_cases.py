@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+import functools
+from collections.abc import Iterator
+from typing import Final
 
 from loraplex_kernels.aot import CUT_SHAPE, AotCase, ModelShape
-from loraplex_kernels.elementwise_triton import aligned
 from loraplex_kernels.lora_shape import LoRAShape
 
 #: Types of the run-time arguments that are not int32 tables.
@@ -21,6 +21,10 @@ _TYPES: Final = {
     "y_stride": "i32",
     "span": "i32",
 }
+
+
+#: Returns the case of a launch that reads weights in tiles, unless told otherwise.
+lora_case: Final = functools.partial(AotCase.of_launch, types=_TYPES, weights="pool_ptr")
 
 
 def site_variants(model: ModelShape) -> Iterator[tuple[str, LoRAShape, bool]]:
@@ -43,32 +47,3 @@ def site_variants(model: ModelShape) -> Iterator[tuple[str, LoRAShape, bool]]:
 def _shape(model: ModelShape, in_features: int, widths: tuple[int, ...]) -> LoRAShape:
     modules = tuple(range(len(widths)))
     return LoRAShape(0, modules, in_features, widths, model.chunk_elems, model.page_elems)
-
-
-def lora_case(
-    name: str,
-    fn: Any,
-    constants: Mapping[str, int],
-    options: Mapping[str, int] | None = None,
-    *,
-    reads_tiles: bool = True,
-) -> AotCase:
-    """Return one variant of one kernel.
-
-    Args:
-        options: of its launch.
-        reads_tiles: whether it reads weights 16 bytes at a time.
-    """
-    options = options or {}
-    signature = {arg: _TYPES.get(arg, "*i32") for arg in fn.arg_names if arg not in constants}
-    own = ("num_warps", "num_stages")
-    return AotCase(
-        name,
-        fn,
-        signature,
-        constants,
-        attrs=aligned(fn, signature),
-        must_vectorise=("pool_ptr",) if reads_tiles else (),
-        options={key: value for key, value in options.items() if key not in own},
-        **{key: value for key, value in options.items() if key in own},
-    )

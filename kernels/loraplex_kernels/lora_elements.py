@@ -28,3 +28,19 @@ def load_elements(pool_ptr, pages, e, mask, PAGE_ELEMS: tl.constexpr):
     """Elements `e` of a slice, each through its own page id; 0 where `mask` is false."""
     page = tl.load(pages + e // PAGE_ELEMS, mask=mask, other=0).to(tl.int64)
     return tl.load(pool_ptr + page * PAGE_ELEMS + e % PAGE_ELEMS, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_item(items_ptr, index):
+    """The fields of an item of the work list, in their order: see `lora_work.LoRAWork`."""
+    item = items_ptr + index * ITEM
+    return (
+        tl.load(item),
+        tl.load(item + 1),
+        tl.load(item + 2),
+        tl.load(item + 3),
+        tl.load(item + 4),
+        tl.load(item + 5),
+        tl.load(item + 6),
+        tl.load(item + 7),
+    )

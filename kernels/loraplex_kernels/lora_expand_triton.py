@@ -14,7 +14,7 @@ import triton.language as tl
 from loraplex_kernels.aot import AotCase, ModelShape
 from loraplex_kernels.arithmetic import dot, narrow
 from loraplex_kernels.lora_cases import lora_case, site_variants
-from loraplex_kernels.lora_elements import ITEM, ROWS, SPAN, load_elements
+from loraplex_kernels.lora_elements import ITEM, ROWS, SPAN, load_elements, load_item
 
 
 @triton.jit(do_not_specialize=["span"])
@@ -86,15 +86,11 @@ def expand_kernel(
                 column = WIDTH_0 + WIDTH_1
                 width = WIDTH_2
                 weight_pitch = PITCH_2
-        item = items_ptr + index * ITEM
-        row_start = tl.load(item)
-        row_count = tl.load(item + 1)
-        pages = pages_ptr + tl.load(item + 2)
-        weight_start = tl.load(item + 3) + block * BLOCK_N
-        rank = tl.load(item + 4)
-        plane_start = tl.load(item + 5)
-        pitch = tl.load(item + 6)
-        epilogue = tl.load(item + 7)
+        row_start, row_count, pages_start, weight_start, rank, plane_start, pitch, epilogue = (
+            load_item(items_ptr, index)
+        )
+        pages = pages_ptr + pages_start
+        weight_start += block * BLOCK_N
         cols = block * BLOCK_N + n
         for tile in tl.range(0, row_count, ROWS):
             row_mask = tile + t < row_count

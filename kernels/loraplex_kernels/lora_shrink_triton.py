@@ -16,7 +16,7 @@ import triton.language as tl
 from loraplex_kernels.aot import AotCase, ModelShape
 from loraplex_kernels.arithmetic import dot
 from loraplex_kernels.lora_cases import lora_case, site_variants
-from loraplex_kernels.lora_elements import ITEM, ROWS, SPAN, load_elements
+from loraplex_kernels.lora_elements import ROWS, SPAN, load_elements, load_item
 from loraplex_kernels.lora_shape import LoRAShape
 
 
@@ -111,14 +111,11 @@ def shrink_kernel(
     t = tl.arange(0, ROWS)
     r = tl.arange(0, RANK_TILE)
     for unit in tl.range(tl.program_id(0), count * UNITS, tl.num_programs(0)):
-        item = items_ptr + (first + unit // UNITS) * ITEM
-        row_start = tl.load(item)
-        row_count = tl.load(item + 1)
-        pages = pages_ptr + tl.load(item + 2)
-        weight_start = tl.load(item + 3)
-        rank_mask = r < tl.load(item + 4)
-        plane_start = tl.load(item + 5)
-        pitch = tl.load(item + 6)
+        row_start, row_count, pages_start, weight_start, num_ranks, plane_start, pitch, _ = (
+            load_item(items_ptr, first + unit // UNITS)
+        )
+        pages = pages_ptr + pages_start
+        rank_mask = r < num_ranks
         part = unit % UNITS
         for tile in tl.range(0, row_count, ROWS):
             row_mask = tile + t < row_count
@@ -170,15 +167,11 @@ def gather_kernel(
     t = tl.arange(0, ROWS)
     r = tl.arange(0, RANK_TILE)
     for unit in tl.range(tl.program_id(0), count, tl.num_programs(0)):
-        item = items_ptr + (first + unit) * ITEM
-        row_start = tl.load(item)
-        row_count = tl.load(item + 1)
-        pages = pages_ptr + tl.load(item + 2)
-        weight_start = tl.load(item + 3)
-        rank_mask = r < tl.load(item + 4)
-        plane_start = tl.load(item + 5)
-        pitch = tl.load(item + 6)
-        run_rank = tl.load(item + 7)
+        row_start, row_count, pages_start, weight_start, num_ranks, plane_start, pitch, run_rank = (
+            load_item(items_ptr, first + unit)
+        )
+        pages = pages_ptr + pages_start
+        rank_mask = r < num_ranks
         for tile in tl.range(0, row_count, ROWS):
             row_mask = tile + t < row_count
             row = tl.load(rows_ptr + row_start + tile + t, mask=row_mask, other=0)
@@ -195,7 +188,7 @@ def aot_cases(model: ModelShape) -> list[AotCase]:
     sizes = model.chunk_elems, model.page_elems
     embedding = LoRAShape(0, (0,), 0, (model.hidden_size,), *sizes, True)
     constants = embedding.gather_constants(is_serial=False)
-    cases = [lora_case("lora gather embedding", gather_kernel, constants, reads_tiles=False)]
+    cases = [lora_case("lora gather embedding", gather_kernel, constants, {}, weights=None)]
     for name, shape, is_serial in site_variants(model):
         constants = shape.shrink_constants(is_serial=is_serial)
         cases.append(

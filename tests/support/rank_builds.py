@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,13 @@ def build_elsewhere(config: Config, seat: Seat, on_loaded: Callable[[], None]) -
 
 def build_without_memory(config: Config, seat: Seat, on_loaded: Callable[[], None]) -> RankParts:
     raise MemoryError("no room for the arena")
+
+
+def build_with_heir(config: Config, seat: Seat, on_loaded: Callable[[], None]) -> RankParts:
+    """Build a rank with a child that holds its pipe open, also when the rank has ended."""
+    assert isinstance(seat, WorkerSeat)
+    subprocess.Popen(["sleep", "600"], pass_fds=[seat._pipe.fileno()])
+    return build.build_rank(config, seat, on_loaded)
 
 
 def build_stopping(stops_in: str, seat: Seat, on_loaded: Callable[[], None]) -> RankParts:

@@ -20,6 +20,7 @@ from typing import Final
 from loraplex_server.engine.messages import Command, Reply
 from loraplex_server.engine.process import IGNORED_SIGNALS, CoreFactory, run_engine
 from loraplex_server.engine.reply_pipe import ReplyReceiver
+from loraplex_server.engine.tether import tethered_process
 
 #: What the engine process has in its environment, unless the user has set it otherwise. Nothing:
 #: waiting threads of OpenMP that sleep at once (OMP_WAIT_POLICY=passive) leave the API process more
@@ -40,17 +41,14 @@ class EngineChild:
         Raises:
             Exception: it could not be; pickling `build_core` runs code of any kind.
         """
-        context = multiprocessing.get_context("spawn")
         self.gone = asyncio.Event()
         self._on_reply: Callable[[Reply], None] | None = on_reply
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=run_engine,
-            args=(theirs, build_core),
-            daemon=False,  # a daemon could have no children: the other ranks
-            name="loraplex-engine",
-        )
+        self._connection, theirs = multiprocessing.Pipe()
         try:
+            # Not a daemon, which could have no children: the other ranks.
+            self._process = tethered_process(
+                run_engine, theirs, build_core, name="loraplex-engine", daemon=False
+            )
             with _signals_held_back(), _environment(ENGINE_ENVIRONMENT):
                 self._process.start()
         except BaseException:

@@ -3,7 +3,7 @@
 The main thread steps the core; a second thread receives commands, so that the pipe is always
 drained. Signals that end a service reach the whole process group, so they are ignored here: the
 API process decides, by `Shutdown` or, should it die, by the pipe that closes with it; even a
-stopped engine ends with the thread that spawned it.
+stopped engine ends with the thread that spawned it (`tether`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 from loraplex_server.engine.reply_pipe import ReplySender
-from loraplex_server.engine.tether import end_with_parent
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -60,8 +59,7 @@ class CoreFactory(Protocol):
 
 
 def run_engine(connection: Connection, build_core: CoreFactory) -> None:
-    """Run the engine until `Shutdown` or until the connection closes. A process's entry point."""
-    end_with_parent()
+    """Run the engine until `Shutdown` or until the connection closes, in a `tethered_process`."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()

@@ -10,9 +10,13 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
-from typing import Final
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +24,35 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def end_with_parent() -> None:
+def tethered_process(
+    target: Callable[..., object], pipe: Connection, *args: object, name: str, daemon: bool
+) -> BaseProcess:
+    """Return a process, to be started, that calls `target(pipe, *args)` and ends with its parent.
+
+    Whoever starts it keeps that thread for as long as the process is to live. `target` and `args`
+    are unpickled when the process is tethered: that imports torch, which takes seconds, and where
+    many do it at once on few cores, minutes.
+
+    Raises:
+        Exception: they cannot be pickled.
+    """
+    work = pickle.dumps((target, args), pickle.HIGHEST_PROTOCOL)
+    context = multiprocessing.get_context("spawn")
+    return context.Process(target=_run, args=(pipe, work), name=name, daemon=daemon)
+
+
+def _run(pipe: Connection, work: bytes) -> None:
+    _end_with_parent()
+    target: Callable[..., object]
+    args: tuple[Any, ...]
+    target, args = pickle.loads(work)
+    target(pipe, *args)
+
+
+def _end_with_parent() -> None:
     """Have this process killed when the thread that spawned it ends; on Linux, else nothing.
 
-    To be called first of all in a process of multiprocessing. Whoever spawns it keeps that thread
-    for as long as the process is to live. A process that is stopped before it has come this far
-    ends when it is continued.
+    A process that is stopped before it has come this far ends when it is continued.
     """
     parent = multiprocessing.parent_process()
     if sys.platform != "linux" or parent is None:

@@ -1,4 +1,4 @@
-"""No engine process outlives the process that started it, however that one ends."""
+"""No process of an engine outlives the process that started it, however that one ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import is_alive, wait_until_dead
+from tests.support.processes import children_of, is_alive, wait_until_dead
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
@@ -55,3 +55,59 @@ def test_the_engine_ends_with_its_parent(ending, seconds):
             parent.kill()
             if is_alive(engine_pid):
                 os.kill(engine_pid, signal.SIGKILL)
+
+
+class SlowToImport:
+    """What takes ten minutes to unpickle, as modules may on a slow disk."""
+
+    def __reduce__(self):
+        return time.sleep, (600,)
+
+
+START_ENGINE = """
+import asyncio, functools, time
+from loraplex_server.engine.process_handle import ProcessEngine
+from tests.server.engine.test_orphans import SlowToImport, build
+
+async def start():
+    engine = ProcessEngine(functools.partial(build, SlowToImport()))
+    starting = asyncio.create_task(engine.start())
+    while not engine.process_id:
+        await asyncio.sleep(0.01)
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(start())
+"""
+START_RANKS = """
+import functools, time
+from loraplex_server.engine.ranks.workers import RankWorkers
+from tests.server.engine.test_orphans import SlowToImport, build
+
+ranks = RankWorkers(3, functools.partial(build, SlowToImport()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "num_children"), [(START_ENGINE, 1), (START_RANKS, 2)], ids=["engine", "ranks"]
+)
+def test_what_still_imports_ends_with_its_parent(start, num_children):
+    code = start + "print(flush=True)\ntime.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
+        children = [pid for pid in children_of(parent.pid) if is_spawned(pid)]
+        assert len(children) == num_children
+        parent.kill()
+        try:
+            # It ends at once, or before it imports what makes it slow.
+            for pid in children:
+                wait_until_dead(pid)
+            # Somebody who reads what they all write waits for the last of them.
+            assert parent.stdout.read() == b""
+        finally:
+            for pid in filter(is_alive, children):
+                os.kill(pid, signal.SIGKILL)
+
+
+def is_spawned(pid):
+    """Whether a process is one of multiprocessing's, but not the tracker that it keeps."""
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import pickle
@@ -27,7 +28,12 @@ from loraplex_server.engine.ranks import workers
 from loraplex_server.engine.runner import Runner
 from tests.support.engine import finish, greedy_request, save_adapter
 from tests.support.processes import children_of, is_alive, wait_until_dead
-from tests.support.rank_builds import build_elsewhere, build_stopping, build_without_memory
+from tests.support.rank_builds import (
+    build_elsewhere,
+    build_stopping,
+    build_with_heir,
+    build_without_memory,
+)
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 MIB = 1 << 20
@@ -171,23 +177,71 @@ def test_a_step_that_was_broken_off_is_the_last(start, monkeypatch):
     assert are_gone(ranks)
 
 
-def test_an_engine_closes_in_time_where_a_rank_hangs_with_a_full_pipe(start):
-    core, ranks = start(2)
+@pytest.mark.parametrize("build_rank", [build.build_rank, build_with_heir])
+def test_an_engine_closes_in_time_where_a_rank_hangs_with_a_full_pipe(start, build_rank):
+    core, ranks = start(2, build_rank)
+    heirs = children_of(ranks[0])
     os.kill(ranks[0], signal.SIGSTOP)
     # More than a pipe holds: that thread stays in it.
     filling = threading.Thread(target=core.discard_adapter, args=("a" * MIB,), daemon=True)
     filling.start()
     filling.join(1.0)
     assert filling.is_alive()
-    closing = threading.Thread(target=core.close)
-    closing.start()
-    closing.join(120.0)
-    is_closed = not closing.is_alive()
-    if not is_closed:
-        os.kill(ranks[0], signal.SIGKILL)
-    closing.join()
+    try:
+        check_closes_in_time(core)
+    finally:
+        for pid in (*ranks, *heirs):
+            kill_if_alive(pid)
     filling.join()
-    assert is_closed
+
+
+def test_an_engine_closes_in_time_where_a_step_ends_meanwhile(start):
+    core, ranks = start(2)
+    workers = core._loader._peers._workers
+    os.kill(ranks[0], signal.SIGSTOP)
+    fill(workers._ends[1])
+    begun, is_over = threading.Event(), threading.Event()
+
+    def step():
+        with workers.due():
+            begun.set()
+            is_over.wait()
+
+    def end_step():
+        until(workers._sending.locked)  # by `close`, which hangs in the full pipe
+        is_over.set()
+
+    stepping, ending = (threading.Thread(target=target) for target in (step, end_step))
+    stepping.start()
+    begun.wait()
+    ending.start()
+    try:
+        check_closes_in_time(core)
+    finally:
+        kill_if_alive(ranks[0])
+    stepping.join()
+    ending.join()
+
+
+def check_closes_in_time(core):
+    closing = threading.Thread(target=core.close, daemon=True)
+    closing.start()
+    closing.join(60.0)
+    assert not closing.is_alive()
+
+
+def kill_if_alive(pid):
+    if is_alive(pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+def fill(end):
+    """Fill a pipe that nobody reads."""
+    os.set_blocking(end.fileno(), False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end.fileno(), bytes(MIB))
+    os.set_blocking(end.fileno(), True)
 
 
 def test_a_load_that_never_ends_on_one_rank_fails_in_time(start, folder, tmp_path, monkeypatch):
@@ -212,6 +266,16 @@ def test_a_start_that_fails_on_one_rank_names_it(start):
         EngineConfigError, match=r"^rank 1 of 2: MemoryError: no room for the arena"
     ):
         start(2, build_without_memory)
+
+
+def test_what_fails_on_rank_0_when_others_serve_is_not_put_on_them(start, monkeypatch):
+    def fail(*_, peers, **__):
+        with peers._workers.due():  # as in a step that warms a GPU up
+            raise RuntimeError("no memory for the largest step")
+
+    monkeypatch.setattr(build, "assemble_core", fail)
+    with pytest.raises(RuntimeError, match=r"^no memory for the largest step$"):
+        start(2)
 
 
 def test_what_a_rank_cannot_be_sent_is_named():

@@ -61,7 +61,8 @@ class LeadLoads:
     def discard(self, adapter_id: str) -> None:
         """See `LoadPeers`."""
         with self._lock:
-            self._discarding[adapter_id] = set(self._ended)
+            # It is asked for at every step until it is done: who has answered, has answered.
+            self._discarding.setdefault(adapter_id, set(self._ended))
         self._workers.send(DiscardAdapter(adapter_id))
 
     def is_discarding(self, adapter_id: str) -> bool:

@@ -47,7 +47,6 @@ from loraplex_server.engine.ranks.messages import (
 from loraplex_server.engine.ranks.plan_news import PlanHearer
 from loraplex_server.engine.ranks.seat import Meeting, Seat
 from loraplex_server.engine.runner import StepRunner
-from loraplex_server.engine.tether import end_with_parent
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -75,8 +74,7 @@ class BuildRank(Protocol):
 
 
 def run_rank(pipe: Connection, build: BuildRank, rank: int, num_ranks: int) -> None:
-    """Run one rank until `Shutdown`, or until the pipe closes. A process's entry point."""
-    end_with_parent()
+    """Run one rank until `Shutdown`, or until the pipe closes, in a `tethered_process`."""
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     seat = WorkerSeat(pipe, rank, num_ranks)

@@ -12,9 +12,11 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,7 @@ from loraplex_server.engine.ranks.messages import (
 )
 from loraplex_server.engine.ranks.seat import RANK_TIMEOUT_S, Meeting, least, part
 from loraplex_server.engine.ranks.worker import BuildRank, run_rank
+from loraplex_server.engine.tether import tethered_process
 from loraplex_server.model.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -108,6 +111,8 @@ class RankWorkers:
         self.timeout_s: Final = timeout_s
         #: By when what must be done, and what to say if it is not.
         self._due: tuple[float, str] | None = None
+        #: By when ranks must have ended by themselves.
+        self._close_by: float | None = None
         self._has_joined = self._is_serving = False
         self._is_lost, self._is_closing = threading.Event(), threading.Event()
         self._inbox: queue.SimpleQueue[tuple[int, FromWorker] | None] = queue.SimpleQueue()
@@ -131,15 +136,12 @@ class RankWorkers:
             raise
 
     def _spawn(self, rank: int, build: BuildRank) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         self._ends[rank] = ours
         with contextlib.closing(theirs):
-            process = context.Process(
-                target=run_rank,
-                args=(theirs, build, rank, self.num_ranks),
-                daemon=True,
-                name=f"loraplex-rank-{rank}",
+            name = f"loraplex-rank-{rank}"
+            process = tethered_process(
+                run_rank, theirs, build, rank, self.num_ranks, name=name, daemon=True
             )
             process.start()
             self._processes[rank] = process
@@ -179,9 +181,12 @@ class RankWorkers:
         try:
             yield
         except BaseException as error:
-            is_own = not isinstance(error, Exception) or (
-                isinstance(error, (EngineError, ModelError)) and not isinstance(error, RankLost)
-            )
+            # Once ranks serve, `due` has told which failures are another's.
+            is_own = (
+                self._is_serving
+                or not isinstance(error, Exception)
+                or isinstance(error, (EngineError, ModelError))
+            ) and not isinstance(error, RankLost)
             failure = "" if is_own else self._news()
             self.close()
             if failure:
@@ -296,14 +301,13 @@ class RankWorkers:
         """Let the ranks finish what they do, for a while; then none is left. Idempotent."""
         self._is_closing.set()
         if self._is_serving and not self._is_lost.is_set():
-            give_up_at = time.monotonic() + _STOP_S
-            self._due = give_up_at, ""
+            give_up_at = self._close_by = time.monotonic() + _STOP_S
             self.send(Shutdown())
             for process in self._processes.values():
                 process.join(max(0.0, give_up_at - time.monotonic()))
         self._kill()
         self._watcher.join()
-        with self._sending:  # who hung in a full pipe does no longer: nobody is at its other end
+        with self._sending:  # who hung in a full pipe does no longer: it was hung up
             for end in self._ends.values():
                 end.close()
         if self._has_joined:
@@ -319,10 +323,12 @@ class RankWorkers:
         self._kill()
 
     def _kill(self) -> None:
-        for process in self._processes.values():
+        for process in list(self._processes.values()):
             process.kill()
+        for end in list(self._ends.values()):
+            _hang_up(end)
         give_up_at = time.monotonic() + _STOP_S  # a driver may keep one that hangs in it
-        for process in self._processes.values():
+        for process in list(self._processes.values()):
             process.join(max(0.0, give_up_at - time.monotonic()))
 
     # ---- in the watching thread ------------------------------------------------------------
@@ -350,12 +356,10 @@ class RankWorkers:
                     self._take(ranks[end], end.recv())
                 except (EOFError, OSError):
                     self.lose(self._obituary(ranks.pop(end)))
-            due = self._due
-            if due is None or time.monotonic() < due[0]:
-                continue
-            if self._is_closing.is_set():
+            due, close_by, now = self._due, self._close_by, time.monotonic()
+            if close_by is not None and now >= close_by:
                 self._kill()  # `close` may hang in a full pipe of one that hangs
-            else:
+            elif due is not None and now >= due[0]:
                 self.lose(due[1])
 
     def _take(self, rank: int, message: FromWorker) -> None:
@@ -386,3 +390,12 @@ class RankWorkers:
         name = signal.Signals(-code).name
         hint = " (the system's killer, for lack of memory?)" if -code == signal.SIGKILL else ""
         return f"{self._name(rank)} was ended by {name}{hint}"
+
+
+def _hang_up(end: Connection) -> None:
+    """Have whoever waits at a pipe meet its end, though somebody may still hold the other one.
+
+    A process that a driver keeps does, and so does any that a rank has forked.
+    """
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(end.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)
