@@ -6,8 +6,9 @@
 
 No store promises that a file is deleted only if nobody has put it again. So one that several
 servers use never loses content in one step (decision 33): a sweep moves a file to a name that is
-used once, whoever finds the file missing moves it back, and a later sweep deletes it or moves it
-back, as the registry says then.
+used once, whoever finds the file missing brings it back, and a later sweep deletes it or brings it
+back, as the registry says then. What object stores have brought back keeps its copy for its time:
+the delete that made the file go may be tried again by a client library, and come behind that.
 
 The store is any fsspec file system; a local folder is used in place. From a remote store, a file
 is copied once into a local cache, because the engine maps local files.
@@ -179,39 +180,55 @@ class BlobStore:
                 self._move(name, f"{name}.{stamp}{_ASIDE_SUFFIX}")
 
     def _settle_aside(self, aside: str, kept: Collection[str], min_age_s: float) -> None:
-        """Move a file back if its id is kept and it is missing; else delete it in its time."""
+        """Bring a file back if its id is kept and it is missing; else delete it in its time."""
         name, _, stamp = aside.removesuffix(_ASIDE_SUFFIX).rpartition(".")
         since = stamp.partition("-")[0]
         if not since.isdecimal():  # not ours
             return
         if _id_of(name) in kept and not self._exists(name):
             with contextlib.suppress(FileNotFoundError):  # another server was faster
-                self._move(aside, name)
+                self._restore(aside, name)
         elif time.time() - int(since) >= min_age_s:
             self._delete_file(aside)
 
     def _bring_back(self, name: str) -> bool:
-        """Move a file back that a sweep set aside while it was registered; whether there was one.
+        """Bring a file back that a sweep set aside while it was registered; whether there was one.
 
         Whoever asks has read a row that refers to it.
         """
         with self._failures():
             # The prefix spares object stores a list of everything; others do not know it.
-            found = map(self._name_of, self._fs.find(self._root, prefix=name))
-        for aside in found:
-            if aside.startswith(f"{name}.") and aside.endswith(_ASIDE_SUFFIX):
-                with contextlib.suppress(FileNotFoundError):
-                    self._move(aside, name)
-                return True
-        return False
+            found = list(map(self._name_of, self._fs.find(self._root, prefix=name)))
+        asides = [path for path in found if _is_aside_of(path, name)]
+        for aside in asides:
+            with contextlib.suppress(FileNotFoundError):  # somebody was faster
+                self._restore(aside, name)
+                break
+        return bool(asides)
+
+    def _restore(self, aside: str, name: str) -> None:
+        """Give what was set aside its own name again; see the module for what stays."""
+        if self._is_local:
+            self._rename(aside, name)
+        else:
+            self._copy(aside, name)
 
     def _move(self, source: str, target: str) -> None:
-        with self._failures():
-            if self._is_local:  # by a rename, which takes no room
-                Path(self._root, source).replace(Path(self._root, target))
-            else:
-                self._fs.cp_file(f"{self._root}/{source}", f"{self._root}/{target}")
+        if self._is_local:
+            self._rename(source, target)
+        else:
+            self._copy(source, target)
+            with self._failures():
                 self._fs.rm_file(f"{self._root}/{source}")
+
+    def _rename(self, source: str, target: str) -> None:
+        """Move a local file, which takes no room."""
+        with self._failures():
+            Path(self._root, source).replace(Path(self._root, target))
+
+    def _copy(self, source: str, target: str) -> None:
+        with self._failures():
+            self._fs.cp_file(f"{self._root}/{source}", f"{self._root}/{target}")
 
     def _exists(self, name: str) -> bool:
         with self._failures():
@@ -322,6 +339,10 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 def _file_name(adapter_id: str, suffix: str = _SUFFIX) -> str:
     return adapter_id.removeprefix(ID_PREFIX) + suffix
+
+
+def _is_aside_of(path: str, name: str) -> bool:
+    return path.startswith(f"{name}.") and path.endswith(_ASIDE_SUFFIX)
 
 
 def _id_of(name: str) -> str | None:
