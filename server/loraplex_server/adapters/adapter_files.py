@@ -11,6 +11,7 @@ from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.registry import stored_ids
+from loraplex_server.adapters.registry_database import read_identity
 from loraplex_server.adapters.version_row import VersionRow
 
 #: Of a registry that other servers use too: whoever stores a file has so long to register it, and
@@ -21,6 +22,9 @@ SHARED_GRACE_S: Final = 3600.0
 class AdapterFiles:
     """Owned by the store; every method may be called from any thread, and raises StorageFailed.
 
+    A sweep goes by the registry that there was at the start. Whoever makes its database anew, to
+    restore a backup into it, would else have all files swept as unknown.
+
     Args:
         is_shared: other servers put and read files too: none goes that is younger than
             `SHARED_GRACE_S`.
@@ -30,6 +34,8 @@ class AdapterFiles:
         self._blobs = blobs
         self._database = database
         self._min_age_s = SHARED_GRACE_S if is_shared else 0.0
+        with storage_errors("open the registry"), database.connect() as connection:
+            self._registry_id = read_identity(connection)
 
     def sweep(self) -> None:
         """Delete files that no row refers to; at any time where the registry is shared."""
@@ -59,4 +65,9 @@ class AdapterFiles:
 
     def _stored(self) -> set[str]:
         with self._database.connect() as connection:
+            if read_identity(connection) != self._registry_id:
+                raise StorageFailed(
+                    "no file is swept, as the registry is another one than when this server "
+                    "started, and knows others: restore its database, or restart the server"
+                )
             return stored_ids(connection)
