@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,7 @@ from sqlalchemy import Engine
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.adapters.registry import stored_ids
+from loraplex_server.adapters.registry import stored_sizes
 from loraplex_server.adapters.registry_database import read_identity
 from loraplex_server.adapters.version_row import VersionRow
 
@@ -42,10 +43,12 @@ class AdapterFiles:
         with storage_errors("sweep the adapters' files"):
             self._blobs.sweep(self._stored, min_age_s=self._min_age_s)
 
-    def sweep_copies(self) -> None:
-        """Delete this machine's copies of what no row refers to; nobody may be reading any."""
-        with storage_errors("sweep copies of adapters' files"):
-            self._blobs.sweep_copies(self._stored())
+    def sweep_at_start(self) -> None:
+        """The same, and of this machine's copies also those that a power cut left incomplete."""
+        stored = functools.cache(self._stored)
+        with storage_errors("sweep the adapters' files"):
+            self._blobs.sweep(stored, min_age_s=self._min_age_s)
+            self._blobs.sweep_copies(stored())
 
     def local_copy(self, row: VersionRow) -> Path | None:
         """Return the adapter's file if it is on a local disk already; does not block for long."""
@@ -63,11 +66,11 @@ class AdapterFiles:
                 ) from error
             raise
 
-    def _stored(self) -> set[str]:
+    def _stored(self) -> dict[str, int]:
         with self._database.connect() as connection:
             if read_identity(connection) != self._registry_id:
                 raise StorageFailed(
                     "no file is swept, as the registry is another one than when this server "
                     "started, and knows others: restore its database, or restart the server"
                 )
-            return stored_ids(connection)
+            return stored_sizes(connection)

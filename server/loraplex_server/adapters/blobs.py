@@ -21,7 +21,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -238,13 +238,19 @@ class BlobStore:
         with contextlib.suppress(FileNotFoundError), self._failures():
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def sweep_copies(self, keep: Collection[str]) -> None:
-        """Delete local copies, whole or not, of all but these ids; nobody may be reading any."""
+    def sweep_copies(self, keep: Mapping[str, int]) -> None:
+        """Delete local copies of all but these ids, and those that are not whole.
+
+        A copy that no disk had yet when the power went may have its name and not its content.
+
+        Args:
+            keep: how many bytes each has. Nobody may be reading any other.
+        """
         if self._is_local or not self._cache_dir.exists():
             return
-        kept = {_file_name(adapter_id) for adapter_id in keep}
+        sizes = {_file_name(adapter_id): num_bytes for adapter_id, num_bytes in keep.items()}
         for path in self._cache_dir.iterdir():
-            if path.name not in kept:
+            if sizes.get(path.name) != path.stat().st_size:
                 path.unlink()
 
     def _list(self) -> list[Any]:
