@@ -17,8 +17,10 @@ is copied once into a local cache, because the engine maps local files.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -83,10 +85,7 @@ class BlobStore:
             raise OSError(f"blob_url names no bucket that is there ({error}): make it") from error
 
     def put(self, adapter_id: str, file: Path) -> None:
-        """Move the local `file` into the store, durably; replaces the same content.
-
-        `file` must be on the store's own disk if the store is local.
-        """
+        """Move the local `file` into the store, durably; replaces the same content."""
         self._put(self._path(adapter_id), file)
 
     def put_native(self, adapter_id: str, file: Path) -> None:
@@ -94,13 +93,11 @@ class BlobStore:
         self._put(self._path(adapter_id, _NATIVE_SUFFIX), file)
 
     def _put(self, target: str, file: Path) -> None:
-        if self._is_local:
-            _sync(file)
-            file.replace(target)
-            _sync(Path(self._root))
-            return
         # Of a name of its own: others may be putting the same content.
         part = f"{target}.{secrets.token_hex(8)}{_PART_SUFFIX}"
+        if self._is_local:
+            _move_durably(file, Path(part), Path(target))
+            return
         with self._failures():
             self._fs.put_file(str(file), part)
             self._fs.mv(part, target)
@@ -357,6 +354,21 @@ def _id_of(name: str) -> str | None:
         if name.endswith(suffix):
             return ID_PREFIX + name.removesuffix(suffix)
     return None
+
+
+def _move_durably(file: Path, part: Path, target: Path) -> None:
+    """Move a file, by way of `part` on the target's disk where it comes from another one."""
+    _sync(file)
+    try:
+        file.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(file, part)
+        _sync(part)
+        part.replace(target)
+        file.unlink()
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

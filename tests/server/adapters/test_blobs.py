@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -43,6 +44,23 @@ def test_putting_again_replaces(open_store, tmp_path: Path):
     store.put(ID, make_file(tmp_path, b"damaged"))
     store.put(ID, make_file(tmp_path))
     assert store.local_path(ID).read_bytes() == b"weights"
+
+
+def test_a_folder_on_another_disk_is_a_store_too(tmp_path: Path, monkeypatch):
+    replace = Path.replace
+
+    def replace_on_one_disk(path: Path, target: str | Path) -> Path:
+        if path.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_on_one_disk)
+    store = BlobStore(str(tmp_path / "blobs"), cache_dir=tmp_path / "cache")
+    file = make_file(tmp_path)
+    store.put(ID, file)
+    assert store.local_path(ID).read_bytes() == b"weights"
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [store.local_path(ID).name]
+    assert not file.exists()
 
 
 def test_a_place_is_of_the_first_who_claims_it(open_store):
