@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.config_sources import load_config
@@ -17,14 +18,22 @@ from loraplex_server.logs import set_up_logging
 
 #: As uvicorn has it.
 _BACKLOG = 2048
+#: What is done ends sooner; what hangs, never.
+_THREADS_S = 3.0
 
 
 class StartError(Exception):
     """The server cannot start; the message is one line for the person who started it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until a signal and return the exit code."""
+def main(
+    argv: Sequence[str] | None = None, *, at_end: Callable[[int], None] = lambda code: None
+) -> int:
+    """Run the server until a signal and return the exit code.
+
+    Args:
+        at_end: told the code when all is done but for threads that may hang, which are waited for.
+    """
     try:
         config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
     except ConfigError as error:
@@ -33,11 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The tokenizer's threads would take cores from the engine, and a text waits longer for them
     # than one thread takes to encode it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with asyncio.Runner() as runner:
+        code = _run(config, runner)
+        at_end(code)
+    return code
+
+
+def _run(config: Config, runner: asyncio.Runner) -> int:
     try:
         with bind(config) as listener:
             _wait_for_registry(config)
             _refuse_if_open(config, listener)
-            asyncio.run(_serve(config, listener))
+            runner.run(_serve(config, listener))
     except StartError as error:
         return _fail(error, code=1)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -128,6 +144,7 @@ def _listen(config: Config, listener: socket.socket) -> None:
 async def _serve(config: Config, listener: socket.socket) -> None:
     """Build everything, serve until a signal, and take it down in order."""
     from loraplex_server.adapters.errors import AdapterError
+    from loraplex_server.api.last_writes import in_last_writes_time
     from loraplex_server.api.server import Server
     from loraplex_server.api.services import start_services
     from loraplex_server.api.traces import TracesUnavailable
@@ -149,7 +166,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
             await Server(services).serve_until_signal(listener)
         finally:
             await engine.stop()
-            await asyncio.to_thread(services.catalog.close)
+            await in_last_writes_time(asyncio.to_thread(services.catalog.close))
     except (AdapterError, EngineError, ModelError, TracesUnavailable) as error:
         raise StartError(str(error)) from error
     finally:
@@ -167,5 +184,12 @@ def _settle() -> None:
     gc.freeze()
 
 
+def _leave_soon(code: int) -> None:
+    """End the process in a while even so: a thread may hang in a database or a store for ever."""
+    leaving = threading.Timer(_THREADS_S, os._exit, [code])
+    leaving.daemon = True
+    leaving.start()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(at_end=_leave_soon))

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from loraplex.calls.call import AFFINITY_HEADER
+from loraplex_server.config_sources import load_config
 from tests.support.proxies import (
     ENVOY_CONFIG,
     HAPROXY_CONFIG,
@@ -50,6 +51,12 @@ def check_command(name: str, folder: Path) -> list[str]:
     path = folder / "envoy.yaml"
     path.write_text(envoy_config())
     return envoy_command(path, "--mode", "validate")
+
+
+def test_a_server_starts_in_the_environment_that_haproxy_reads():
+    found = dict(re.findall(r"^ *presetenv (\w+) (.+)$", HAPROXY, re.M))
+    assert len(found) == 6
+    assert load_config([], found) == load_config([], {})
 
 
 @pytest.mark.parametrize("name", PROXIES)

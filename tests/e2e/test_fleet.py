@@ -240,6 +240,19 @@ def test_servers_outlast_a_restart_of_postgresql(fleet, clients, folders):
     eventually(lambda: all(is_gone(client, "a") for client in clients), "deleted after it")
 
 
+def test_a_server_stops_while_postgresql_is_frozen(fleet, clients, folders):
+    clients[0].adapters.push(folders[0], name="a")
+    assert ask(clients[2], "a")
+    with fleet.postgres.frozen():
+        assert ask(clients[2], "a")  # whose use is not written yet
+        process = fleet.replicas[2].process
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        assert "is not written down" in fleet.replicas[2].log.read_text()
+    fleet.restart(2)
+    assert ask(clients[2], "a")
+
+
 def test_without_the_bucket_copies_are_served_and_all_else_says_so(fleet, clients, folders):
     """The last test: the local S3 server forgets all when it stops."""
     for name, folder in (("copied", folders[0]), ("elsewhere", folders[1])):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.processes import children_of
+
 _DEBIAN = Path("/usr/lib/postgresql")
 
 
@@ -87,6 +89,21 @@ class PostgresServer:
             assert self._process.poll() is None, (self._folder / "log").read_text()
             time.sleep(0.1)
         raise AssertionError(f"not ready: {(self._folder / 'log').read_text()}")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let it keep its connections and answer nothing, until the block ends."""
+        assert self._process is not None, "it runs"
+        # Its first process before the others, so that it makes no more of them.
+        self._process.send_signal(signal.SIGSTOP)
+        workers = children_of(self._process.pid)
+        try:
+            for pid in workers:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in (*workers, self._process.pid):
+                os.kill(pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Stop it at once, as an administrator would ("fast": whoever is connected is cut off)."""

@@ -73,10 +73,10 @@ def _start_haproxy(
     text = replaced(HAPROXY_CONFIG.read_text(), " 620s", f" {silence_s}s", 1)
     config.write_text(_without_users(text))
     env = {
-        "LORAPLEX_LISTEN": f"127.0.0.1:{port}",
-        "LORAPLEX_STATS_LISTEN": f"127.0.0.1:{free_port()}",
-        "LORAPLEX_BASE_MODEL": base_model,
-        **{f"LORAPLEX_REPLICA_{i}": address for i, address in enumerate(addresses, 1)},
+        "FLEET_LISTEN": f"127.0.0.1:{port}",
+        "FLEET_STATS_LISTEN": f"127.0.0.1:{free_port()}",
+        "FLEET_BASE_MODEL": base_model,
+        **{f"FLEET_REPLICA_{i}": address for i, address in enumerate(addresses, 1)},
     }
     command = ["haproxy", "-db", "-f", config]
     return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **env})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,8 @@ from sqlalchemy import Engine
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.adapters.registry import stored_ids
+from loraplex_server.adapters.registry import stored_sizes
+from loraplex_server.adapters.registry_database import read_identity
 from loraplex_server.adapters.version_row import VersionRow
 
 #: Of a registry that other servers use too: whoever stores a file has so long to register it, and
@@ -21,6 +23,9 @@ SHARED_GRACE_S: Final = 3600.0
 class AdapterFiles:
     """Owned by the store; every method may be called from any thread, and raises StorageFailed.
 
+    A sweep goes by the registry that there was at the start. Whoever makes its database anew, to
+    restore a backup into it, would else have all files swept as unknown.
+
     Args:
         is_shared: other servers put and read files too: none goes that is younger than
             `SHARED_GRACE_S`.
@@ -30,16 +35,20 @@ class AdapterFiles:
         self._blobs = blobs
         self._database = database
         self._min_age_s = SHARED_GRACE_S if is_shared else 0.0
+        with storage_errors("open the registry"), database.connect() as connection:
+            self._registry_id = read_identity(connection)
 
     def sweep(self) -> None:
         """Delete files that no row refers to; at any time where the registry is shared."""
         with storage_errors("sweep the adapters' files"):
             self._blobs.sweep(self._stored, min_age_s=self._min_age_s)
 
-    def sweep_copies(self) -> None:
-        """Delete this machine's copies of what no row refers to; nobody may be reading any."""
-        with storage_errors("sweep copies of adapters' files"):
-            self._blobs.sweep_copies(self._stored())
+    def sweep_at_start(self) -> None:
+        """The same, and of this machine's copies also those that a power cut left incomplete."""
+        stored = functools.cache(self._stored)
+        with storage_errors("sweep the adapters' files"):
+            self._blobs.sweep(stored, min_age_s=self._min_age_s)
+            self._blobs.sweep_copies(stored())
 
     def local_copy(self, row: VersionRow) -> Path | None:
         """Return the adapter's file if it is on a local disk already; does not block for long."""
@@ -57,6 +66,11 @@ class AdapterFiles:
                 ) from error
             raise
 
-    def _stored(self) -> set[str]:
+    def _stored(self) -> dict[str, int]:
         with self._database.connect() as connection:
-            return stored_ids(connection)
+            if read_identity(connection) != self._registry_id:
+                raise StorageFailed(
+                    "no file is swept, as the registry is another one than when this server "
+                    "started, and knows others: restore its database, or restart the server"
+                )
+            return stored_sizes(connection)

@@ -24,7 +24,7 @@ _FORMAT_1 = "loraplex-adapter-1"
 
 
 class AdapterWriter:
-    """Stateless; safe from any thread. Files are made in `staging`, on the store's own disk."""
+    """Stateless; safe from any thread. Files are made in `staging`."""
 
     def __init__(self, blobs: BlobStore, staging: Path, at_stage: Callable[[str], None]) -> None:
         self._blobs = blobs

@@ -6,8 +6,9 @@
 
 No store promises that a file is deleted only if nobody has put it again. So one that several
 servers use never loses content in one step (decision 33): a sweep moves a file to a name that is
-used once, whoever finds the file missing moves it back, and a later sweep deletes it or moves it
-back, as the registry says then.
+used once, whoever finds the file missing brings it back, and a later sweep deletes it or brings it
+back, as the registry says then. What object stores have brought back keeps its copy for its time:
+the delete that made the file go may be tried again by a client library, and come behind that.
 
 The store is any fsspec file system; a local folder is used in place. From a remote store, a file
 is copied once into a local cache, because the engine maps local files.
@@ -16,11 +17,13 @@ is copied once into a local cache, because the engine maps local files.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -82,10 +85,7 @@ class BlobStore:
             raise OSError(f"blob_url names no bucket that is there ({error}): make it") from error
 
     def put(self, adapter_id: str, file: Path) -> None:
-        """Move the local `file` into the store, durably; replaces the same content.
-
-        `file` must be on the store's own disk if the store is local.
-        """
+        """Move the local `file` into the store, durably; replaces the same content."""
         self._put(self._path(adapter_id), file)
 
     def put_native(self, adapter_id: str, file: Path) -> None:
@@ -93,13 +93,11 @@ class BlobStore:
         self._put(self._path(adapter_id, _NATIVE_SUFFIX), file)
 
     def _put(self, target: str, file: Path) -> None:
-        if self._is_local:
-            _sync(file)
-            file.replace(target)
-            _sync(Path(self._root))
-            return
         # Of a name of its own: others may be putting the same content.
         part = f"{target}.{secrets.token_hex(8)}{_PART_SUFFIX}"
+        if self._is_local:
+            _move_durably(file, Path(part), Path(target))
+            return
         with self._failures():
             self._fs.put_file(str(file), part)
             self._fs.mv(part, target)
@@ -179,39 +177,55 @@ class BlobStore:
                 self._move(name, f"{name}.{stamp}{_ASIDE_SUFFIX}")
 
     def _settle_aside(self, aside: str, kept: Collection[str], min_age_s: float) -> None:
-        """Move a file back if its id is kept and it is missing; else delete it in its time."""
+        """Bring a file back if its id is kept and it is missing; else delete it in its time."""
         name, _, stamp = aside.removesuffix(_ASIDE_SUFFIX).rpartition(".")
         since = stamp.partition("-")[0]
         if not since.isdecimal():  # not ours
             return
         if _id_of(name) in kept and not self._exists(name):
             with contextlib.suppress(FileNotFoundError):  # another server was faster
-                self._move(aside, name)
+                self._restore(aside, name)
         elif time.time() - int(since) >= min_age_s:
             self._delete_file(aside)
 
     def _bring_back(self, name: str) -> bool:
-        """Move a file back that a sweep set aside while it was registered; whether there was one.
+        """Bring a file back that a sweep set aside while it was registered; whether there was one.
 
         Whoever asks has read a row that refers to it.
         """
         with self._failures():
             # The prefix spares object stores a list of everything; others do not know it.
-            found = map(self._name_of, self._fs.find(self._root, prefix=name))
-        for aside in found:
-            if aside.startswith(f"{name}.") and aside.endswith(_ASIDE_SUFFIX):
-                with contextlib.suppress(FileNotFoundError):
-                    self._move(aside, name)
-                return True
-        return False
+            found = list(map(self._name_of, self._fs.find(self._root, prefix=name)))
+        asides = [path for path in found if _is_aside_of(path, name)]
+        for aside in asides:
+            with contextlib.suppress(FileNotFoundError):  # somebody was faster
+                self._restore(aside, name)
+                break
+        return bool(asides)
+
+    def _restore(self, aside: str, name: str) -> None:
+        """Give what was set aside its own name again; see the module for what stays."""
+        if self._is_local:
+            self._rename(aside, name)
+        else:
+            self._copy(aside, name)
 
     def _move(self, source: str, target: str) -> None:
-        with self._failures():
-            if self._is_local:  # by a rename, which takes no room
-                Path(self._root, source).replace(Path(self._root, target))
-            else:
-                self._fs.cp_file(f"{self._root}/{source}", f"{self._root}/{target}")
+        if self._is_local:
+            self._rename(source, target)
+        else:
+            self._copy(source, target)
+            with self._failures():
                 self._fs.rm_file(f"{self._root}/{source}")
+
+    def _rename(self, source: str, target: str) -> None:
+        """Move a local file, which takes no room."""
+        with self._failures():
+            Path(self._root, source).replace(Path(self._root, target))
+
+    def _copy(self, source: str, target: str) -> None:
+        with self._failures():
+            self._fs.cp_file(f"{self._root}/{source}", f"{self._root}/{target}")
 
     def _exists(self, name: str) -> bool:
         with self._failures():
@@ -221,13 +235,19 @@ class BlobStore:
         with contextlib.suppress(FileNotFoundError), self._failures():
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def sweep_copies(self, keep: Collection[str]) -> None:
-        """Delete local copies, whole or not, of all but these ids; nobody may be reading any."""
+    def sweep_copies(self, keep: Mapping[str, int]) -> None:
+        """Delete local copies of all but these ids, and those that are not whole.
+
+        A copy that no disk had yet when the power went may have its name and not its content.
+
+        Args:
+            keep: how many bytes each has. Nobody may be reading any other.
+        """
         if self._is_local or not self._cache_dir.exists():
             return
-        kept = {_file_name(adapter_id) for adapter_id in keep}
+        sizes = {_file_name(adapter_id): num_bytes for adapter_id, num_bytes in keep.items()}
         for path in self._cache_dir.iterdir():
-            if path.name not in kept:
+            if sizes.get(path.name) != path.stat().st_size:
                 path.unlink()
 
     def _list(self) -> list[Any]:
@@ -324,12 +344,31 @@ def _file_name(adapter_id: str, suffix: str = _SUFFIX) -> str:
     return adapter_id.removeprefix(ID_PREFIX) + suffix
 
 
+def _is_aside_of(path: str, name: str) -> bool:
+    return path.startswith(f"{name}.") and path.endswith(_ASIDE_SUFFIX)
+
+
 def _id_of(name: str) -> str | None:
     """Return whose file has this name; None of other files."""
     for suffix in (_SUFFIX, _NATIVE_SUFFIX):
         if name.endswith(suffix):
             return ID_PREFIX + name.removesuffix(suffix)
     return None
+
+
+def _move_durably(file: Path, part: Path, target: Path) -> None:
+    """Move a file, by way of `part` on the target's disk where it comes from another one."""
+    _sync(file)
+    try:
+        file.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(file, part)
+        _sync(part)
+        part.replace(target)
+        file.unlink()
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

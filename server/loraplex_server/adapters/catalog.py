@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -247,8 +247,7 @@ class AdapterCatalog:
             StorageFailed
         """
         with self._reading("list adapters") as connection:
-            rows = self._registry.page(connection, limit, after, reader)
-        return tuple(map(self._record, rows))
+            return self._records(self._registry.page(connection, limit, after, reader))
 
     def versions(
         self, name: str, *, limit: int = 100, before: int | None = None
@@ -256,8 +255,7 @@ class AdapterCatalog:
         """The same of a name's versions, newest first; raises AdapterNotFound, StorageFailed."""
         self._store.resolve(AdapterReference(name))
         with self._reading("list versions") as connection:
-            rows = self._registry.versions(connection, name, limit, before)
-        return tuple(map(self._record, rows))
+            return self._records(self._registry.versions(connection, name, limit, before))
 
     # ---- changing --------------------------------------------------------------------------
 
@@ -275,9 +273,8 @@ class AdapterCatalog:
             AdapterNotFound, AmbiguousVersion, InvalidAdapterName, StorageFailed
         """
         if adapter_id is not None:
-            row = self._store.resolve(
-                AdapterReference(name, check_id_prefix(adapter_id, adapter_id))
-            )
+            what = AdapterReference(name, check_id_prefix(adapter_id, adapter_id))
+            row = self._store.resolve(what)
         else:
             assert version is not None, "a version or an id"
             row = self._store.version(name, version)
@@ -326,8 +323,7 @@ class AdapterCatalog:
     def pinned(self) -> tuple[AdapterRecord, ...]:
         """Return the current versions of all pinned names; raises StorageFailed."""
         with self._reading("list pinned adapters") as connection:
-            rows = self._registry.pinned(connection)
-        return tuple(map(self._record, rows))
+            return self._records(self._registry.pinned(connection))
 
     def delete_expired(self) -> tuple[Removal, ...]:
         """Delete some of the names whose time is up and that nobody uses; raises StorageFailed."""
@@ -396,6 +392,9 @@ class AdapterCatalog:
 
     def _note_use(self, name: str) -> None:
         self._expiry.uses.note(name, self._now())
+
+    def _records(self, rows: Iterable[VersionRow]) -> tuple[AdapterRecord, ...]:
+        return tuple(map(self._record, rows))
 
     def _record(self, row: VersionRow) -> AdapterRecord:
         return make_record(row, self._num_pages(row.adapter.spec), self._expiry.uses.of(row.name))

@@ -115,7 +115,11 @@ class KnownNames:
             return known
         now = self._clock()
         if now - self._read_s <= STALE_S:
-            return known if now - known.asked_s <= _REREAD_S else None
+            age_s = now - known.asked_s
+            # One asks again; all others are not to wait with it, for tables that may be locked.
+            is_asked = age_s > _REREAD_S and reference in self._questions.values()
+            patience_s = _REREAD_S + (self._outage_s if is_asked else 0.0)
+            return known if age_s <= patience_s else None
         is_away = self._is_cut_off or now - self._reading_since_s > SILENT_S
         return known if is_away and self._survives(now) else None
 

@@ -348,6 +348,12 @@ def stored_ids(connection: Connection, among: Collection[str] | None = None) -> 
     return set(connection.execute(query).scalars())
 
 
+def stored_sizes(connection: Connection) -> dict[str, int]:
+    """Return the bytes of every adapter's canonical file, of every scope, by the adapter's id."""
+    rows = connection.execute(select(adapters.c.id, adapters.c.size_bytes))
+    return {row.id: row.size_bytes for row in rows}
+
+
 def is_stored(connection: Connection, adapter_id: str) -> bool:
     """Whether any name of any scope stands for the adapter."""
     return bool(stored_ids(connection, {adapter_id}))

@@ -136,10 +136,11 @@ def _make_engine(url: str) -> Engine:
                 pool_pre_ping=True,
                 pool_timeout=_POOL_TIMEOUT_S,
             )
-    except (ArgumentError, NoSuchModuleError) as error:
+    except NoSuchModuleError as error:
         raise StorageFailed(f"{_NO_URL}: {error}") from error
-    except ValueError:
-        # Nothing of it is shown, and no cause: what was taken for a port may be a password's end.
+    except (ArgumentError, ValueError):
+        # Nothing of it is shown, and no cause: early releases of SQLAlchemy 2.0 repeat what they
+        # cannot parse, and what was taken for a port may be a password's end.
         raise StorageFailed(_NO_URL) from None
     except ImportError as error:
         raise StorageFailed(

@@ -111,8 +111,7 @@ class AdapterStore:
             # Before all else: what is deleted during it is followed.
             self.changes = ChangeFeed(self.database, registry.scope, self.in_use)
             self.files = AdapterFiles(blobs, self.database, is_shared=is_shared)
-            self.files.sweep()
-            self.files.sweep_copies()
+            self.files.sweep_at_start()
             with storage_errors(opening), self.database.connect() as connection:
                 warn_of_other_bases(connection, registry.scope)
         except BaseException:

@@ -42,6 +42,7 @@ class RegistryFollower:
         self._keys = keys
         self._is_cut_off = False
         self._has_news = False
+        self._pinning: asyncio.Task[None] | None = None
         # Its own: whoever waits for the registry in those that all share must not hold it up.
         self._thread = anyio.CapacityLimiter(1)
 
@@ -61,13 +62,28 @@ class RegistryFollower:
             self._note(None)
             self._follow(changes)
             self._has_news |= bool(changes)
-            if self._has_news:
-                await self._upkeep.keep_pinned()
-                self._has_news = False
+            await self._keep_pinned()
         except StorageFailed as error:
             self._note(error)
         with contextlib.suppress(StorageFailed):  # which they log themselves
             await self._keys.current()  # or an outage after a silence would find nothing known
+
+    async def _keep_pinned(self) -> None:
+        """Have what is pinned now kept, if that may have changed; raises StorageFailed.
+
+        It reads other tables than changes are in. Somebody may have locked these, so whoever
+        follows changes waits for it once, and not again.
+        """
+        if (pinning := self._pinning) is None:
+            if not self._has_news:
+                return
+            self._has_news = False
+            self._pinning = pinning = asyncio.create_task(self._upkeep.keep_pinned())
+            await asyncio.wait([pinning], timeout=SILENT_S)
+        if pinning.done():
+            self._pinning = None
+            self._has_news |= pinning.exception() is not None
+            pinning.result()
 
     async def _read_changes(self) -> tuple[NameChange, ...]:
         reading = asyncio.ensure_future(

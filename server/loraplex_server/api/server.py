@@ -24,13 +24,12 @@ from loraplex_server.api.app import create_app, running
 from loraplex_server.api.connection_limits import ConnectionLimits
 from loraplex_server.api.drain import Drain
 from loraplex_server.api.http_protocol import HttpProtocol
+from loraplex_server.api.last_writes import LAST_WRITES_S, in_last_writes_time
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
 
 log = logging.getLogger(__name__)
 
-#: Streams that were told to end get so long to be written, after the grace period.
-_LAST_WRITES_S: Final = 5
 #: Longer than clients and balancers keep idle connections (httpx 5 s, AWS 60 s): whoever closes
 #: first must be the one who asks, or a request meets a closing connection.
 _KEEP_ALIVE_S: Final = 75
@@ -60,7 +59,7 @@ class Server(uvicorn.Server):
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=config.log_level == "debug",
                 lifespan="off",
-                timeout_graceful_shutdown=_LAST_WRITES_S,
+                timeout_graceful_shutdown=LAST_WRITES_S,
             )
         )
 
@@ -69,7 +68,7 @@ class Server(uvicorn.Server):
         try:
             await self.serve(sockets=[listener])
         finally:
-            await self._beside.aclose()
+            await in_last_writes_time(self._beside.aclose())
             if self._stopping is not None:
                 self._stopping.cancel()
                 await asyncio.wait([self._stopping])
@@ -112,7 +111,7 @@ class Server(uvicorn.Server):
                 config.shutdown_grace_s,
             )
         await self._services.engine.stop()
-        if not await self._drain.wait_idle(_LAST_WRITES_S):
+        if not await self._drain.wait_idle(LAST_WRITES_S):
             self._abort_connections()
         self.should_exit = True
 

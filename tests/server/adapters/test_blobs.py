@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -42,6 +44,23 @@ def test_putting_again_replaces(open_store, tmp_path: Path):
     store.put(ID, make_file(tmp_path, b"damaged"))
     store.put(ID, make_file(tmp_path))
     assert store.local_path(ID).read_bytes() == b"weights"
+
+
+def test_a_folder_on_another_disk_is_a_store_too(tmp_path: Path, monkeypatch):
+    replace = Path.replace
+
+    def replace_on_one_disk(path: Path, target: str | Path) -> Path:
+        if path.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_on_one_disk)
+    store = BlobStore(str(tmp_path / "blobs"), cache_dir=tmp_path / "cache")
+    file = make_file(tmp_path)
+    store.put(ID, file)
+    assert store.local_path(ID).read_bytes() == b"weights"
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [store.local_path(ID).name]
+    assert not file.exists()
 
 
 def test_a_place_is_of_the_first_who_claims_it(open_store):
@@ -114,6 +133,23 @@ def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):
     (tmp_path / "x.safetensors.part").write_text("half")
     assert store.sweep(keep=set) == []
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_delete_that_is_tried_again_takes_nothing_that_was_brought_back(tmp_path: Path):
+    url = f"memory://{uuid.uuid4()}/blobs"
+    store, elsewhere = (BlobStore(url, cache_dir=tmp_path / name) for name in ("here", "there"))
+    store.put(ID, make_file(tmp_path))
+    files, path = store._fs, store._path(ID)
+    files.store[path].modified = datetime.fromtimestamp(0, UTC)
+    assert store.sweep(set, min_age_s=60.0) == [ID]
+    assert store.local_path(ID).read_bytes() == b"weights"
+    files.rm_file(path)  # as client libraries do that were not told of their success
+    assert elsewhere.local_path(ID).read_bytes() == b"weights"
+    files.rm_file(path)
+    for _ in range(2):
+        assert store.sweep(lambda: {ID}, min_age_s=60.0) == []
+        assert files.cat_file(path) == b"weights"
+        files.rm_file(path)
 
 
 def test_what_is_shared_is_set_aside_before_it_is_deleted(tmp_path: Path, monkeypatch):

@@ -71,6 +71,20 @@ def test_a_start_sweeps_what_a_killed_process_left(tmp_path, folder):
     catalog.close()
 
 
+def test_a_start_drops_copies_that_a_power_cut_left_incomplete(tmp_path, folder):
+    files = f"memory://{tmp_path.name}/blobs"
+    catalog = make_catalog(tmp_path / "data", blob_url=files)
+    catalog.register(Registration("a"), folder)
+    with catalog.acquire("a") as lease:
+        copy = Path(lease.manifest.path)
+    catalog.close()
+    copy.write_bytes(b"")
+    catalog = make_catalog(tmp_path / "data", blob_url=files)
+    with catalog.acquire("a") as lease:
+        assert read_adapter_file(Path(lease.manifest.path)).lora
+    catalog.close()
+
+
 def test_another_base_in_the_same_folder_sees_none_of_it_and_harms_none(tmp_path, folder, caplog):
     catalog = make_catalog(tmp_path / "data")
     record, _ = catalog.register(Registration("a"), folder)

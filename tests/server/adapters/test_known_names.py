@@ -61,6 +61,19 @@ def test_an_answer_is_asked_for_again_now_and_then(known, clock):
     assert known.get(A) is None
 
 
+def test_while_one_asks_again_nobody_else_waits_for_the_answer(known, clock):
+    clock.now_s += 11
+    known.note_reading(clock())
+    ticket = known.ask(A)
+    assert known.get(A).row is ROW
+    clock.now_s += 60
+    known.note_reading(clock())
+    assert known.get(A) is None, "a server of an earlier release writes no changes"
+    clock.now_s -= 30
+    known.give_up(ticket)
+    assert known.get(A) is None
+
+
 def test_in_an_outage_what_is_known_counts_for_a_while(known, clock):
     clock.now_s += 30
     assert known.get(A) is None

@@ -325,6 +325,23 @@ def test_files_outlast_their_names_for_whoever_still_reads_them(open_replica, fo
     assert not file.exists()
 
 
+def test_nothing_is_swept_while_the_registry_is_one_that_was_made_anew(tmp_path, folders):
+    """By another server's start, as a rule, before a backup is restored into it."""
+    shared = {"registry_url": f"sqlite:///{tmp_path / 'registry'}", "blob_url": str(tmp_path / "b")}
+    catalog = make_catalog(tmp_path / "data", **shared)
+    catalog.register(Registration("a"), folders[0])
+    (file,) = (tmp_path / "b").glob("*.safetensors")
+    age(file, SHARED_GRACE_S + 60)
+    with catalog.database.begin() as connection:
+        for table in ("versions", "names", "adapters"):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+        connection.exec_driver_sql("UPDATE registry_identity SET id = 'another'")
+    with pytest.raises(StorageFailed, match="restore its database, or restart the server"):
+        catalog.sweep()
+    assert file.exists()
+    catalog.close()
+
+
 def age(file: Path, seconds: float) -> None:
     then = file.stat().st_mtime - seconds
     os.utime(file, (then, then))

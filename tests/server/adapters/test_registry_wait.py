@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy
+from sqlalchemy.exc import ArgumentError
 
 from loraplex_server.__main__ import main
+from loraplex_server.adapters import registry_database
 from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.registry_database import open_database, wait_for_database
 from tests.support.server_process import free_port
@@ -55,6 +57,17 @@ def test_one_that_does_not_is_told_with_what_to_do():
             attempt(absent_database())
         assert "\n" not in str(failure.value)
         assert "secret" not in str(failure.value)
+
+
+def test_a_url_that_is_none_is_not_shown(monkeypatch):
+    def refuse(url: str, **options: object) -> None:  # as SQLAlchemy 2.0.0 does
+        raise ArgumentError(f"Could not parse SQLAlchemy URL from string '{url}'")
+
+    monkeypatch.setattr(registry_database, "create_engine", refuse)
+    with pytest.raises(StorageFailed, match="is not a database URL") as failure:
+        open_database("postgresql:/me:secret@host/loraplex", lambda adapter_id: None)
+    assert "secret" not in str(failure.value)
+    assert failure.value.__suppress_context__
 
 
 def test_the_command_says_so_and_ends(tmp_path, monkeypatch, capsys):

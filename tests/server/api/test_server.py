@@ -9,11 +9,13 @@ import pytest
 
 from loraplex_server.__main__ import bind, main
 from loraplex_server.adapters.audit_log import Actor
+from loraplex_server.api import last_writes
 from loraplex_server.api.server import Server
 from loraplex_server.api.services import Services
 from loraplex_server.config import Config
 from loraplex_server.tenants.api_key import KeyWish
 from loraplex_server.tenants.key_database import open_key_store
+from loraplex_server.tenants.key_store import KeyStore
 from loraplex_server.tenants.principal import Role
 from tests.server.api.conftest import BASE, wait_until
 from tests.support.adapters import make_catalog
@@ -108,6 +110,20 @@ def test_a_running_stream_finishes_within_the_grace_period(stoppable, capfd):
     assert f"loraplex serves {BASE} at {url}" in greeting
     assert f"curl {url}/v1/chat/completions" in greeting
     assert "key" not in greeting
+
+
+def test_a_database_that_hangs_holds_the_end_up_for_a_while_only(stoppable, monkeypatch, caplog):
+    may_answer = threading.Event()
+    monkeypatch.setattr(last_writes, "LAST_WRITES_S", 0.1)
+    monkeypatch.setattr(KeyStore, "touch", lambda store, uses: may_answer.wait(60))
+    _, _, stop, thread = stoppable(0)
+    stop()
+    try:
+        wait_until(lambda: "is not written down" in caplog.text)
+    finally:
+        may_answer.set()  # or the loop would wait for its threads: that is for `main` to bound
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("setting", [None, "lp-secret"])

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.adapters.known_names import STALE_S
 from loraplex_server.adapters.registration import Registration
 from loraplex_server.api.app import create_app
@@ -115,6 +116,46 @@ def test_known_names_go_on_while_the_registry_is_frozen(open_catalog, tmp_path, 
         finally:
             may_answer.set()
         await reading
+
+    asyncio.run(run())
+
+
+def test_changes_are_followed_while_pinned_names_cannot_be_read(
+    open_catalog, tmp_path, vocabulary, monkeypatch
+):
+    """Somebody has locked the table of names, and not that of changes."""
+    here, there = open_catalog("here", outage_s=60.0), open_catalog("there")
+    StuckStore.may_read.set()
+    there.register(Registration("n"), make_adapter(tmp_path / "n"))
+    config = Config(data_dir=tmp_path / "here", registry_url=f"sqlite:///{tmp_path / 'registry'}")
+    may_answer, read_pinned = threading.Event(), here.pinned
+
+    def pinned_late():
+        assert may_answer.wait(60)
+        return read_pinned()
+
+    monkeypatch.setattr(here, "pinned", pinned_late)
+
+    async def run() -> None:
+        engine = FakeEngine()
+        app = create_app(Services(config, engine, here, vocabulary, base_names=(BASE,)))
+        try:
+            async with asyncio.timeout(30):
+                there.change("n", {"pinned": True})
+                await app.state.follower.read()
+                here.acquire("n").release()
+                there.delete("n")
+                await app.state.follower.read()
+                with pytest.raises(AdapterNotFound):
+                    here.acquire("n")
+        finally:
+            may_answer.set()
+        await asyncio.to_thread(wait_until, lambda: app.state.follower._pinning.done(), 30.0)
+        await app.state.follower.read()
+        there.register(Registration("m"), make_adapter(tmp_path / "n"))
+        record = there.change("m", {"pinned": True})
+        await app.state.follower.read()
+        assert engine.kept == {record.id}
 
     asyncio.run(run())
 
