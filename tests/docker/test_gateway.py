@@ -19,7 +19,9 @@ from tests.docker.test_helm import CORE, EVERYTHING, KEDA, KUBERNETES, render
 from tests.support.gateway_schemas import PICKER_CONFIG, PICKER_FLAGS, PLUGINS, SPECS
 
 GATEWAY = Path(__file__).resolve().parents[2] / "docker" / "gateway"
-CONFIG = yaml.safe_load((GATEWAY / "epp-config.yaml").read_text())
+CONFIG = yaml.safe_load(
+    (GATEWAY.parent / "helm" / "loraplex" / "files" / "epp-config.yaml").read_text()
+)
 
 
 def plain() -> dict[str, dict[str, Any]]:

@@ -15,7 +15,8 @@ import yaml
 from tests.support.endpoint_picker import Endpoint, Picker, lora_affinity
 from tests.support.tiny_serving import NAME, TinyServer, save_tiny_adapter
 
-CONFIG = Path(__file__).resolve().parents[2] / "docker" / "gateway" / "epp-config.yaml"
+CHART = Path(__file__).resolve().parents[2] / "docker" / "helm" / "loraplex"
+CONFIG = CHART / "files" / "epp-config.yaml"
 ADAPTERS = ("wanted", *(f"a{i}" for i in range(1, 20)))
 #: Pages of 16 tokens: for 18 adapters of 4 pages and 3 for keys and values, or one sequence of 1024
 #: tokens and 2 adapters.
