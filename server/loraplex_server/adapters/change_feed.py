@@ -56,8 +56,12 @@ class ChangeFeed:
         """How long ago the last complete reading began: what is known here is so old at most."""
         return self._clock() - self._followed_s
 
-    def catch_up(self) -> tuple[NameChange, ...]:
-        """Follow all that was changed up to now; returns what concerns names of this base.
+    def catch_up(self) -> tuple[NameChange, ...] | None:
+        """Follow all that was changed up to now.
+
+        Returns:
+            What concerns names of this base; None if some changes are lost, so that any name may
+            have changed.
 
         Raises:
             StorageFailed: the registry does not answer; the next call goes on from here.
@@ -86,7 +90,7 @@ class ChangeFeed:
         with storage_errors("prune changes"), self._database.begin() as connection:
             prune_changes(connection, now)
 
-    def _follow(self, connection: Connection) -> tuple[NameChange, ...]:
+    def _follow(self, connection: Connection) -> tuple[NameChange, ...] | None:
         newest = last_change_id(connection)
         if newest == self._last:
             return ()
@@ -94,7 +98,7 @@ class ChangeFeed:
         if changes is None:
             self._in_use.follow_all(stored_ids(connection))
             self._last = newest
-            return ()
+            return None
         own = tuple(change for change in changes if change.scope == self._scope)
         gone = set().union(*(change.gone for change in changes))
         if gone:

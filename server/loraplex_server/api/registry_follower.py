@@ -60,8 +60,8 @@ class RegistryFollower:
         try:
             changes = await self._read_changes()
             self._note(None)
-            self._follow(changes)
-            self._has_news |= bool(changes)
+            self._follow(changes or ())
+            self._has_news |= changes != ()
             await self._keep_pinned()
         except StorageFailed as error:
             self._note(error)
@@ -85,7 +85,7 @@ class RegistryFollower:
             self._has_news |= pinning.exception() is not None
             pinning.result()
 
-    async def _read_changes(self) -> tuple[NameChange, ...]:
+    async def _read_changes(self) -> tuple[NameChange, ...] | None:
         reading = asyncio.ensure_future(
             anyio.to_thread.run_sync(self._changes.catch_up, limiter=self._thread)
         )
