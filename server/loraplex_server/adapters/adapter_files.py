@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
+from loraplex_server.adapters.file_claim import claim_files
 from loraplex_server.adapters.registry import stored_sizes
 from loraplex_server.adapters.registry_database import read_identity
 from loraplex_server.adapters.version_row import VersionRow
@@ -29,17 +30,23 @@ class AdapterFiles:
     Args:
         is_shared: other servers put and read files too: none goes that is younger than
             `SHARED_GRACE_S`.
+        claims_files: they are where servers over another registry may be led by mistake.
     """
 
-    def __init__(self, blobs: BlobStore, database: Engine, *, is_shared: bool) -> None:
+    def __init__(
+        self, blobs: BlobStore, database: Engine, *, is_shared: bool, claims_files: bool
+    ) -> None:
         self._blobs = blobs
         self._database = database
         self._min_age_s = SHARED_GRACE_S if is_shared else 0.0
         with storage_errors("open the registry"), database.connect() as connection:
             self._registry_id = read_identity(connection)
+        self._claims_files = claims_files
+        self._claim()
 
     def sweep(self) -> None:
         """Delete files that no row refers to; at any time where the registry is shared."""
+        self._claim()  # two that found the place empty at one moment have both written their id
         with storage_errors("sweep the adapters' files"):
             self._blobs.sweep(self._stored, min_age_s=self._min_age_s)
 
@@ -65,6 +72,10 @@ class AdapterFiles:
                     f"the weights of {row.name!r} are gone from the data folder; upload it again"
                 ) from error
             raise
+
+    def _claim(self) -> None:
+        if self._claims_files:
+            claim_files(self._registry_id, self._blobs)
 
     def _stored(self) -> dict[str, int]:
         with self._database.connect() as connection:

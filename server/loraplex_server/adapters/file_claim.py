@@ -6,24 +6,19 @@ by a forgotten LORAPLEX_REGISTRY_URL, that would be all of them.
 
 from __future__ import annotations
 
-from sqlalchemy import Engine
-
 from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
-from loraplex_server.adapters.registry_database import read_identity
 
 
-def claim_files(database: Engine, blobs: BlobStore) -> None:
+def claim_files(registry_id: str, blobs: BlobStore) -> None:
     """Make sure that the files are this registry's, before any is swept.
 
     Raises:
         StorageFailed: they are another one's, or cannot be asked.
     """
     with storage_errors("open the adapters' files"):
-        with database.connect() as connection:
-            identity = read_identity(connection)
-        foreign = blobs.claim(identity)
+        foreign = blobs.claim(registry_id)
     if foreign is not None:
         raise StorageFailed(
             "the files at blob_url belong to another registry, and this server would delete them, "

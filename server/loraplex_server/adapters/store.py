@@ -29,7 +29,6 @@ from loraplex_server.adapters.errors import (
     AmbiguousVersion,
     VersionIsCurrent,
 )
-from loraplex_server.adapters.file_claim import claim_files
 from loraplex_server.adapters.in_use import AdaptersInUse
 from loraplex_server.adapters.name_changes import NameChange, note_change
 from loraplex_server.adapters.other_bases import warn_of_other_bases
@@ -106,11 +105,11 @@ class AdapterStore:
         with storage_errors(opening):
             self.database = open_database(database_url, upgrade_blob)
         try:
-            if claims_files:
-                claim_files(self.database, blobs)
             # Before all else: what is deleted during it is followed.
             self.changes = ChangeFeed(self.database, registry.scope, self.in_use)
-            self.files = AdapterFiles(blobs, self.database, is_shared=is_shared)
+            self.files = AdapterFiles(
+                blobs, self.database, is_shared=is_shared, claims_files=claims_files
+            )
             self.files.sweep_at_start()
             with storage_errors(opening), self.database.connect() as connection:
                 warn_of_other_bases(connection, registry.scope)

@@ -133,6 +133,22 @@ def test_files_of_another_registry_are_refused_and_not_swept(tmp_path):
     assert set((tmp_path / "files").iterdir()) == {owner}
 
 
+def test_of_two_registries_that_claim_files_at_once_one_sweeps_them(tmp_path):
+    files = tmp_path / "files"
+    loser = make_catalog(tmp_path / "a", blob_url=str(files))
+    owner = files / "registry-id"
+    owner.unlink()  # the other one looked before this one wrote, and wrote after it
+    winner = make_catalog(tmp_path / "b", blob_url=str(files))
+    record, _ = winner.register(Registration("n"), make_folder(tmp_path / "f"))
+    with pytest.raises(StorageFailed, match="belong to another registry"):
+        loser.sweep()
+    with winner.acquire("n") as lease:
+        assert Path(lease.manifest.path).exists()
+        assert lease.record.id == record.id
+    winner.close()
+    loser.close()
+
+
 # ---- PostgreSQL ------------------------------------------------------------------------------
 
 
