@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Final
@@ -63,3 +64,8 @@ def set_up_logging(level: str, log_format: str = "text", rank: int | None = None
     # They log whole URLs at their info level: signatures of sources and hub files are passwords.
     for name in ("httpx", "urllib3", "botocore", "aiobotocore", "fsspec", "s3fs"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def without_password(url: str) -> str:
+    """Return a URL as logs may show it: without the user and the password that it may name."""
+    return re.sub("//[^/]*@", "//", url)

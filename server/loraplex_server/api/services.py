@@ -16,6 +16,7 @@ from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.record import AdapterLimits
 from loraplex_server.config import Config
 from loraplex_server.engine.handle import EngineHandle
+from loraplex_server.logs import without_password
 from loraplex_server.model.errors import CheckpointError
 from loraplex_server.model.source import ModelSource
 from loraplex_server.text.vocabulary import Vocabulary
@@ -61,7 +62,8 @@ async def start_services(config: Config, engine: EngineHandle) -> Services:
 
     facts = await asyncio.to_thread(resolve_facts, config)
     if config.blob_url is not None:  # whose library may wait for minutes
-        log.info("opening the registry, and the adapters' files at %s", config.blob_url)
+        where = without_password(config.blob_url)
+        log.info("opening the registry, and the adapters' files at %s", where)
     catalog = await asyncio.to_thread(build_catalog, config, facts, discard)
     log.info("loading %s", facts.base_name)
     try:
