@@ -224,7 +224,14 @@ class Config:
         "where adapter files are kept (s3://bucket/folder); default: in data_dir",
         "URL",
     )
-
+    copies_bytes: int | None = _setting(
+        parse_size,
+        None,
+        "adapters",
+        "copies in data_dir of files that blob_url keeps elsewhere, those used last; default: as "
+        "many as leave a tenth of the disk free",
+        "SIZE",
+    )
     registry_outage_s: float = _setting(
         parse_wait,
         60.0,

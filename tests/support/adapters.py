@@ -6,6 +6,7 @@ that PEFT does not write.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -22,6 +23,7 @@ from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.reader import ReadAdapter
 from loraplex_server.adapters.record import AdapterLimits
+from loraplex_server.adapters.storage_places import StoragePlaces
 from loraplex_server.model.spec import ModelSpec
 
 BASE_NAME = "tiny-llama"
@@ -185,7 +187,13 @@ def make_catalog(
     limits: AdapterLimits | None = None,
     **settings: Any,
 ) -> AdapterCatalog:
-    """Open a catalogue for the tiny base; the caller closes it."""
+    """Open a catalogue for the tiny base; the caller closes it.
+
+    Args:
+        settings: of the catalogue, and those of `StoragePlaces`.
+    """
+    names = {field.name for field in dataclasses.fields(StoragePlaces)}
+    places = {name: settings.pop(name) for name in names & settings.keys()}
     base_name = settings.pop("base_name", BASE_NAME)
     aliases = settings.get("base_aliases", ())
     return AdapterCatalog(
@@ -194,6 +202,7 @@ def make_catalog(
         base_name=base_name,
         reader=FolderReader(tiny_base_model(), (base_name, *aliases), limits),
         limits=limits,
+        places=StoragePlaces(**places),
         **settings,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -12,8 +13,10 @@ from loraplex_server.adapters.blobs import BlobStore
 from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.errors import StorageFailed
 from loraplex_server.adapters.file_claim import claim_files
+from loraplex_server.adapters.local_copies import LocalCopies
 from loraplex_server.adapters.registry import stored_sizes
 from loraplex_server.adapters.registry_database import read_identity
+from loraplex_server.adapters.storage_places import StoragePlaces
 from loraplex_server.adapters.version_row import VersionRow
 
 #: Of a registry that other servers use too: whoever stores a file has so long to register it, and
@@ -28,20 +31,22 @@ class AdapterFiles:
     restore a backup into it, would else have all files swept as unknown.
 
     Args:
-        is_shared: other servers put and read files too: none goes that is younger than
-            `SHARED_GRACE_S`.
-        claims_files: they are where servers over another registry may be led by mistake.
+        copies: of a remote store's files on this machine's disk.
+        places: if other servers put and read files too, none goes that is younger than
+            `SHARED_GRACE_S`; if they are not in the data folder, servers over another registry may
+            be led to them by mistake.
     """
 
     def __init__(
-        self, blobs: BlobStore, database: Engine, *, is_shared: bool, claims_files: bool
+        self, blobs: BlobStore, copies: LocalCopies, database: Engine, places: StoragePlaces
     ) -> None:
         self._blobs = blobs
+        self._copies = copies
         self._database = database
-        self._min_age_s = SHARED_GRACE_S if is_shared else 0.0
+        self._min_age_s = SHARED_GRACE_S if places.is_shared else 0.0
         with storage_errors("open the registry"), database.connect() as connection:
             self._registry_id = read_identity(connection)
-        self._claims_files = claims_files
+        self._claims_files = places.blob_url is not None
         self._claim()
 
     def sweep(self) -> None:
@@ -55,7 +60,12 @@ class AdapterFiles:
         stored = functools.cache(self._stored)
         with storage_errors("sweep the adapters' files"):
             self._blobs.sweep(stored, min_age_s=self._min_age_s)
-            self._blobs.sweep_copies(stored())
+            self._copies.sweep(stored())
+
+    def make_room(self, drop_copy: Callable[[str], bool]) -> None:
+        """Keep the disk from filling up with copies; see `LocalCopies.make_room`."""
+        with storage_errors("make room for copies of adapters' files"):
+            self._copies.make_room(drop_copy)
 
     def local_copy(self, row: VersionRow) -> Path | None:
         """Return the adapter's file if it is on a local disk already; does not block for long."""

@@ -21,9 +21,8 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -31,6 +30,7 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 
 from loraplex_server.adapters.identity import ID_PREFIX
+from loraplex_server.adapters.local_copies import LocalCopies
 
 _SUFFIX: Final = ".safetensors"
 _NATIVE_SUFFIX: Final = ".native.tar"
@@ -48,16 +48,16 @@ class BlobStore:
     Every method raises OSError when the file system fails.
     """
 
-    def __init__(self, url: str, *, cache_dir: Path) -> None:
+    def __init__(self, url: str, *, copies: LocalCopies) -> None:
         """Open the store and make its folder.
 
         Args:
             url: a local folder, or what fsspec takes (`s3://bucket/folder`).
-            cache_dir: where files of a remote store are copied to; unused by a local one.
+            copies: of a remote store's files; unused by a local one.
         """
         self._fs, self._root = _open_fs(url)
         self._is_local = _is_local(self._fs)
-        self._cache_dir = cache_dir
+        self._copies = copies
         if not _OBJECT_STORES.intersection(_protocols(self._fs)):
             with self._failures():
                 self._fs.makedirs(self._root, exist_ok=True)
@@ -87,12 +87,16 @@ class BlobStore:
     def put(self, adapter_id: str, file: Path) -> None:
         """Move the local `file` into the store, durably; replaces the same content."""
         self._put(self._path(adapter_id), file)
+        if not self._is_local:
+            self._copies.take(adapter_id, file)
 
     def put_native(self, adapter_id: str, file: Path) -> None:
         """Keep a tar of the uploaded files beside the canonical one, likewise."""
         self._put(self._path(adapter_id, _NATIVE_SUFFIX), file)
+        file.unlink(missing_ok=True)
 
     def _put(self, target: str, file: Path) -> None:
+        """Move a file into a local store; copy it into a remote one."""
         # Of a name of its own: others may be putting the same content.
         part = f"{target}.{secrets.token_hex(8)}{_PART_SUFFIX}"
         if self._is_local:
@@ -101,27 +105,32 @@ class BlobStore:
         with self._failures():
             self._fs.put_file(str(file), part)
             self._fs.mv(part, target)
-        file.unlink()
 
     def local_path(self, adapter_id: str) -> Path:
         """Return the content as a local file; raises FileNotFoundError if it is not stored."""
-        path = self._local_file(adapter_id)
         try:
-            return self._fetched(adapter_id, path)
+            return self._fetched(adapter_id)
         except FileNotFoundError:
             if not self._bring_back(_file_name(adapter_id)):
                 raise
-        return self._fetched(adapter_id, path)
+        return self._fetched(adapter_id)
 
-    def _fetched(self, adapter_id: str, path: Path) -> Path:
-        if not self._is_local and not path.exists():
-            self._download(adapter_id, path)
-        path.stat()
-        return path
+    def _fetched(self, adapter_id: str) -> Path:
+        if (found := self.local_copy(adapter_id)) is not None:
+            return found
+        if self._is_local:
+            raise FileNotFoundError(self._path(adapter_id))
+        return self._copies.fetch(adapter_id, self._download)
+
+    def _download(self, adapter_id: str, to: Path) -> None:
+        with self._failures():
+            self._fs.get_file(self._path(adapter_id), str(to))
 
     def local_copy(self, adapter_id: str) -> Path | None:
         """Return the content as a local file if it is one already."""
-        path = self._local_file(adapter_id)
+        if not self._is_local:
+            return self._copies.find(adapter_id)
+        path = Path(self._path(adapter_id))
         return path if path.exists() else None
 
     def delete(self, adapter_id: str) -> int:
@@ -139,7 +148,7 @@ class BlobStore:
     def forget(self, adapter_id: str) -> None:
         """Remove the content from this machine's cache, if there is one."""
         if not self._is_local:
-            self._local_file(adapter_id).unlink(missing_ok=True)
+            self._copies.remove(adapter_id)
 
     def sweep(self, keep: Callable[[], Collection[str]], *, min_age_s: float = 0.0) -> list[str]:
         """Delete unfinished files and every id not kept; returns the ids.
@@ -235,21 +244,6 @@ class BlobStore:
         with contextlib.suppress(FileNotFoundError), self._failures():
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def sweep_copies(self, keep: Mapping[str, int]) -> None:
-        """Delete local copies of all but these ids, and those that are not whole.
-
-        A copy that no disk had yet when the power went may have its name and not its content.
-
-        Args:
-            keep: how many bytes each has. Nobody may be reading any other.
-        """
-        if self._is_local or not self._cache_dir.exists():
-            return
-        sizes = {_file_name(adapter_id): num_bytes for adapter_id, num_bytes in keep.items()}
-        for path in self._cache_dir.iterdir():
-            if sizes.get(path.name) != path.stat().st_size:
-                path.unlink()
-
     def _list(self) -> list[Any]:
         with contextlib.suppress(FileNotFoundError), self._failures():
             return list(self._fs.ls(self._root, detail=False))
@@ -297,22 +291,6 @@ class BlobStore:
                 "the store of adapter files, blob_url, does not answer as it should: "
                 f"{error or type(error).__name__}"
             ) from error
-
-    def _download(self, adapter_id: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=_PART_SUFFIX)
-        os.close(handle)
-        try:
-            with self._failures():
-                self._fs.get_file(self._path(adapter_id), part)
-            Path(part).replace(path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-
-    def _local_file(self, adapter_id: str) -> Path:
-        if self._is_local:
-            return Path(self._path(adapter_id))
-        return self._cache_dir / _file_name(adapter_id)
 
     def _path(self, adapter_id: str, suffix: str = _SUFFIX) -> str:
         return f"{self._root}/{_file_name(adapter_id, suffix)}"

@@ -29,6 +29,7 @@ from loraplex_server.adapters.expiry import NameExpiry
 from loraplex_server.adapters.holds import Drain
 from loraplex_server.adapters.lease import AdapterLease
 from loraplex_server.adapters.lease_book import LeaseBook
+from loraplex_server.adapters.local_copies import LocalCopies
 from loraplex_server.adapters.names import check_adapter_name
 from loraplex_server.adapters.reader import AdapterReader
 from loraplex_server.adapters.record import AdapterLimits, AdapterRecord
@@ -38,6 +39,7 @@ from loraplex_server.adapters.registration import Registration
 from loraplex_server.adapters.registry import Registry, scope_of
 from loraplex_server.adapters.registry_database import sqlite_url
 from loraplex_server.adapters.removal import Removal, RemovedVersions
+from loraplex_server.adapters.storage_places import IN_DATA_DIR, StoragePlaces
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.adapters.upload import UploadStaging
 from loraplex_server.adapters.validation import Validation, validate
@@ -69,9 +71,7 @@ class AdapterCatalog:
         reader: AdapterReader,
         base_aliases: tuple[str, ...] = (),
         base_id: str | None = None,
-        blob_url: str | None = None,
-        registry_url: str | None = None,
-        outage_s: float = 0.0,
+        places: StoragePlaces = IN_DATA_DIR,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
         limits: AdapterLimits | None = None,
         on_discard: Callable[[str], None] = lambda adapter_id: None,
@@ -87,11 +87,7 @@ class AdapterCatalog:
             base_aliases: other names of the same base (hub id, folder), which are reserved too.
             base_id: what tells this base from others across restarts, `base_name` by default.
                 Give it where the served name may change while the model stays.
-            blob_url: where adapter files are kept, any fsspec URL; `data_dir/blobs` by default.
-            registry_url: SQLAlchemy's URL of a database that several servers share, together with
-                `blob_url`; a SQLite file in `data_dir` by default, this catalogue's alone.
-            outage_s: how long names that are known resolve while a registry of several servers
-                does not answer.
+            places: where names and files are, if not in `data_dir`.
             keep_versions: of each name, the current one included; older ones are deleted.
             on_discard: called with an adapter id, in the thread that ended its last use, when
                 no name and no lease refers to it any more. A hint to free its pages: the same
@@ -110,29 +106,29 @@ class AdapterCatalog:
         self._limits = limits or AdapterLimits()
         self._clock = clock
         self._checks = AdapterChecks(reader, pool_layout, at_stage)
-        self._is_closed, is_shared = False, registry_url is not None
+        self._is_closed = False
         scope = scope_of(base_id or base_name, pool_layout.geometry)
         self._registry = Registry(scope, pool_layout.geometry.num_layers)
         self._dir = DataDir(data_dir)
         try:
             with storage_errors("open the adapters' files"):
-                url = blob_url or str(self._dir.blobs.absolute())
-                blobs = BlobStore(url, cache_dir=self._dir.root / "cache")
+                copies = LocalCopies(self._dir.root / "cache", places.copies_bytes)
+                url = places.blob_url or str(self._dir.blobs.absolute())
+                blobs = BlobStore(url, copies=copies)
             writer = AdapterWriter(blobs, self._dir.staging, at_stage)
             self._store = AdapterStore(
                 self._registry,
                 blobs,
-                database_url=registry_url or sqlite_url(self._dir.database),
+                copies,
+                database_url=places.registry_url or sqlite_url(self._dir.database),
                 upgrade_blob=writer.upgrade,
-                is_shared=is_shared,
-                claims_files=blob_url is not None,
-                outage_s=outage_s,
+                places=places,
                 keep_versions=keep_versions,
                 on_discard=on_discard,
                 at_stage=at_stage,
             )
             self._expiry = NameExpiry(
-                self._registry, self._store, is_shared=is_shared, outage_s=outage_s
+                self._registry, self._store, is_shared=places.is_shared, outage_s=places.outage_s
             )
             self._leases = LeaseBook(self._store, self._record, self._note_use)
             self._registrar = AdapterRegistrar(
@@ -337,6 +333,10 @@ class AdapterCatalog:
         """Delete files that nobody refers to, and old news; for registries that servers share."""
         self._store.files.sweep()
         self._store.changes.prune(self._now())
+
+    def make_room(self) -> None:
+        """Delete copies of files on this machine before its disk fills up; nobody holds them."""
+        self._store.make_room()
 
     # ---- leases ----------------------------------------------------------------------------
 

@@ -123,6 +123,14 @@ class AdaptersInUse:
             drained = self._holds.take_drained(adapter_id, is_gone=is_over)
         self._tell(adapter_id if is_over else None, drained, freed)
 
+    def drop_copy(self, adapter_id: str) -> bool:
+        """Remove this machine's copy of an adapter's file unless somebody holds the adapter."""
+        with self._lock:
+            if self._holds.num_held(adapter_id):
+                return False
+            self._blobs.forget(adapter_id)
+            return True
+
     def num_held(self, adapter_id: str) -> int:
         with self._lock:
             return self._holds.num_held(adapter_id)

@@ -30,6 +30,7 @@ from loraplex_server.adapters.errors import (
     VersionIsCurrent,
 )
 from loraplex_server.adapters.in_use import AdaptersInUse
+from loraplex_server.adapters.local_copies import LocalCopies
 from loraplex_server.adapters.name_changes import NameChange, note_change
 from loraplex_server.adapters.other_bases import warn_of_other_bases
 from loraplex_server.adapters.pins import change_settings
@@ -44,6 +45,7 @@ from loraplex_server.adapters.registry import Registry, is_stored
 from loraplex_server.adapters.registry_database import open_database, opening_registry
 from loraplex_server.adapters.registry_migrations import BlobUpgrade
 from loraplex_server.adapters.removal import RemovedVersions
+from loraplex_server.adapters.storage_places import StoragePlaces
 from loraplex_server.adapters.version_row import NewVersion, VersionRow
 
 #: Of what nobody asked for: names expire.
@@ -57,12 +59,11 @@ class AdapterStore:
         self,
         registry: Registry,
         blobs: BlobStore,
+        copies: LocalCopies,
         *,
         database_url: str,
         upgrade_blob: BlobUpgrade,
-        is_shared: bool,
-        claims_files: bool,
-        outage_s: float,
+        places: StoragePlaces,
         keep_versions: int,
         on_discard: Callable[[str], None],
         at_stage: Callable[[str], None],
@@ -70,10 +71,10 @@ class AdapterStore:
         """Open the database and sweep what nobody refers to.
 
         Args:
-            is_shared: other servers use registry and files too: no file is deleted before
-                `adapter_files.SHARED_GRACE_S` have passed, and changes are written down for them.
-            claims_files: they are where servers over another registry may be led by mistake.
-            outage_s: how long known names resolve while a shared registry does not answer.
+            copies: of the store's files, on this machine's disk.
+            places: where `database_url` and `blobs` are. If they are shared, no file is deleted
+                before `adapter_files.SHARED_GRACE_S` have passed, and changes are written down
+                for the others.
             on_discard: told of each adapter that nothing refers to any more, from any thread.
             at_stage: told how far a change has come; for tests that stop there.
 
@@ -86,7 +87,7 @@ class AdapterStore:
             StorageFailed: one of them does not answer, or the files are another registry's.
         """
         self._registry = registry
-        self._is_shared = is_shared
+        self._is_shared = is_shared = places.is_shared
         self._keep_versions = keep_versions
         self._at_stage = at_stage
         # One change at a time: what it leaves to be deleted must not be registered meanwhile.
@@ -97,7 +98,7 @@ class AdapterStore:
             self.resolve,
             blobs,
             is_shared=is_shared,
-            outage_s=outage_s,
+            outage_s=places.outage_s,
             on_discard=on_discard,
             at_stage=at_stage,
         )
@@ -107,9 +108,7 @@ class AdapterStore:
         try:
             # Before all else: what is deleted during it is followed.
             self.changes = ChangeFeed(self.database, registry.scope, self.in_use)
-            self.files = AdapterFiles(
-                blobs, self.database, is_shared=is_shared, claims_files=claims_files
-            )
+            self.files = AdapterFiles(blobs, copies, self.database, places)
             self.files.sweep_at_start()
             with storage_errors(opening), self.database.connect() as connection:
                 warn_of_other_bases(connection, registry.scope)
@@ -119,6 +118,10 @@ class AdapterStore:
 
     def close(self) -> None:
         self.database.dispose()
+
+    def make_room(self) -> None:
+        """Delete copies of files on this machine before its disk fills up; nobody holds them."""
+        self.files.make_room(self.in_use.drop_copy)
 
     # ---- looking up ------------------------------------------------------------------------
 

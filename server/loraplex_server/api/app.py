@@ -67,7 +67,7 @@ def create_app(services: Services) -> FastAPI:
         removals,
         names,
         is_shared=services.config.registry_url is not None,
-        chores=(desk.keys.write_uses,),
+        chores=(desk.keys.write_uses, services.catalog.make_room),
     )
     follower = RegistryFollower(services.catalog.changes, removals, upkeep, names, desk.keys)
     ops = ops_router(

@@ -14,6 +14,7 @@ from loraplex_server.adapters.base_model import BaseModel
 from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.record import AdapterLimits
+from loraplex_server.adapters.storage_places import StoragePlaces
 from loraplex_server.config import Config
 from loraplex_server.engine.handle import EngineHandle
 from loraplex_server.logs import without_password
@@ -102,9 +103,9 @@ def build_catalog(
         reader=FolderReader(
             BaseModel.open(facts.source, facts.spec), (facts.base_name, *others), limits
         ),
-        registry_url=config.registry_url,
-        blob_url=config.blob_url,
-        outage_s=config.registry_outage_s,
+        places=StoragePlaces(
+            config.registry_url, config.blob_url, config.registry_outage_s, config.copies_bytes
+        ),
         keep_versions=config.keep_versions,
         limits=limits,
         on_discard=on_discard,

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from loraplex_server.adapters.blobs import BlobStore
+from loraplex_server.adapters.local_copies import LocalCopies
 from tests.support.object_store import running_object_store, why_no_object_store
 
 ID, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
@@ -23,7 +24,7 @@ ID, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 @pytest.fixture(params=["local", "remote"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], BlobStore]:
     url = str(tmp_path / "blobs") if request.param == "local" else f"memory://{uuid.uuid4()}/blobs"
-    return lambda: BlobStore(url, cache_dir=tmp_path / "cache")
+    return lambda: BlobStore(url, copies=LocalCopies(tmp_path / "cache"))
 
 
 def make_file(folder: Path, content: bytes = b"weights") -> Path:
@@ -55,7 +56,7 @@ def test_a_folder_on_another_disk_is_a_store_too(tmp_path: Path, monkeypatch):
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", replace_on_one_disk)
-    store = BlobStore(str(tmp_path / "blobs"), cache_dir=tmp_path / "cache")
+    store = BlobStore(str(tmp_path / "blobs"), copies=LocalCopies(tmp_path / "cache"))
     file = make_file(tmp_path)
     store.put(ID, file)
     assert store.local_path(ID).read_bytes() == b"weights"
@@ -78,12 +79,12 @@ def test_a_bucket_that_is_not_there_or_not_ours_says_what_to_do(tmp_path, monkey
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(OSError, match="names no bucket that is there"):
-            BlobStore("s3://misspelt/files", cache_dir=tmp_path / "cache").claim("first")
+            BlobStore("s3://misspelt/files", copies=LocalCopies(tmp_path / "cache")).claim("first")
         assert "misspelt" not in httpx.get(server.endpoint, timeout=30).text
         # From now on the server lets nobody in whom it does not know.
         httpx.post(f"{server.endpoint}/moto-api/reset-auth", content="0", timeout=30)
         with pytest.raises(OSError, match="rights to list, read, write and delete"):
-            BlobStore(server.url, cache_dir=tmp_path / "cache").claim("first")
+            BlobStore(server.url, copies=LocalCopies(tmp_path / "cache")).claim("first")
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # it would ask this server for ever
 
 
@@ -114,7 +115,7 @@ def test_sweep_deletes_what_nobody_refers_to(open_store, tmp_path: Path):
 
 
 def test_sweep_leaves_what_was_put_again_since_it_was_listed(tmp_path: Path):
-    store = BlobStore(str(tmp_path / "blobs"), cache_dir=tmp_path / "cache")
+    store = BlobStore(str(tmp_path / "blobs"), copies=LocalCopies(tmp_path / "cache"))
     for adapter_id in (ID, OTHER):
         store.put(adapter_id, make_file(tmp_path))
         os.utime(store.local_path(adapter_id), (0, 0))
@@ -128,7 +129,7 @@ def test_sweep_leaves_what_was_put_again_since_it_was_listed(tmp_path: Path):
 
 
 def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):
-    store = BlobStore(str(tmp_path), cache_dir=tmp_path / "cache")
+    store = BlobStore(str(tmp_path), copies=LocalCopies(tmp_path / "cache"))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "x.safetensors.part").write_text("half")
     assert store.sweep(keep=set) == []
@@ -137,8 +138,11 @@ def test_sweep_leaves_foreign_files_and_removes_unfinished_ones(tmp_path: Path):
 
 def test_a_delete_that_is_tried_again_takes_nothing_that_was_brought_back(tmp_path: Path):
     url = f"memory://{uuid.uuid4()}/blobs"
-    store, elsewhere = (BlobStore(url, cache_dir=tmp_path / name) for name in ("here", "there"))
+    store, elsewhere = (
+        BlobStore(url, copies=LocalCopies(tmp_path / name)) for name in ("here", "there")
+    )
     store.put(ID, make_file(tmp_path))
+    store.forget(ID)
     files, path = store._fs, store._path(ID)
     files.store[path].modified = datetime.fromtimestamp(0, UTC)
     assert store.sweep(set, min_age_s=60.0) == [ID]
@@ -154,7 +158,7 @@ def test_a_delete_that_is_tried_again_takes_nothing_that_was_brought_back(tmp_pa
 
 def test_what_is_shared_is_set_aside_before_it_is_deleted(tmp_path: Path, monkeypatch):
     folder = tmp_path / "blobs"
-    store = BlobStore(str(folder), cache_dir=tmp_path / "cache")
+    store = BlobStore(str(folder), copies=LocalCopies(tmp_path / "cache"))
     for adapter_id in (ID, OTHER):
         store.put(adapter_id, make_file(tmp_path))
         os.utime(store.local_path(adapter_id), (0, 0))
