@@ -59,15 +59,8 @@ INLINE wf weights(const void *w, int64_t i, int is_int8) {
 }
 
 /* Inputs k and k + 1, of bfloat16 pairs that lie together, as float32. */
-INLINE wf even(wu pairs) {
-    pairs <<= 16;
-    return load((const float *)&pairs);
-}
-
-INLINE wf odd(wu pairs) {
-    pairs &= 0xffff0000u;
-    return load((const float *)&pairs);
-}
+INLINE wf even(wu pairs) { return (wf)(pairs << 16); }
+INLINE wf odd(wu pairs) { return (wf)(pairs & 0xffff0000u); }
 
 INLINE wu pairs_of(const void *w, int64_t k, int v) {
     wu pairs;
