@@ -31,7 +31,16 @@ log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "csrc"
 _SOURCES = sorted(_FOLDER.glob("*.c"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+#: The last has GCC fuse every product with its sum. For some processors it would do so in some
+#: loops and not in others, and rows would differ by how many are computed together.
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "--param=avoid-fma-max-bits=0",
+)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 #: Of weights to be packed, in the order in which `packing.c` numbers them.

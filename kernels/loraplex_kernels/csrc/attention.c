@@ -4,7 +4,7 @@
  * it may not see are not added at all, and every sum runs in the order of the keys or of the head's
  * elements, whatever rows share the pass.
  *
- * K of a block is transposed once, so that the lanes are 16 keys and no sum runs across them; V is
+ * K of a block is transposed once, so that the lanes are keys and no sum runs across them; V is
  * used where it lies. Both stay in their own dtype until they meet a query: two bfloat16 make one
  * 32-bit word, and a shift and a mask make two vectors of float32 of it. So the elements of `acc`
  * lie as the even ones of 32, then the odd ones.
@@ -21,13 +21,14 @@
 #define SHARED_ROWS 48 /* query rows (queries x heads of a group) that share a pass over K and V */
 #define MAX_ROWS 64    /* of one query, if its group has more heads than that */
 #define CACHE_LINE 64
+#define VECTOR_BYTES (LANES * (int64_t)sizeof(float))
 
 /* A decoding query's keys are fetched so many ahead of their use, further ones while
  * others are worked on, so many in each part of a block: memory is busy all the time. */
 #define FETCHED_FIRST 128
-#define FETCHED_BY_TRANSPOSE 4 /* while 16 keys are transposed, and so on */
-#define FETCHED_BY_SCORES (TILE_KEYS * 6)
-#define FETCHED_BY_VALUES 6
+#define FETCHED_BY_TRANSPOSE (LANES / 4) /* while LANES keys are transposed, and so on */
+#define FETCHED_BY_SCORES (TILE_KEYS * FETCHED_BY_VALUES)
+#define FETCHED_BY_VALUES (LANES * 3 / 8)
 #define MANY_SEQUENCES 16 /* from here on an item is all KV heads of a pass, which lie together */
 
 /* What a kernel keeps in registers: rows x vectors of keys x 2 sums, or rows x vectors of V. */
@@ -37,8 +38,8 @@
 #define TILE_VALUES 4
 #else
 #define TILE_ROWS 2
-#define TILE_KEYS 1
-#define TILE_VALUES 2
+#define TILE_KEYS 2
+#define TILE_VALUES 4
 #endif
 
 /* Called from a kernel of every shape of tile: a copy in each would take the compiler seconds. */
@@ -81,7 +82,7 @@ typedef struct {
 INLINE int64_t elem_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
 
 INLINE int64_t padded_head(int64_t head_dim, int is_bf16) {
-    int64_t whole = CACHE_LINE / elem_bytes(is_bf16);
+    int64_t whole = VECTOR_BYTES / elem_bytes(is_bf16);
     return (head_dim + whole - 1) / whole * whole;
 }
 
@@ -154,16 +155,17 @@ static int find_place(const attention_args *a, int64_t item, attention_place *p)
     return p->n > 0;
 }
 
-INLINE vu word16(const void *p) {
+INLINE vu wordv(const void *p) {
     vu v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-/* 16 words of 16 rows, transposed: out[i * LANES + r] is word i of row r. */
-INLINE void transpose16(const char *const *rows, int64_t offset, uint32_t *out) {
+/* LANES words of LANES rows, transposed: out[i * LANES + r] is word i of row r. */
+#if LANES == 16
+INLINE void transpose(const char *const *rows, int64_t offset, uint32_t *out) {
     vu v[LANES], u[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) v[i] = word16(rows[i] + offset);
+    UNROLL for (int i = 0; i < LANES; i++) v[i] = wordv(rows[i] + offset);
     UNROLL for (int i = 0; i < LANES; i += 2) {
         u[i] = PICK(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
         u[i + 1] = PICK(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
@@ -190,6 +192,21 @@ INLINE void transpose16(const char *const *rows, int64_t offset, uint32_t *out) 
     }
     memcpy(out, u, sizeof u);
 }
+#else
+INLINE void transpose(const char *const *rows, int64_t offset, uint32_t *out) {
+    vu v[LANES], u[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) v[i] = wordv(rows[i] + offset);
+    /* Each round moves one bit of the row's number into the column's. */
+    UNROLL for (int bit = 1; bit < LANES; bit *= 2) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            u[2 * i] = ZIP_LOW(v[i], v[i + LANES / 2]);
+            u[2 * i + 1] = ZIP_HIGH(v[i], v[i + LANES / 2]);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) v[i] = u[i];
+    }
+    memcpy(out, v, sizeof v);
+}
+#endif
 
 INLINE void fetch(const char *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(p + i);
@@ -250,8 +267,8 @@ INLINE void transpose_keys(attention_pass *p, int64_t from, int64_t to, int is_b
     for (int64_t t = from; t < to; t += LANES) {
         uint32_t *out = p->words + t * (bytes / 4);
         fetch_ahead(p, FETCHED_BY_TRANSPOSE);
-        for (int64_t at = 0; at < bytes; at += CACHE_LINE)
-            transpose16(p->key + t, at, out + at / 4 * LANES);
+        for (int64_t at = 0; at < bytes; at += VECTOR_BYTES)
+            transpose(p->key + t, at, out + at / 4 * LANES);
     }
 }
 
@@ -276,12 +293,12 @@ INLINE void score_tile(const float *q, int64_t D, const uint32_t *words, float *
         vf k[TILE_KEYS][2];
         UNROLL for (int v = 0; v < vectors; v++) {
             if (is_bf16) {
-                vu both = word16(words + v * ld + d / 2 * LANES);
+                vu both = wordv(words + v * ld + d / 2 * LANES);
                 k[v][0] = even(both);
                 k[v][1] = odd(both);
             } else {
-                k[v][0] = as_float(word16(words + v * ld + d * LANES));
-                k[v][1] = as_float(word16(words + v * ld + (d + 1) * LANES));
+                k[v][0] = as_float(wordv(words + v * ld + d * LANES));
+                k[v][1] = as_float(wordv(words + v * ld + (d + 1) * LANES));
             }
         }
         UNROLL for (int r = 0; r < n; r++)
@@ -316,7 +333,8 @@ INLINE float largest(vf v) {
 }
 
 INLINE vf only(vf v, int64_t from, int64_t to) { /* -inf in other lanes */
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi lane = {0};
+    UNROLL for (int i = 0; i < LANES; i++) lane[i] = i;
     vi inside = (lane >= (int32_t)from) & (lane < (int32_t)to);
     vi bits = (inside & (vi)v) | (~inside & (vi)((vf){0} - INFINITY));
     return (vf)bits;
@@ -327,7 +345,7 @@ NOINLINE void weigh(attention_pass *p, int64_t row, float *scores, int64_t from,
     int64_t first = from / LANES * LANES;
     vf most = (vf){0} - INFINITY;
     for (int64_t t = first; t < to; t += LANES) {
-        vf v = load16(scores, t, 0);
+        vf v = loadv(scores, t, 0);
         if (t < from || t + LANES > to) {
             v = only(v, from - t, to - t);
             memcpy(scores + t, &v, sizeof v);
@@ -340,15 +358,15 @@ NOINLINE void weigh(attention_pass *p, int64_t row, float *scores, int64_t from,
     float *acc = p->acc + row * p->D;
     vf sum = {0};
     if (p->most[row] != -INFINITY) {
-        vf faded = exp16((vf){0} + (p->most[row] - now));
+        vf faded = expv((vf){0} + (p->most[row] - now));
         sum = p->sum[row] * faded;
         for (int64_t d = 0; d < p->D; d += LANES) {
-            vf v = load16(acc, d, 0) * faded;
+            vf v = loadv(acc, d, 0) * faded;
             memcpy(acc + d, &v, sizeof v);
         }
     }
     for (int64_t t = first; t < to; t += LANES) {
-        vf e = exp16(load16(scores, t, 0) - now);
+        vf e = expv(loadv(scores, t, 0) - now);
         memcpy(scores + t, &e, sizeof e);
         sum += e;
     }
@@ -362,18 +380,18 @@ INLINE void add_tile(const attention_pass *p, const float *weights, float *acc, 
     vf sums[TILE_ROWS][TILE_VALUES];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int v = 0; v < vectors; v++)
-            sums[r][v] = load16(acc, r * p->D + at + v * LANES, 0);
+            sums[r][v] = loadv(acc, r * p->D + at + v * LANES, 0);
     for (int64_t t = from; t < to; t++) {
         const char *value = p->key[t] + p->values + at * elem_bytes(is_bf16);
         vf x[TILE_VALUES];
         if (is_bf16) {
             UNROLL for (int v = 0; v < vectors; v += 2) {
-                vu both = word16(value + v * LANES * 2);
+                vu both = wordv(value + v * LANES * 2);
                 x[v] = even(both);
                 x[v + 1] = odd(both);
             }
         } else {
-            UNROLL for (int v = 0; v < vectors; v++) x[v] = load16(value, v * LANES, 0);
+            UNROLL for (int v = 0; v < vectors; v++) x[v] = loadv(value, v * LANES, 0);
         }
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int v = 0; v < vectors; v++) sums[r][v] += weights[r * BLOCK + t] * x[v];
@@ -465,7 +483,7 @@ INLINE void read_queries(attention_pass *p, int64_t token) {
     }
 }
 
-/* Rounded to nearest even, as store16 does, as the upper halves of words. */
+/* Rounded to nearest even, as storev does, as the upper halves of words. */
 INLINE vu rounded(vf v) {
     vu bits, is_nan = (vu)(v != v);
     memcpy(&bits, &v, sizeof bits);
@@ -479,15 +497,15 @@ INLINE void write_row(attention_pass *p, int64_t row, int64_t token, int is_bf16
     int64_t head = p->head * p->groups + row % p->groups;
     char *to = (char *)a->out + ((token + row / p->groups) * a->num_heads + head) * bytes;
     const float *acc = p->acc + row * p->D;
-    float total = sum16(p->sum[row]);
-    for (int64_t d = 0; d < p->D; d += step, to += CACHE_LINE, bytes -= CACHE_LINE) {
-        vf v = load16(acc, d, 0) / total;
+    float total = sumv(p->sum[row]);
+    for (int64_t d = 0; d < p->D; d += step, to += VECTOR_BYTES, bytes -= VECTOR_BYTES) {
+        vf v = loadv(acc, d, 0) / total;
         vu bits;
         if (is_bf16)
-            bits = rounded(v) >> 16 | (rounded(load16(acc, d + LANES, 0) / total) & 0xffff0000u);
+            bits = rounded(v) >> 16 | (rounded(loadv(acc, d + LANES, 0) / total) & 0xffff0000u);
         else
             memcpy(&bits, &v, sizeof bits);
-        memcpy(to, &bits, bytes < CACHE_LINE ? bytes : CACHE_LINE);
+        memcpy(to, &bits, bytes < VECTOR_BYTES ? bytes : VECTOR_BYTES);
     }
 }
 

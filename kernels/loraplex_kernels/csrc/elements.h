@@ -14,7 +14,7 @@ INLINE float load1(const void *p, int64_t i, int is_bf16) {
     return f;
 }
 
-INLINE vf load16(const void *p, int64_t i, int is_bf16) {
+INLINE vf loadv(const void *p, int64_t i, int is_bf16) {
     vf v;
     if (!is_bf16) {
         memcpy(&v, (const float *)p + i, sizeof v);
@@ -42,8 +42,8 @@ INLINE void store1(void *p, int64_t i, float f, int is_bf16) {
     ((uint16_t *)p)[i] = (uint16_t)(bits >> 16);
 }
 
-/* 16 elements, each rounded as by store1. */
-INLINE void store16(void *p, int64_t i, vf v, int is_bf16) {
+/* LANES elements, each rounded as by store1. */
+INLINE void storev(void *p, int64_t i, vf v, int is_bf16) {
     if (!is_bf16) {
         memcpy((float *)p + i, &v, sizeof v);
         return;
@@ -58,7 +58,7 @@ INLINE void store16(void *p, int64_t i, vf v, int is_bf16) {
 }
 
 /* Lanes added in a fixed tree. */
-INLINE float sum16(vf v) {
+INLINE float sumv(vf v) {
     float s[LANES];
     memcpy(s, &v, sizeof v);
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -71,7 +71,7 @@ INLINE const void *at(const void *base, int64_t elems, int is_bf16) {
 }
 
 /* e^x for x <= 0: 2^n * p(r) with the Cephes expf polynomial; 0 below -87, NaN for NaN. */
-INLINE vf exp16(vf x) {
+INLINE vf expv(vf x) {
     vf t = x * 1.44269504088896341f - 0.5f;
     vi n = __builtin_convertvector(t, vi); /* truncation of t - 0.5: to nearest for t <= 0 */
     vf fn = __builtin_convertvector(n, vf);

@@ -21,14 +21,14 @@ INLINE float inverse_rms(const float *x, float eps, int64_t n) {
     vf sum = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        vf v = load16(x, i, 0);
+        vf v = loadv(x, i, 0);
         sum += v * v;
     }
     if (i < n) {
         vf v = load_part(x + i, n - i);
         sum += v * v;
     }
-    return 1.0f / sqrtf(sum16(sum) / (float)n + eps);
+    return 1.0f / sqrtf(sumv(sum) / (float)n + eps);
 }
 
 INLINE void normed(const float *x, const float *weight, float eps, int64_t n, void *out,
@@ -36,7 +36,7 @@ INLINE void normed(const float *x, const float *weight, float eps, int64_t n, vo
     float factor = inverse_rms(x, eps, n);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        store16(out, i, load16(x, i, 0) * factor * load16(weight, i, 0), is_bf16);
+        storev(out, i, loadv(x, i, 0) * factor * loadv(weight, i, 0), is_bf16);
     if (i < n) {
         vf v = load_part(x + i, n - i) * factor * load_part(weight + i, n - i);
         store_part(out, i, v, n - i, is_bf16);
@@ -69,7 +69,7 @@ INLINE vf silu_mul(vf gate, vf up) {
     memcpy(&bits, &gate, sizeof bits);
     bits |= INT32_MIN;
     memcpy(&negative, &bits, sizeof negative);
-    vf e = exp16(negative);
+    vf e = expv(negative);
     memcpy(&weight_bits, &e, sizeof e);
     memcpy(&one_bits, &one, sizeof one);
     weight_bits = (weight_bits & ~is_positive) | (one_bits & is_positive);
@@ -80,7 +80,7 @@ INLINE vf silu_mul(vf gate, vf up) {
 INLINE void gated(const float *gate, const float *up, int64_t n, void *out, int is_bf16) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        store16(out, i, silu_mul(load16(gate, i, 0), load16(up, i, 0)), is_bf16);
+        storev(out, i, silu_mul(loadv(gate, i, 0), loadv(up, i, 0)), is_bf16);
     if (i < n) {
         vf v = silu_mul(load_part(gate + i, n - i), load_part(up + i, n - i));
         store_part(out, i, v, n - i, is_bf16);
@@ -94,6 +94,6 @@ void silu_mul_row(const float *gate, const float *up, int64_t n, void *out, int 
 
 void round_row(const float *x, int64_t n, void *out, int is_bf16) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store16(out, i, load16(x, i, 0), is_bf16);
+    for (; i + LANES <= n; i += LANES) storev(out, i, loadv(x, i, 0), is_bf16);
     for (; i < n; i++) store1(out, i, x[i], is_bf16);
 }

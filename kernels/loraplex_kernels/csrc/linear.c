@@ -13,68 +13,50 @@
 #include "elements.h"
 #include "team.h"
 
-/* Sums are in vectors that the processor has: GCC keeps wider ones in memory, and adding takes ten
- * times as long then. TILE x VECTORS of them, of TILE rows, fit into the registers. */
+/* Rows whose sums fit into the registers: TILE x VECTORS vectors. */
 #if defined(__AVX512F__)
-#define WIDTH 16
 #define TILE 8
-#elif defined(__AVX__)
-#define WIDTH 8
-#define TILE 2
-#elif defined(__aarch64__)
-#define WIDTH 4
+#elif defined(__AVX__) || defined(__aarch64__)
 #define TILE 2
 #else
-#define WIDTH 4
 #define TILE 1
 #endif
-#define VECTORS (PANEL / WIDTH)
+#define VECTORS (PANEL / LANES)
 #define BLOCK_ROWS 256 /* rows whose inputs stay in the second-level cache beside a panel */
 #define GROUPS 16      /* about as many items as a product of few rows is cut into */
 
-typedef float wf __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int32_t wi __attribute__((vector_size(WIDTH * sizeof(int32_t))));
-typedef uint32_t wu __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
-typedef int8_t wb __attribute__((vector_size(WIDTH * sizeof(int8_t))));
-
-INLINE wf load(const float *p) {
-    wf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
 /* A vector of weights as float32; of int8 exact. */
-INLINE wf weights(const void *w, int64_t i, int is_int8) {
-    if (!is_int8) return load((const float *)w + i);
+INLINE vf weights(const void *w, int64_t i, int is_int8) {
+    if (!is_int8) return loadv(w, i, 0);
     const int8_t *from = (const int8_t *)w + i;
 #if defined(__AVX512F__)
-    return (wf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 #elif defined(__AVX2__)
-    return (wf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 #else
-    wb bytes;
+    vb bytes;
     memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, wi), wf);
+    return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
 #endif
 }
 
 /* Inputs k and k + 1, of bfloat16 pairs that lie together, as float32. */
-INLINE wf even(wu pairs) { return (wf)(pairs << 16); }
-INLINE wf odd(wu pairs) { return (wf)(pairs & 0xffff0000u); }
+INLINE vf even(vu pairs) { return (vf)(pairs << 16); }
+INLINE vf odd(vu pairs) { return (vf)(pairs & 0xffff0000u); }
 
-INLINE wu pairs_of(const void *w, int64_t k, int v) {
-    wu pairs;
-    memcpy(&pairs, (const uint16_t *)w + k * PANEL + v * 2 * WIDTH, sizeof pairs);
+INLINE vu pairs_of(const void *w, int64_t k, int v) {
+    vu pairs;
+    memcpy(&pairs, (const uint16_t *)w + k * PANEL + v * 2 * LANES, sizeof pairs);
     return pairs;
 }
 
 /* panel_f32 and panel_bf16 add up n rows over the inputs [k, stop) of a panel. */
 #if defined(__AVX512F__)
 INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64_t stop, int n,
-                      int is_int8, wf acc[TILE][VECTORS]) {
+                      int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k++) {
-        wf wv[VECTORS];
-        for (int v = 0; v < VECTORS; v++) wv[v] = weights(w, k * PANEL + v * WIDTH, is_int8);
+        vf wv[VECTORS];
+        for (int v = 0; v < VECTORS; v++) wv[v] = weights(w, k * PANEL + v * LANES, is_int8);
         for (int r = 0; r < n; r++)
             for (int v = 0; v < VECTORS; v++) acc[r][v] += x[r * K + k] * wv[v];
     }
@@ -82,10 +64,10 @@ INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64
 #else
 /* Few registers: weights are loaded right before they are needed. */
 INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64_t stop, int n,
-                      int is_int8, wf acc[TILE][VECTORS]) {
+                      int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k++)
         for (int v = 0; v < VECTORS; v++) {
-            wf wv = weights(w, k * PANEL + v * WIDTH, is_int8);
+            vf wv = weights(w, k * PANEL + v * LANES, is_int8);
             for (int r = 0; r < n; r++) acc[r][v] += x[r * K + k] * wv;
         }
 }
@@ -96,14 +78,14 @@ INLINE void panel_f32(const void *w, const float *x, int64_t K, int64_t k, int64
  * bits: the upper halves of float32, put together (the instruction that rounds takes longer). */
 INLINE __m512bh pairs16(const void *w, int64_t k, int v, int is_int8) {
     if (!is_int8) return (__m512bh)pairs_of(w, k, v);
-    __m512i first = (__m512i)weights(w, k * PANEL + v * WIDTH, 1);
-    __m512i second = (__m512i)weights(w, (k + 1) * PANEL + v * WIDTH, 1);
+    __m512i first = (__m512i)weights(w, k * PANEL + v * LANES, 1);
+    __m512i second = (__m512i)weights(w, (k + 1) * PANEL + v * LANES, 1);
     return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(first, 16), second);
 }
 
 /* Two inputs per instruction; their products are added one after the other. */
 INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, int64_t stop, int n,
-                       int is_int8, wf acc[TILE][VECTORS]) {
+                       int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2) {
         __m512bh wv[VECTORS];
         for (int v = 0; v < VECTORS; v++) wv[v] = pairs16(w, k, v, is_int8);
@@ -112,19 +94,19 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
             memcpy(&pair, x + r * K + k, sizeof pair);
             __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
             for (int v = 0; v < VECTORS; v++)
-                acc[r][v] = (wf)_mm512_dpbf16_ps((__m512)acc[r][v], wv[v], xv);
+                acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], wv[v], xv);
         }
     }
 }
 #elif defined(__AVX512F__)
 INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, int64_t stop, int n,
-                       int is_int8, wf acc[TILE][VECTORS]) {
+                       int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2) {
-        wf first[VECTORS], second[VECTORS];
+        vf first[VECTORS], second[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
-            first[v] = is_int8 ? weights(w, k * PANEL + v * WIDTH, 1) : even(pairs_of(w, k, v));
+            first[v] = is_int8 ? weights(w, k * PANEL + v * LANES, 1) : even(pairs_of(w, k, v));
             second[v] =
-                is_int8 ? weights(w, (k + 1) * PANEL + v * WIDTH, 1) : odd(pairs_of(w, k, v));
+                is_int8 ? weights(w, (k + 1) * PANEL + v * LANES, 1) : odd(pairs_of(w, k, v));
         }
         for (int r = 0; r < n; r++)
             for (int v = 0; v < VECTORS; v++) {
@@ -135,11 +117,11 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
 }
 #else
 INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, int64_t stop, int n,
-                       int is_int8, wf acc[TILE][VECTORS]) {
+                       int is_int8, vf acc[TILE][VECTORS]) {
     for (; k < stop; k += 2)
         for (int half = 0; half < 2; half++)
             for (int v = 0; v < VECTORS; v++) {
-                wf wv = is_int8 ? weights(w, (k + half) * PANEL + v * WIDTH, 1)
+                vf wv = is_int8 ? weights(w, (k + half) * PANEL + v * LANES, 1)
                         : half  ? odd(pairs_of(w, k, v))
                                 : even(pairs_of(w, k, v));
                 for (int r = 0; r < n; r++) acc[r][v] += load1(x, r * K + k + half, 1) * wv;
@@ -148,9 +130,9 @@ INLINE void panel_bf16(const void *w, const uint16_t *x, int64_t K, int64_t k, i
 #endif
 
 INLINE void panel_sums(const void *w, const void *x, int64_t K, int64_t k, int64_t stop, int n,
-                       int is_bf16, int is_int8, wf acc[TILE][VECTORS]) {
+                       int is_bf16, int is_int8, vf acc[TILE][VECTORS]) {
     for (int r = 0; r < n; r++)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = (wf){0};
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = (vf){0};
     if (is_bf16) panel_bf16(w, x, K, k, stop, n, is_int8, acc);
     else panel_f32(w, x, K, k, stop, n, is_int8, acc);
 }
@@ -159,14 +141,14 @@ static int64_t num_groups(int64_t K) { return (K + GROUP - 1) / GROUP; }
 
 /* The same of an int8 panel over all inputs, each group's sums scaled. */
 INLINE void scaled_sums(const void *w, const float *scale, const void *x, int64_t K, int n,
-                        int is_bf16, wf sums[TILE][VECTORS]) {
-    wf acc[TILE][VECTORS];
+                        int is_bf16, vf sums[TILE][VECTORS]) {
+    vf acc[TILE][VECTORS];
     for (int r = 0; r < n; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = (wf){0};
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vf){0};
     for (int64_t k = 0; k < K; k += GROUP, scale += PANEL) {
         panel_sums(w, x, K, k, k + GROUP < K ? k + GROUP : K, n, is_bf16, 1, acc);
         for (int v = 0; v < VECTORS; v++)
-            for (int r = 0; r < n; r++) sums[r][v] += acc[r][v] * load(scale + v * WIDTH);
+            for (int r = 0; r < n; r++) sums[r][v] += acc[r][v] * loadv(scale, v * LANES, 0);
     }
 }
 
@@ -176,12 +158,12 @@ INLINE void tile(const linear *l, int64_t p, const void *x, float *y, int n, int
                  int is_int8) {
     int64_t size = is_int8 ? 1 : is_bf16 ? 2 : 4, column = p * PANEL, width = l->N - column;
     const char *panel = (const char *)l->weight + column * l->K * size;
-    wf sums[TILE][VECTORS];
+    vf sums[TILE][VECTORS];
     if (is_int8) scaled_sums(panel, l->scale + column * num_groups(l->K), x, l->K, n, is_bf16, sums);
     else panel_sums(panel, x, l->K, 0, l->K, n, is_bf16, 0, sums);
     for (int r = 0; r < n; r++) {
         if (l->bias)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += load(l->bias + column + v * WIDTH);
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += loadv(l->bias, column + v * LANES, 0);
         float *to = y + r * l->N + column;
         if (width >= PANEL) memcpy(to, sums[r], sizeof sums[r]);
         else memcpy(to, sums[r], (size_t)width * sizeof *to);

@@ -20,11 +20,20 @@
 #include "team.h"
 
 #define ROWS 16       /* token rows of an item */
-#define TILE_ROWS 4   /* token rows whose sums are in registers together */
-#define TILE_RANKS 4  /* rank rows of A that share one pass over the activations */
+#if defined(__AVX512F__)
+#define TILE_ROWS 4  /* token rows whose sums are in registers together */
+#define TILE_RANKS 4 /* rank rows of A that share one pass over the activations; times
+                      * TILE_ROWS they are LANES or less */
+#elif defined(__AVX__)
+#define TILE_ROWS 2
+#define TILE_RANKS 4
+#else
+#define TILE_ROWS 2
+#define TILE_RANKS 2
+#endif
 #define SWEEP 8       /* rank rows of B read together while a few token rows use them */
 #define RANK_BLOCK 64 /* rank rows that are shrunk and then expanded */
-#define STEP 32       /* elements taken at once: a cache line of bfloat16 */
+#define STEP (2 * LANES) /* elements taken at once: a vector of pairs of bfloat16 */
 #define WIDE 4        /* most steps of columns whose sums are in registers together */
 #define AHEAD 6144    /* bytes of weights between a prefetch and its use */
 #define CACHE_LINE 64
@@ -47,27 +56,32 @@ typedef struct {
     vf low, high;
 } pair;
 
-INLINE step load_step(const void *p, int64_t i, int is_bf16) {
-    step v = {{0}, {0}};
-    memcpy(&v, at(p, i, is_bf16), is_bf16 ? sizeof v.first : sizeof v);
+INLINE vu load_words(const void *p) {
+    vu v;
+    memcpy(&v, p, sizeof v);
     return v;
 }
 
+INLINE step load_step(const void *p, int64_t i, int is_bf16) {
+    const char *from = at(p, i, is_bf16);
+    return (step){load_words(from), is_bf16 ? (vu){0} : load_words(from + sizeof(vu))};
+}
+
 INLINE pair split(step v, int is_bf16) {
-    if (is_bf16) {
-        v.second = v.first & 0xffff0000u;
-        v.first <<= 16;
-    }
-    pair out;
-    memcpy(&out, &v, sizeof out);
-    return out;
+    if (is_bf16) return (pair){(vf)(v.first << 16), (vf)(v.first & 0xffff0000u)};
+    return (pair){(vf)v.first, (vf)v.second};
+}
+
+INLINE pair load_pair(const float *p) { return (pair){loadv(p, 0, 0), loadv(p, LANES, 0)}; }
+
+INLINE void store_pair(float *p, pair v) {
+    storev(p, 0, v.low, 0);
+    storev(p, LANES, v.high, 0);
 }
 
 INLINE pair in_order(pair v, int is_bf16) {
     if (!is_bf16) return v;
-    return (pair){
-        PICK(v.low, v.high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-        PICK(v.low, v.high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+    return (pair){ZIP_LOW(v.low, v.high), ZIP_HIGH(v.low, v.high)};
 }
 
 /* acc + x * w, two products in each lane; those of bfloat16 are exact in float32. */
@@ -82,15 +96,16 @@ INLINE vf dot_step(vf acc, step x, step w, int is_bf16) {
     return acc;
 }
 
-/* Sums of the lanes of up to 16 vectors, a power of two of them, each by the tree of sum16: lane i
+/* Sums of the lanes of up to LANES vectors, a power of two of them, each by the tree of sumv: lane i
  * of the result is that of v[i]. */
-INLINE vf sums16(vf *v, int count) {
+INLINE vf sumsv(vf *v, int count) {
 #define FOLD(...) \
     UNROLL for (int i = 0; i < (count + 1) / 2; i++) { \
         vf a = v[2 * i], b = v[count == 1 ? 0 : 2 * i + 1]; \
         v[i] = __VA_ARGS__; \
     } \
     count = (count + 1) / 2;
+#if LANES == 16
     FOLD(PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
     FOLD(PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
@@ -99,6 +114,14 @@ INLINE vf sums16(vf *v, int count) {
          PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
     FOLD(PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#elif LANES == 8
+    FOLD(PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
+    FOLD(PICK(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + PICK(a, b, 2, 3, 6, 7, 10, 11, 14, 15))
+    FOLD(PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15))
+#else
+    FOLD(PICK(a, b, 0, 1, 4, 5) + PICK(a, b, 2, 3, 6, 7))
+    FOLD(PICK(a, b, 0, 2, 4, 6) + PICK(a, b, 1, 3, 5, 7))
+#endif
 #undef FOLD
     return v[0];
 }
@@ -147,7 +170,7 @@ INLINE void shrink_tile(const work *m, int64_t j0, int J, int r0, int n, int is_
             }
         }
     }
-    vf sums = m->weight * sums16(acc, J * n);
+    vf sums = m->weight * sumsv(acc, J * n);
     float h[LANES];
     memcpy(h, &sums, sizeof h);
     UNROLL for (int j = 0; j < J; j++)
@@ -183,7 +206,7 @@ INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int64_t j0, 
     pair acc[TILE_ROWS][WIDE];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int u = 0; u < U; u++)
-            memcpy(&acc[r][u], delta + r * width + u * STEP, sizeof acc[r][u]);
+            acc[r][u] = load_pair(delta + r * width + u * STEP);
     for (int64_t j = j0; j < j1; j++) {
         const void **from = m->b + j * m->out + c;
         const float *h = m->h + j * ROWS + r0;
@@ -198,7 +221,7 @@ INLINE void expand_tile(const work *m, int64_t c, int64_t k, int U, int64_t j0, 
     }
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int u = 0; u < U; u++)
-            memcpy(delta + r * width + u * STEP, &acc[r][u], sizeof acc[r][u]);
+            store_pair(delta + r * width + u * STEP, acc[r][u]);
 }
 
 INLINE void expand_chunk(const work *m, int64_t c, int64_t j0, int64_t j1, int r, int n,

@@ -8,7 +8,7 @@
 
 #include "vectors.h"
 
-#define TILE 256 /* columns of B^T that are made at a time: 16 rows of them stay in the cache */
+#define TILE 256 /* columns of B^T that are made at a time: LANES rows of them stay in the cache */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -60,14 +60,13 @@ INLINE void store(void *p, int64_t i, int64_t n, vf v, int is_bf16) {
     copy((uint16_t *)p + i, &h, n, sizeof(uint16_t));
 }
 
-/* 16 x 16: each round moves one bit of the row's number into the column's. */
+/* LANES x LANES: each round moves one bit of the row's number into the column's. */
 INLINE void transpose(vf *v) {
-    for (int round = 0; round < 4; round++) {
+    for (int bit = 1; bit < LANES; bit *= 2) {
         vf w[LANES];
-        for (int i = 0; i < 8; i++) {
-            w[2 * i] = PICK(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            w[2 * i + 1] = PICK(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
-                                15, 31);
+        for (int i = 0; i < LANES / 2; i++) {
+            w[2 * i] = ZIP_LOW(v[i], v[i + LANES / 2]);
+            w[2 * i + 1] = ZIP_HIGH(v[i], v[i + LANES / 2]);
         }
         memcpy(v, w, sizeof w);
     }

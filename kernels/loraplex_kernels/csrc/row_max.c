@@ -13,7 +13,7 @@ INLINE float block_max(const float *p, int64_t n) {
     vi is_nan = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        vf v = load16(p, i, 0);
+        vf v = loadv(p, i, 0);
         vi is_more = v > most, v_bits, most_bits;
         is_nan |= v != v;
         memcpy(&v_bits, &v, sizeof v);
