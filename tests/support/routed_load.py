@@ -104,12 +104,15 @@ class RoutedLoad:
         """Keep so many requests under way during the block, and let the last ones end."""
         is_over = asyncio.Event()
         doors = [self._doors[number % len(self._doors)] for number in range(concurrency)]
-        workers = [asyncio.create_task(self._work(door, is_over)) for door in doors]
         try:
-            yield self
+            async with asyncio.TaskGroup() as workers:
+                for door in doors:
+                    workers.create_task(self._work(door, is_over))
+                try:
+                    yield self
+                finally:
+                    is_over.set()
         finally:
-            is_over.set()
-            await asyncio.gather(*workers)
             for door in self._doors:
                 await door.sdk.close()
                 await door.http.aclose()
@@ -178,11 +181,13 @@ class RoutedLoad:
         async with door.http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, await answer.aread()
             try:
-                events = [line[6:] async for line in answer.aiter_lines() if line]
-                assert events[-1:] == ["[DONE]"], events[-1:]
+                lines = [line[6:] async for line in answer.aiter_lines() if line]
+                assert lines[-1:] == ["[DONE]"], lines[-1:]
+                events = [json.loads(line) for line in lines[:-1]]
+                assert not any("error" in event for event in events), events[-1]
             except (httpx.HTTPError, AssertionError) as error:
                 raise _told(error, answer) from error
-        return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+        return "".join(event["choices"][0]["text"] for event in events)
 
 
 class _BrokenAnswer(AssertionError):
