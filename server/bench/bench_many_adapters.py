@@ -72,7 +72,9 @@ def main() -> None:
         folder = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config, layout = configure(folder, options)
         manifests = register(folder, layout, options.adapters, stack)
-        core, lonely = build_core(config), build_core(replace(config, prefix_cache=False))
+        facts = resolve_facts(config)
+        core = build_core(config, facts)
+        lonely = build_core(replace(config, prefix_cache=False), facts)
         for engine in (core, lonely):
             stack.callback(engine.close)
         warm_up(core, manifests)

@@ -36,7 +36,7 @@ def main() -> None:
     core = functools.partial(
         build_stub, log_path=options.log, pace_s=options.pace_s, token_ids=token_ids
     )
-    build.build_engine_handle = lambda config: ProcessEngine(core)
+    build.build_engine_handle = lambda config, facts: ProcessEngine(core)
     sys.exit(product.main(flags))
 
 

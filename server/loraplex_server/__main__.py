@@ -11,10 +11,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.config_sources import load_config
 from loraplex_server.logs import set_up_logging
+
+if TYPE_CHECKING:  # settings are refused before anything large is imported
+    from loraplex_server.build import ModelFacts
 
 #: As uvicorn has it.
 _BACKLOG = 2048
@@ -142,13 +146,10 @@ def _listen(config: Config, listener: socket.socket) -> None:
 
 
 async def _serve(config: Config, listener: socket.socket) -> None:
-    """Build everything, serve until a signal, and take it down in order."""
+    """Serve until a signal."""
     from loraplex_server.adapters.errors import AdapterError
-    from loraplex_server.api.last_writes import in_last_writes_time
-    from loraplex_server.api.server import Server
-    from loraplex_server.api.services import start_services
     from loraplex_server.api.traces import TracesUnavailable
-    from loraplex_server.build import build_engine_handle
+    from loraplex_server.build import resolve_facts
     from loraplex_server.engine.errors import EngineError
     from loraplex_server.model.errors import ModelError
 
@@ -157,9 +158,24 @@ async def _serve(config: Config, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.cancel)
-    engine = build_engine_handle(config)
     try:
-        services = await start_services(config, engine)
+        await _serve_model(config, await asyncio.to_thread(resolve_facts, config), listener)
+    except (AdapterError, EngineError, ModelError, TracesUnavailable) as error:
+        raise StartError(str(error)) from error
+    finally:
+        gc.unfreeze()  # the last collection leaves what is frozen, and libraries write of leaks
+
+
+async def _serve_model(config: Config, facts: ModelFacts, listener: socket.socket) -> None:
+    """Build everything, serve until this is cancelled, and take it down in order."""
+    from loraplex_server.api.last_writes import in_last_writes_time
+    from loraplex_server.api.server import Server
+    from loraplex_server.api.services import start_services
+    from loraplex_server.build import build_engine_handle
+
+    engine = build_engine_handle(config, facts)
+    try:
+        services = await start_services(config, facts, engine)
         _settle()
         try:
             _listen(config, listener)
@@ -167,11 +183,8 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         finally:
             await engine.stop()
             await in_last_writes_time(asyncio.to_thread(services.catalog.close))
-    except (AdapterError, EngineError, ModelError, TracesUnavailable) as error:
-        raise StartError(str(error)) from error
     finally:
         await engine.stop()
-        gc.unfreeze()  # the last collection leaves what is frozen, and libraries write of leaks
 
 
 def _settle() -> None:

@@ -67,7 +67,11 @@ RANK_LOST_EXIT_CODE: Final = 70
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the API process and the engine process must agree on; needs no weights."""
+    """What the API process and the engine's processes must agree on; needs no weights.
+
+    Found once, in the first process: reading a config takes transformers, whose import costs each
+    process seconds and 100 MB.
+    """
 
     source: ModelSource
     spec: ModelSpec
@@ -95,13 +99,17 @@ def resolve_facts(config: Config) -> ModelFacts:
     return ModelFacts(source, spec, PoolLayout(spec.geometry, page_tokens, num_ranks))
 
 
-def build_engine_handle(config: Config) -> ProcessEngine:
+def build_engine_handle(config: Config, facts: ModelFacts) -> ProcessEngine:
     """Return the engine in a process of its own, not started yet."""
-    return ProcessEngine(functools.partial(build_in_process, config))
+    return ProcessEngine(functools.partial(build_in_process, config, facts))
 
 
 def build_in_process(
-    config: Config, wake: Callable[[], None], *, rank_timeout_s: float = RANK_TIMEOUT_S
+    config: Config,
+    facts: ModelFacts,
+    wake: Callable[[], None],
+    *,
+    rank_timeout_s: float = RANK_TIMEOUT_S,
 ) -> EngineCore:
     """Build the core inside the engine process.
 
@@ -110,11 +118,12 @@ def build_in_process(
     """
     set_up_logging(config.log_level, config.log_format)
     end = functools.partial(os._exit, RANK_LOST_EXIT_CODE)
-    return build_core(config, wake, on_lost=end, rank_timeout_s=rank_timeout_s)
+    return build_core(config, facts, wake, on_lost=end, rank_timeout_s=rank_timeout_s)
 
 
 def build_core(
     config: Config,
+    facts: ModelFacts,
     wake: Callable[[], None] = lambda: None,
     *,
     on_lost: Callable[[], None] = lambda: None,
@@ -124,6 +133,7 @@ def build_core(
 
     Args:
         config: the settings.
+        facts: of the model that they name.
         wake: called by the loader's thread after each load.
         on_lost: see `RankWorkers`; as a step may then never return, a process of its own should
             end. Default: the step raises RankLost, if it returns.
@@ -133,19 +143,21 @@ def build_core(
         ModelError: the model cannot be served.
         EngineConfigError: the settings do not fit the model or the machine.
     """
-    settled = _settle(config)  # before other ranks are started, each of which would say the same
+    sizes = _check(config, facts)  # before other ranks start, each of which would say the same
     if config.tensor_parallel == 1:
-        return _assemble(config, _build_part(config, Alone(), *settled), wake)
-    build = functools.partial(build_rank, config)
+        return _assemble(config, _build_part(config, Alone(), facts, sizes), wake)
+    build = functools.partial(build_rank, config, facts)
     workers = RankWorkers(config.tensor_parallel, build, on_lost=on_lost, timeout_s=rank_timeout_s)
     with workers.starting():
-        return _assemble(config, _build_part(config, workers, *settled), wake, workers)
+        return _assemble(config, _build_part(config, workers, facts, sizes), wake, workers)
 
 
-def build_rank(config: Config, seat: Seat, on_loaded: Callable[[], None]) -> RankParts:
+def build_rank(
+    config: Config, facts: ModelFacts, seat: Seat, on_loaded: Callable[[], None]
+) -> RankParts:
     """Build a rank other than 0, inside its process; raises as `build_core` does."""
     set_up_logging(config.log_level, config.log_format, seat.rank)
-    part = _build_part(config, seat, *_settle(config))
+    part = _build_part(config, seat, facts, _check(config, facts))
     runner, writer = _make_runner(part)
     loader = AdapterLoader(
         part.pool, on_loaded, writer, part.arena, pack=_compiled_pack(), rank=seat.rank
@@ -163,13 +175,12 @@ class _Part:
     limits: SchedulerLimits
 
 
-def _settle(config: Config) -> tuple[ModelFacts, StepSizes]:
+def _check(config: Config, facts: ModelFacts) -> StepSizes:
     """Return what follows from the settings without weights; raises as `build_core` does."""
     device = choose_device(config.device)
     sizes = choose_step_sizes(config, device)
-    facts = resolve_facts(config)
     check_num_ranks(config, device, facts.spec.geometry)
-    return facts, sizes
+    return sizes
 
 
 def _build_part(config: Config, seat: Seat, facts: ModelFacts, sizes: StepSizes) -> _Part:

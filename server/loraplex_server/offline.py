@@ -74,7 +74,7 @@ class Engine:
         config = config or Config()
         facts = resolve_facts(config)
         self.vocabulary = Vocabulary(facts.source.load_tokenizer(), size=facts.spec.vocab_size)
-        self._core = build_core(config)
+        self._core = build_core(config, facts)
         if (tokenizer := self.vocabulary.to_json()) is not None:
             self._core.learn_tokens(tokenizer)
         self._cleanup = ExitStack()

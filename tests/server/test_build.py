@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,13 +31,17 @@ def config_of(folder, **settings):
     return Config(**{"model": str(folder), "dtype": "float32", "pool_bytes": MIB, **settings})
 
 
+def build_core(config):
+    return build.build_core(config, build.resolve_facts(config))
+
+
 @pytest.fixture
 def make(folder):
     """Return a function that builds a core, closed after the test."""
     cores = []
 
     def make(**settings):
-        cores.append(build.build_core(config_of(folder, **settings)))
+        cores.append(build_core(config_of(folder, **settings)))
         return cores[-1]
 
     yield make
@@ -49,10 +56,10 @@ def test_a_core_has_the_sizes_that_were_asked_for(make):
     assert (core.scheduler.limits.max_step_tokens, core.scheduler.limits.max_running) == (32, 32)
 
 
-def test_a_step_smaller_than_what_runs_is_refused_before_anything_is_loaded(tmp_path):
-    config = config_of(tmp_path / "no model", max_step_tokens=8, max_running=9)
+def test_a_step_smaller_than_what_runs_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(build, "load_weights", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(EngineConfigError, match=r"max_step_tokens is 8 and max_running 9"):
-        build.build_core(config)
+        build_core(config_of(folder, max_step_tokens=8, max_running=9))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +143,20 @@ def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
 # ---- the engine process --------------------------------------------------------------------
 
 
+def test_the_engine_process_imports_no_library_of_models(folder):
+    """It costs seconds and 200 MB of each process, ranks included."""
+    config = config_of(folder)
+    build_core = build.build_engine_handle(config, build.resolve_facts(config))._build_core
+    code = (
+        "import pickle, sys; pickle.load(sys.stdin.buffer)(lambda: None).close(); "
+        "assert not {'transformers', 'sympy', 'fastapi'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(build_core), check=True)
+
+
 async def test_the_engine_process_logs_as_much_as_asked_for(folder, monkeypatch):
-    handle = build.build_engine_handle(config_of(folder, log_level="debug"))
+    config = config_of(folder, log_level="debug")
+    handle = build.build_engine_handle(config, build.resolve_facts(config))
     levels = []
     monkeypatch.setattr(logging, "basicConfig", lambda **to: levels.append(to["level"]))
     handle._build_core(wake=lambda: None).close()
@@ -162,4 +181,4 @@ def test_int8_without_kernels_is_refused_before_the_model_is_loaded(folder, monk
     monkeypatch.setattr(sizing, "load_native", lambda: None)
     monkeypatch.setattr(build, "load_weights", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(EngineConfigError, match="quantization is int8"):
-        build.build_core(config_of(folder, quantization="int8"))
+        build_core(config_of(folder, quantization="int8"))

@@ -20,7 +20,7 @@ from loraplex_memory.layout import PoolLayout
 from loraplex_memory.pool import PagePool
 from loraplex_scheduler.plan import Request
 from loraplex_scheduler.sampling import SamplingParams
-from loraplex_server.build import build_core
+from loraplex_server.build import build_core, resolve_facts
 from loraplex_server.config import Config
 from loraplex_server.engine.gpu_engine import measure_step_bytes
 from loraplex_server.model.transformer import Transformer, kernel_model
@@ -176,17 +176,16 @@ def check_build(device: torch.device) -> None:
         adapter = save_adapter(Path(folder), geometry)
         answers = []
         for name in ("cpu", device.type):
-            core = build_core(
-                Config(
-                    model=str(Path(folder) / "model"),
-                    device=name,
-                    dtype="float32",
-                    pool_bytes=4 << 20,
-                    max_step_tokens=32,
-                    max_running=8,
-                    threads=1,
-                )
+            config = Config(
+                model=str(Path(folder) / "model"),
+                device=name,
+                dtype="float32",
+                pool_bytes=4 << 20,
+                max_step_tokens=32,
+                max_running=8,
+                threads=1,
             )
+            core = build_core(config, resolve_facts(config))
             try:
                 answers.append(drive(core, make_requests([adapter])))
             finally:

@@ -1,4 +1,7 @@
-"""Tiny random models of every family, with the transformers model as the reference."""
+"""Tiny random models of every family, with the transformers model as the reference.
+
+That library is imported where it is needed: an engine's process that is given a spec does without.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from loraplex_server.model.linear import Linear, Quantization
 from loraplex_server.model.spec import ModelSpec
@@ -64,15 +59,10 @@ LONG_ROPE = {
 
 def tiny_config(family: str = "llama", **options: Any) -> Any:
     """Return the transformers config of a tiny model; `options` override its fields."""
-    classes = {
-        "llama": (LlamaConfig, "LlamaForCausalLM"),
-        "mistral": (MistralConfig, "MistralForCausalLM"),
-        "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
-        "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
-        "phi3": (Phi3Config, "Phi3ForCausalLM"),
-    }
-    config_class, architecture = classes[family]
-    return config_class(**{**SIZES, "architectures": [architecture], **options})
+    from transformers import CONFIG_MAPPING
+
+    fields = {**SIZES, "architectures": [f"{family.capitalize()}ForCausalLM"], **options}
+    return CONFIG_MAPPING[family](**fields)
 
 
 def tiny_spec(family: str = "llama", **options: Any) -> ModelSpec:
@@ -86,6 +76,8 @@ def tiny_reference(config: Any, *, seed: int = 0) -> Any:
     Weights are large enough for logits that differ clearly; biases and norms are random too, as
     transformers would start them at 0 and 1, which hides a forgotten one.
     """
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -121,6 +113,20 @@ def tiny_transformer(
 ) -> Transformer:
     """Return our model with random weights, without building a transformers one."""
     spec = tiny_spec(family, **options)
+    return random_transformer(
+        spec, seed=seed, dtype=dtype, device=device, quantization=quantization
+    )
+
+
+def random_transformer(
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
+) -> Transformer:
+    """Return our model of a spec, with random weights."""
     state = random_weights(spec, seed, dtype)
     weights = fill_weights(
         spec, state.items(), dtype=dtype, device=device, quantization=quantization

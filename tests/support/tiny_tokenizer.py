@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|end|>", "<|start|>", "<|system|>")
 CHAT_TEMPLATE = (
@@ -18,6 +22,8 @@ _WORDS = ("he", "ll", "hell", "hello", "Ġw", "or", "ld", "orld", "Ġworld", "Ġ
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: three special ids (0 is `<|end|>`), bytes, a few words."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds, of each process
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL_TOKENS, *alphabet, *_WORDS]
     merges = [

@@ -45,7 +45,7 @@ class Services:
     clock: Callable[[], float] = time.monotonic
 
 
-async def start_services(config: Config, engine: EngineHandle) -> Services:
+async def start_services(config: Config, facts: ModelFacts, engine: EngineHandle) -> Services:
     """Start the engine, and load beside it what the API needs.
 
     The engine is the caller's to stop, the catalogue to close.
@@ -53,15 +53,12 @@ async def start_services(config: Config, engine: EngineHandle) -> Services:
     Raises:
         AdapterError, EngineError, ModelError: something cannot be had; nothing is left open.
     """
-    from loraplex_server.build import resolve_facts
-
     loop = asyncio.get_running_loop()
 
     def discard(adapter_id: str) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(engine.discard_adapter, adapter_id)
 
-    facts = await asyncio.to_thread(resolve_facts, config)
     if config.blob_url is not None:  # whose library may wait for minutes
         where = without_password(config.blob_url)
         log.info("opening the registry, and the adapters' files at %s", where)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraplex_kernels.model_tables import RopeTable
 from loraplex_server.model.errors import UnsupportedModel
@@ -78,6 +77,9 @@ def rope_spec(config: Any) -> RopeSpec:
     Raises:
         UnsupportedModel: an unknown rope type or parameter, or dynamic NTK.
     """
+    # Imported here: the engine, which is told the spec, does without that library.
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     parameters = dict(config.rope_parameters or {})
     rope_type = _checked_type(parameters)
     if rope_type == "default":

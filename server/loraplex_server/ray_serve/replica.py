@@ -21,7 +21,7 @@ from loraplex_server.adapters.data_dir import storage_errors
 from loraplex_server.adapters.registry_database import wait_for_database
 from loraplex_server.api.app import create_app, running
 from loraplex_server.api.services import start_services
-from loraplex_server.build import build_engine_handle
+from loraplex_server.build import build_engine_handle, resolve_facts
 from loraplex_server.config import Config, ConfigError
 from loraplex_server.engine.messages import EngineState
 from loraplex_server.logs import set_up_logging
@@ -63,9 +63,10 @@ class Replica:
         if config.registry_url is not None:
             await asyncio.to_thread(wait_for_database, config.registry_url, config.registry_wait_s)
         await asyncio.to_thread(_refuse_if_open, config)
-        self._engine = build_engine_handle(config)
+        facts = await asyncio.to_thread(resolve_facts, config)
+        self._engine = build_engine_handle(config, facts)
         self._open.push_async_callback(self._engine.stop)
-        services = await start_services(config, self._engine)
+        services = await start_services(config, facts, self._engine)
         self._open.push_async_callback(asyncio.to_thread, services.catalog.close)
         self._base_names = services.base_names
         self._app = create_app(services)

@@ -32,10 +32,10 @@ print(engine.process_id, flush=True)
 
 
 def build(seconds, wake):
-    from tests.server.engine.test_process_handle import build_tiny
+    from tests.server.engine.test_process_handle import build_tiny, of_tiny_model
 
     time.sleep(seconds)
-    return build_tiny(wake)
+    return of_tiny_model(build_tiny)(wake)
 
 
 @pytest.mark.parametrize("seconds", [0, 600], ids=["ready", "starting"])

@@ -21,15 +21,20 @@ from loraplex_server.engine.messages import EngineState, FreedMemory
 from loraplex_server.engine.process_handle import ProcessEngine, RestartPauses
 from loraplex_server.text import grammars
 from tests.support.engine import GatedPool, greedy_request, make_core, save_adapter
-from tests.support.tiny_models import tiny_spec, tiny_transformer
+from tests.support.tiny_models import random_transformer, tiny_spec, tiny_transformer
 from tests.support.tiny_tokenizer import make_tokenizer
 
 #: More tokens than a tiny model computes while a test looks on.
 ENDLESS = 30_000
 
 
-def build_tiny(wake, **options):
-    model = tiny_transformer(max_position_embeddings=32_768)
+def of_tiny_model(build, **options):
+    """Return a core factory, told the spec: a process that derives it takes seconds to import."""
+    return functools.partial(build, tiny_spec(max_position_embeddings=32_768), **options)
+
+
+def build_tiny(spec, wake, **options):
+    model = random_transformer(spec)
     options = {"num_pages": 2048, "max_model_len": 32_000, **options}
     return make_core(model, wake=wake, **options)
 
@@ -42,10 +47,10 @@ def build_reading(wake):
     return core
 
 
-def build_gated(wake, *, gate):
+def build_gated(spec, wake, *, gate):
     """Load adapters once `gate` exists, and do not look for loads that nobody announces."""
     process.IDLE_S = 600.0
-    return build_tiny(wake, make_pool=functools.partial(GatedPool, gate))
+    return build_tiny(spec, wake, make_pool=functools.partial(GatedPool, gate))
 
 
 def build_nothing(wake):
@@ -56,17 +61,17 @@ def build_refused(wake):
     raise EngineConfigError("give the pool more memory")
 
 
-def build_slowly(wake, *, after=None):
+def build_slowly(spec, wake, *, after=None):
     """Never get ready; or, with the path `after`, only the first time."""
     if after is not None and not after.exists():
         after.touch()
-        return build_tiny(wake)
+        return build_tiny(spec, wake)
     time.sleep(600)
     return None
 
 
-def build_announced(wake, *, built):
-    core = build_tiny(wake)
+def build_announced(spec, wake, *, built):
+    core = build_tiny(spec, wake)
     built.touch()
     return core
 
@@ -84,7 +89,7 @@ class FlakyFactory:
         self.num_spawns += 1
         if self.num_spawns == 2:
             raise OSError(errno.ENOMEM, "no memory")
-        return functools.partial, (build_tiny,)
+        return functools.partial, (of_tiny_model(build_tiny),)
 
 
 def request(request_id, max_tokens=8, adapter=None):
@@ -100,7 +105,7 @@ async def start(build_core, **options):
 
 @pytest.fixture
 async def engine():
-    engine = await start(build_tiny)
+    engine = await start(of_tiny_model(build_tiny))
     yield engine
     await engine.stop()
 
@@ -218,7 +223,7 @@ async def test_a_live_request_id_is_refused_and_its_stream_goes_on(engine):
 async def test_a_load_wakes_the_idle_engine(tmp_path):
     gate = tmp_path / "gate"
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
-    engine = await start(functools.partial(build_gated, gate=gate))
+    engine = await start(of_tiny_model(build_gated, gate=gate))
     stream = submit(engine, greedy_request("r", [5, 6], adapter, max_tokens=3, ignore_eos=True))
     await wait_for(lambda: engine.stats.loading == ("a",))
     gate.touch()
@@ -230,7 +235,7 @@ async def test_a_load_wakes_the_idle_engine(tmp_path):
 async def test_a_load_is_booked_although_its_request_was_cancelled(tmp_path):
     gate = tmp_path / "gate"
     adapter = save_adapter(tmp_path, tiny_spec().geometry)
-    engine = await start(functools.partial(build_gated, gate=gate))
+    engine = await start(of_tiny_model(build_gated, gate=gate))
     stream = submit(engine, request("r", adapter=adapter))
     await wait_for(lambda: engine.stats.loading == ("a",))
     stream.cancel()
@@ -309,7 +314,7 @@ async def test_a_factory_that_cannot_be_pickled_fails_the_start():
 
 
 async def test_a_start_that_takes_too_long_is_named_and_killed():
-    engine = ProcessEngine(build_slowly, start_timeout_s=0.5)
+    engine = ProcessEngine(of_tiny_model(build_slowly), start_timeout_s=0.5)
     async with asyncio.timeout(5.0):
         with pytest.raises(EngineConfigError, match=r"not ready after 0\.5 s"):
             await engine.start()
@@ -330,7 +335,7 @@ async def test_stopping_ends_open_requests_as_cancelled(engine):
 
 
 async def test_stopping_while_it_starts_is_not_undone():
-    engine = ProcessEngine(build_slowly)
+    engine = ProcessEngine(of_tiny_model(build_slowly))
     starting = asyncio.create_task(engine.start())
     await wait_for(lambda: engine.process_id is not None)
     await stop_quickly(engine)
@@ -341,7 +346,7 @@ async def test_stopping_while_it_starts_is_not_undone():
 
 async def test_stopping_the_moment_it_gets_ready_is_not_undone(tmp_path):
     built = tmp_path / "built"
-    engine = ProcessEngine(functools.partial(build_announced, built=built))
+    engine = ProcessEngine(of_tiny_model(build_announced, built=built))
     starting = asyncio.create_task(engine.start())
     await wait_for(lambda: engine.process_id is not None)
     block_until(built.exists)  # and so `Ready` waits in the loop behind `stop`
@@ -359,7 +364,7 @@ async def test_stopping_between_two_processes_is_not_undone(engine):
 
 
 async def test_stopping_while_it_restarts_is_not_undone(tmp_path):
-    engine = await start(functools.partial(build_slowly, after=tmp_path / "was here"))
+    engine = await start(of_tiny_model(build_slowly, after=tmp_path / "was here"))
     os.kill(engine.process_id, signal.SIGKILL)
     await wait_for(lambda: engine.process_id is None)
     await wait_for(lambda: engine.process_id is not None)
@@ -382,7 +387,7 @@ async def test_signals_to_the_whole_group_leave_the_engine_to_its_parent(engine)
 
 
 async def test_signals_do_not_strike_a_process_that_is_being_born():
-    engine = ProcessEngine(build_tiny)
+    engine = ProcessEngine(of_tiny_model(build_tiny))
     starting = asyncio.create_task(engine.start())
     await wait_for(lambda: engine.process_id is not None)
     os.kill(engine.process_id, signal.SIGTERM)
@@ -404,7 +409,7 @@ async def test_what_a_discard_freed_is_told_when_it_is_free(engine, tmp_path):
 
 async def test_a_discard_of_a_loading_adapter_is_told_when_the_load_has_ended(tmp_path):
     gate = tmp_path / "gate"
-    engine = await start(functools.partial(build_gated, gate=gate), start_timeout_s=60.0)
+    engine = await start(of_tiny_model(build_gated, gate=gate), start_timeout_s=60.0)
     stream = submit(engine, request("r", adapter=save_adapter(tmp_path, tiny_spec().geometry)))
     await wait_for(lambda: engine.stats.loading)
     stream.cancel()

@@ -23,7 +23,6 @@ from loraplex_server import build
 from loraplex_server.config import Config
 from loraplex_server.engine.errors import EngineConfigError, RankLost
 from loraplex_server.engine.messages import EngineState
-from loraplex_server.engine.process_handle import ProcessEngine
 from loraplex_server.engine.ranks import workers
 from loraplex_server.engine.runner import Runner
 from tests.support.engine import finish, greedy_request, save_adapter
@@ -65,9 +64,10 @@ def start(folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "build_rank", build_rank)
             config = config_of(folder, tensor_parallel=num_ranks)
+            facts = build.resolve_facts(config)
             # In a thread that ends: no rank may end with it.
             with ThreadPoolExecutor(1) as thread:
-                core = thread.submit(build.build_core, config, rank_timeout_s=timeout_s)
+                core = thread.submit(build.build_core, config, facts, rank_timeout_s=timeout_s)
             cores.append(core.result())
         return cores[-1], sorted(set(children_of(os.getpid())) - before)
 
@@ -325,8 +325,9 @@ def test_a_start_in_which_a_rank_hangs_fails_in_time_and_says_so(monkeypatch, st
     ],
 )
 def test_what_cannot_be_cut_is_refused(folder, settings, message):
+    config = config_of(folder, **settings)
     with pytest.raises(EngineConfigError, match=message):
-        build.build_core(config_of(folder, **settings))
+        build.build_core(config, build.resolve_facts(config))
 
 
 # ---- in a process of its own ---------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_what_cannot_be_cut_is_refused(folder, settings, message):
 @pytest.fixture
 async def engine(folder):
     config = config_of(folder, tensor_parallel=2)
-    engine = ProcessEngine(functools.partial(build.build_in_process, config))
+    engine = build.build_engine_handle(config, build.resolve_facts(config))
     await engine.start()
     yield engine
     await engine.stop()
