@@ -44,7 +44,7 @@ from loraplex_server.adapters.catalog import AdapterCatalog
 from loraplex_server.adapters.errors import AdapterNotFound
 from loraplex_server.adapters.folder_reader import FolderReader
 from loraplex_server.adapters.registration import Registration
-from loraplex_server.build import build_core, resolve_facts
+from loraplex_server.build import ModelFacts, build_core, resolve_facts
 from loraplex_server.config import Config
 from loraplex_server.engine.core import EngineCore
 
@@ -70,9 +70,9 @@ def main() -> None:
     options = parse_options()
     with ExitStack() as stack:
         folder = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        config, layout = configure(folder, options)
-        manifests = register(folder, layout, options.adapters, stack)
-        facts = resolve_facts(config)
+        facts = resolve_facts(Config())
+        config = configure(folder, facts.layout)
+        manifests = register(folder, facts, options.adapters, stack)
         core = build_core(config, facts)
         lonely = build_core(replace(config, prefix_cache=False), facts)
         for engine in (core, lonely):
@@ -96,29 +96,26 @@ def vars_of(options: argparse.Namespace) -> dict[str, object]:
     return {"adapters": options.adapters, "requests": options.requests, "repeats": options.repeats}
 
 
-def configure(folder: Path, options: argparse.Namespace) -> tuple[Config, PoolLayout]:
+def configure(folder: Path, layout: PoolLayout) -> Config:
     """Return settings whose pool holds about `NUM_FITTING` adapters and the KV of the batch."""
-    layout = resolve_facts(Config()).layout
     geometry = layout.geometry
     row = sum(geometry.in_features(p) + geometry.out_features(p) for p in ("q", "k", "v", "o"))
     mean_pages = MEAN_RANK * row / layout.page_elems
     num_pages = int(NUM_FITTING * mean_pages) + CONCURRENCY * PAGES_PER_SEQUENCE
     elem_bytes = 2
-    config = Config(
+    return Config(
         data_dir=folder,
         dtype="bfloat16",
         pool_bytes=num_pages * layout.page_bytes(elem_bytes),
         max_running=CONCURRENCY,
     )
-    return config, layout
 
 
 def register(
-    folder: Path, layout: PoolLayout, num_adapters: int, stack: ExitStack
+    folder: Path, facts: ModelFacts, num_adapters: int, stack: ExitStack
 ) -> list[AdapterManifest]:
     """Register generated adapters, unless they are there already; hold each for the whole run."""
-    facts = resolve_facts(Config())
-    base = facts.base_name
+    layout, base = facts.layout, facts.base_name
     reader = FolderReader(BaseModel.open(facts.source, facts.spec), (base,))
     catalog = AdapterCatalog(data_dir=folder, pool_layout=layout, base_name=base, reader=reader)
     stack.callback(catalog.close)

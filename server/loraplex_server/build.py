@@ -70,7 +70,7 @@ class ModelFacts:
     """What the API process and the engine's processes must agree on; needs no weights.
 
     Found once, in the first process: reading a config takes transformers, whose import costs each
-    process seconds and 100 MB.
+    process seconds and 200 MB.
     """
 
     source: ModelSource
