@@ -29,8 +29,6 @@ WATCHFUL = [name for name in ("haproxy", "envoy") if why_no_proxy(name) is None]
 SECOND = {"r2", "loraplex-1"}
 ADAPTERS = [f"adapter-{number}" for number in range(9)]
 CONCURRENCY = 32
-#: Of each client between requests: a server that starts needs what cores there are.
-STARTING_PAUSE_S = 2.0
 
 pytestmark = pytest.mark.skipif(
     why_no_proxy("haproxy") is not None, reason=str(why_no_proxy("haproxy"))
@@ -265,9 +263,8 @@ def test_a_killed_rank_takes_nothing_but_the_streams_of_its_replica_along(site, 
     async def kill(load: RoutedLoad) -> None:
         killing = asyncio.create_task(asyncio.to_thread(kill_a_rank))
         await load.wait_for(CONCURRENCY)
-        load.pause_s = STARTING_PAUSE_S
-        await killing
-        load.pause_s = 0.0
+        with load.resting():
+            await killing
         await load.wait_for(200)
 
     with churning(site, tmp_path) as churn:
@@ -282,9 +279,8 @@ def test_restarting_all_replicas_one_by_one_loses_no_request(site, tmp_path):
     async def roll(load: RoutedLoad) -> None:
         for replica, process in sorted(site.fleet.replicas.items()):
             assert await asyncio.to_thread(process.stop) == 0, process.log.read_text()
-            load.pause_s = STARTING_PAUSE_S
-            await asyncio.to_thread(site.fleet.restart, replica)
-            load.pause_s = 0.0
+            with load.resting():
+                await asyncio.to_thread(site.fleet.restart, replica)
             await load.wait_for(100)
 
     with churning(site, tmp_path) as churn:

@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -24,6 +24,8 @@ REPLICA_HEADER = "X-Loraplex-Replica"
 #: Far more than any request here takes; one that takes longer hangs.
 HANG_S = 60.0
 _NUM_PROMPTS = 8
+#: Of each client between requests.
+_RESTING_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,13 @@ class _Door:
 
 
 class RoutedLoad:
-    """Used from one event loop; clients take the proxies in turn.
-
-    Attributes:
-        pause_s: how long each client waits before its next request.
-    """
+    """Used from one event loop; clients take the proxies in turn."""
 
     def __init__(
         self, urls: Sequence[str], key: str, adapters: Sequence[str], *, seed: int = 0
     ) -> None:
         self.outcomes = Outcomes()
-        self.pause_s = 0.0
+        self._pause_s = 0.0
         self._random = random.Random(seed)
         self._adapters = adapters
         self._has_ended = asyncio.Event()
@@ -117,6 +115,15 @@ class RoutedLoad:
                 await door.sdk.close()
                 await door.http.aclose()
 
+    @contextmanager
+    def resting(self):
+        """Pause clients during the block: a server that starts needs what cores there are."""
+        self._pause_s = _RESTING_S
+        try:
+            yield
+        finally:
+            self._pause_s = 0.0
+
     async def wait_for(self, num_more: int) -> None:
         """Wait until so many more requests have ended."""
         enough = self.outcomes.num_done + num_more
@@ -150,7 +157,7 @@ class RoutedLoad:
             outcomes.slowest_s = max(outcomes.slowest_s, time.monotonic() - start)
             outcomes.done[kind] += 1
             self._has_ended.set()
-            await asyncio.sleep(self.pause_s)
+            await asyncio.sleep(self._pause_s)
 
     def _options(self) -> dict[str, object]:
         return {"max_tokens": 96, "temperature": 0, "ignore_eos": True}
